@@ -1,0 +1,42 @@
+# make demo    the main job, in its own virtual environment; OUT=DIR sets where
+# make test    lint, types, import contract, tests
+# PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README).
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/.train-ready
+	$(BIN)/selfroute demo --out "$(OUT)"
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev-ready
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev-ready
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[train]"
+	touch $@
+
+$(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[train,dev]"
+	touch $@ $(VENV)/.train-ready
+
+clean:
+	rm -rf $(VENV) build dist

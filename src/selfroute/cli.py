@@ -1,0 +1,235 @@
+"""The command line: thin over `selfroute.api`; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selfroute.errors import SelfrouteError
+
+if TYPE_CHECKING:
+    from selfroute.train.loop import StepRecord
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Post-train a small on-device LLM to know when to ask the cloud, and measure what that is worth.
+
+    Start with [bold]selfroute demo --out runs/demo[/bold]: it trains the shipped model on Countdown in minutes, with no
+    key and no network, and writes a report page. Every config can be changed with key=value.""",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the config, such as steps=50 or cloud.accuracy=0.7.", metavar="[KEY=VALUE]..."),
+]
+Run = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+
+
+def _echo(text: str = "") -> None:
+    typer.echo(text)
+
+
+class _Printer:
+    """Progress for people: a rewritten line on a terminal, a line at the start and the end elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self.live:
+            typer.echo(f"\r{what}: {done}/{total} responses", nl=done == total, err=True)
+        elif done == total:
+            typer.echo(f"{what}: {total} responses", err=True)
+
+    def step(self, total: int) -> Any:
+        def show(r: StepRecord) -> None:
+            if r.step % 20 == 1:
+                _echo(
+                    f"{'step':>9}  reward  solved  asked  wrong  undec.  |D1| |D2|  cloud calls      USD"
+                    "   sample  cloud update  seconds"
+                )
+            s = r.seconds
+            _echo(
+                f"{r.step:4d}/{total:<4d}  {r.reward:6.3f}  {r.local_accuracy:6.1%} {r.help:6.1%} {r.wrong:6.1%}"
+                f"  {r.undecided:6.1%}  {r.d1:4d} {r.d2:4d}  {r.cloud_calls:11d} {r.cost_usd:8.4f}"
+                f"   {s['sample']:6.2f} {s['cloud']:6.2f} {s['update']:6.2f}  {s['total']:7.2f}"
+            )
+
+        return show
+
+
+@contextmanager
+def _stopping(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SelfrouteError(f"stopped; what is done is saved in {run}: run the same command with --resume") from None
+
+
+def _dry_run(config: Any) -> None:
+    _echo(json.dumps(config.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A config that comes with selfroute (countdown-tiny), or a .toml file.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory to write; default runs/CONFIG.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Post-train a device model with GAPG and the decision loss.
+
+    Ctrl-C finishes the step under way and saves; --resume goes on from there, bit for bit.
+    """
+    from selfroute import api
+
+    resolved = api.load_train_config(config, overrides or [])
+    if dry_run:
+        _dry_run(resolved)
+        return
+    run = out or Path("runs") / Path(config).stem
+    with _stopping(run):
+        saved = api.train(resolved, run, resume=resume, report=_Printer().step(resolved.steps))
+    _echo(f"\ntrained: {saved}\nnext: selfroute evaluate {run}   or   selfroute calibrate {run} --budget 0.3")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    budget: Annotated[
+        float | None, typer.Option(help="Set the dial to this share of calls, as `calibrate` found it.")
+    ] = None,
+    before: Annotated[bool, typer.Option("--before", help="Evaluate the model that the run started from.")] = False,
+) -> None:
+    """Evaluate a run on its test problems and print the table.
+
+    Without --budget the model's own decisions are sampled. The records go to RUN/evaluations/.
+    """
+    from selfroute import api
+
+    if before and budget is not None:
+        raise SelfrouteError("--before and --budget do not go together: the dial is calibrated on the trained model")
+    name = "before" if before else "after" if budget is None else f"budget-{budget:g}"
+    api.evaluate(run, name=name, budget=budget, untrained=before, progress=_Printer().progress)
+    _table(api.report(run))
+
+
+@app.command()
+def calibrate(
+    run: Run, budget: Annotated[float, typer.Option(help="Share of problems that may go to the cloud, such as 0.3.")]
+) -> None:
+    """Find the dial's bias that spends a budget, on the calibration problems."""
+    from selfroute import api
+
+    found = api.calibrate(run, budget, progress=_Printer().progress)
+    _echo(
+        f"budget {budget:.0%}: bias {found['bias']:+.3f} nats; calls {found['call_rate']:.1%} of {found['problems']} "
+        f"calibration problems, 95 % interval [{found['low']:.1%}, {found['high']:.1%}]\n"
+        f"next: selfroute evaluate {run} --budget {budget:g}"
+    )
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Print the table and write summary.json, report.html and the figures."""
+    from selfroute import api
+
+    _table(api.report(run))
+    _echo(f"page: {run / 'report.html'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run directory to write; an unfinished one is continued.")],
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="The config to run.")] = "countdown-tiny",
+    quick: Annotated[bool, typer.Option("--quick", help="All parts in under a minute; it learns little.")] = False,
+) -> None:
+    """The main job: evaluate before, train, calibrate, evaluate after, report."""
+    from selfroute import api
+    from selfroute.demo import QUICK
+    from selfroute.demo import demo as run_demo
+
+    changes = (*(QUICK if quick else ()), *(overrides or ()))
+    steps = api.load_train_config(config, changes).steps
+    printer = _Printer()
+    with _stopping(out):
+        summary = run_demo(out, config=config, overrides=changes, progress=printer.progress, report=printer.step(steps))
+    _table(summary)
+    _echo(f"page: {out / 'report.html'}")
+
+
+@app.command()
+def ask(
+    run: Annotated[
+        str, typer.Argument(help="A run directory, or a config's name for its untrained model.", metavar="RUN")
+    ],
+    question: Annotated[str, typer.Argument(help='Such as "numbers 3, 7, 25; target 46".')],
+    budget: Annotated[float | None, typer.Option(help="Set the dial as `calibrate` found it.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed samples another response.")] = 0,
+) -> None:
+    """Ask the pair one question: reasoning, decision, hand-off if any, verdict, cost."""
+    from selfroute import api
+
+    with api.load(run, budget=budget) as pair:
+        reply = pair.answer(question, seed=seed)
+    _echo(f"question   {reply.question}\n")
+    _echo("\n".join(f"  device | {line}" for line in reply.reasoning.splitlines()))
+    score = "" if reply.score is None else f" (l = {reply.score:+.2f})"
+    decision = {"device": "answers itself", "cloud": "asks the cloud", "undecided": "reaches no decision"}[reply.route]
+    _echo(f"\ndecision   the device {decision}{score}")
+    _echo(f"answer     {reply.answer or '-'}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
+    _echo(f"verdict    {'correct' if reply.correct else 'wrong'}: {reply.reason}")
+    _echo(f"cost       {reply.cost_usd:.5f} USD, {reply.device_tokens} device tokens, {reply.seconds:.2f} s")
+
+
+@app.command()
+def warmstart(
+    config: Annotated[str, typer.Argument(help="A config that comes with selfroute (countdown-1m), or a .toml file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The model folder to write; default runs/CONFIG.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Train the small Countdown model that post-training starts from, on synthetic search traces."""
+    from selfroute import api
+
+    resolved = api.load_warmstart_config(config, overrides or [])
+    if dry_run:
+        _dry_run(resolved)
+        return
+    folder = out or Path("runs") / Path(config).stem
+    api.warmstart(resolved, folder, report=_echo)
+    _echo(f"model folder: {folder}")
+
+
+def _table(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from selfroute.evaluate.report import terminal_table
+
+    console = Console()
+    # A pipe has no width of its own; the table needs about this much.
+    Console(width=max(console.width, 132) if not console.is_terminal else None).print(terminal_table(summary))
+
+
+def main() -> None:
+    """The console script: errors of selfroute are one message, not a traceback."""
+    try:
+        app()
+    except SelfrouteError as error:
+        typer.secho(f"selfroute: {error}", fg="red", err=True)
+        sys.exit(1)

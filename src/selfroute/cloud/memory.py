@@ -1,0 +1,138 @@
+"""The cloud's memory: a persistent cache of answers and a ledger of every call, in one SQLite file.
+
+An answer and its ledger line are written in one transaction as soon as the answer arrives, so that a crash, a kill or a
+failure of a neighbour never pays for it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from selfroute.errors import CloudError
+from selfroute.types import CloudAnswer, CloudClient, CloudRequest
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, request TEXT NOT NULL, answer TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS calls (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, key TEXT NOT NULL, phase TEXT NOT NULL, step INTEGER NOT NULL,
+    problem TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    cost_usd REAL NOT NULL, latency_s REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a phase has paid: calls (cache hits are not calls), tokens, USD."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+
+
+class Cloud:
+    """A cloud client with a memory, bounded concurrency, and a ledger."""
+
+    def __init__(self, client: CloudClient, path: Path, *, concurrency: int = 16) -> None:
+        self.client = client
+        self.path = path
+        self._concurrency = concurrency
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise CloudError(f"cannot open the cloud's cache and ledger {path}: {error}") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def ask(self, questions: Sequence[tuple[str, CloudRequest]], *, phase: str, step: int = 0) -> list[CloudAnswer]:
+        """Answers to (problem id, request) pairs, in order: from the cache, or bought and remembered.
+
+        Raises:
+            CloudError: some request failed; those that succeeded are in the cache and the ledger all the same.
+        """
+        return asyncio.run(self._ask(questions, phase, step))
+
+    async def _ask(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> list[CloudAnswer]:
+        gate = asyncio.Semaphore(self._concurrency)
+        under_way: dict[str, asyncio.Task[CloudAnswer]] = {}
+
+        async def buy(key: str, problem: str, request: CloudRequest) -> CloudAnswer:
+            cached = self._find(key)
+            if cached is not None:
+                return cached
+            async with gate:
+                answer = await self.client.complete(request)
+            self._remember(key, problem, request, answer, phase, step)
+            return answer
+
+        keys = []
+        for problem, request in questions:
+            key = self.key(request)
+            keys.append(key)
+            if key not in under_way:
+                under_way[key] = asyncio.create_task(buy(key, problem, request))
+        results = dict(zip(under_way, await asyncio.gather(*under_way.values(), return_exceptions=True), strict=True))
+        failures = [r for r in results.values() if isinstance(r, BaseException)]
+        if failures:
+            raise CloudError(
+                f"{len(failures)} of {len(results)} cloud requests failed, the first with: {failures[0]} "
+                f"(answers that came are kept in {self.path.name} and will not be paid again)"
+            ) from failures[0]
+        return [answer for key in keys if isinstance(answer := results[key], CloudAnswer)]
+
+    def key(self, request: CloudRequest) -> str:
+        """SHA-256 of the canonical JSON of everything that affects the answer."""
+        everything = {"client": dict(self.client.identity), "request": asdict(request)}
+        return hashlib.sha256(json.dumps(everything, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def spent(self, phase: str | None = None, *, until_step: int | None = None) -> Spent:
+        """The ledger's totals: of one phase or all, up to and including a step (the same after a resume) or all."""
+        with closing(
+            self._db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
+                "COALESCE(SUM(cost_usd), 0.0) FROM calls "
+                "WHERE (?1 IS NULL OR phase = ?1) AND (?2 IS NULL OR step <= ?2)",
+                (phase, until_step),
+            )
+        ) as rows:
+            return Spent(*rows.fetchone())
+
+    def _find(self, key: str) -> CloudAnswer | None:
+        with closing(self._db.execute("SELECT answer FROM answers WHERE key = ?", (key,))) as rows:
+            row = rows.fetchone()
+        return None if row is None else CloudAnswer(**json.loads(row[0]))
+
+    def _remember(
+        self, key: str, problem: str, request: CloudRequest, answer: CloudAnswer, phase: str, step: int
+    ) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                (key, json.dumps(asdict(request)), json.dumps(asdict(answer))),
+            )
+            self._db.execute(
+                "INSERT INTO calls (time, key, phase, step, problem, prompt_tokens, completion_tokens, cost_usd, "
+                "latency_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(time.time(), key, phase, step, problem),
+                    *(answer.prompt_tokens, answer.completion_tokens, answer.cost_usd, answer.latency_s),
+                ),
+            )
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise CloudError(f"cannot write the cloud's cache and ledger {self.path}: {error}") from error

@@ -1,0 +1,131 @@
+"""Configs: one frozen pydantic class a command, read from TOML by name or path, changed by `key=value`.
+
+Choices by name (a task, a cloud) are a table with `name` and that choice's own settings; the name is looked up in a
+literal dict of dotted paths, and any other name with a colon is the dotted path of a class of the user's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from selfroute.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Choice(BaseModel):
+    """A choice by name: `name`, and beside it the chosen class's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """A name from the list, or `package.module:Class`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands beside the name."""
+        return dict(self.model_extra or {})
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def build(choice: Choice, known: Mapping[str, str]) -> Any:
+    """The object that a choice names: `Class(Class.Config(**settings))`.
+
+    Raises:
+        ConfigError: an unknown name, or settings that its Config refuses.
+    """
+    path = known.get(choice.name, choice.name)
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"no such choice: {choice.name!r} (known: {', '.join(sorted(known))}; or package.module:Class)"
+        )
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot import {path!r}: {error}") from error
+    return made(validate(made.Config, choice.settings, choice.name))
+
+
+def validate(kind: type[C], values: Mapping[str, Any], where: str) -> C:
+    """`kind(**values)`, with every fault on a line of its own.
+
+    Raises:
+        ConfigError: naming each bad key, its value and what was expected.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"])) or "(whole)"
+            got = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
+            lines.append(f"  {key}: {fault['msg']}{got}")
+        raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
+
+
+def names() -> list[str]:
+    """Configs that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in (resources.files("selfroute") / "configs").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
+    """Read a config by package name or path and apply `key=value` overrides (dotted keys reach into tables).
+
+    Raises:
+        ConfigError: no such config, bad TOML, or values that do not fit.
+    """
+    if name in names():
+        text = (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    return validate(kind, override(values, overrides), name)
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `key=value` pairs; a value is read as TOML where it can be, else as text.
+
+    >>> override({"steps": 10, "cloud": {"name": "oracle"}}, ["steps=20", "cloud.accuracy=0.7"])
+    {'steps': 20, 'cloud': {'name': 'oracle', 'accuracy': 0.7}}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override is key=value, such as steps=20; got {item!r}")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *tables, last = key.split(".")
+        place = result
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key}: {table!r} is a value, not a table")
+        place[last] = value
+    return result

@@ -1,0 +1,48 @@
+"""The main job in one command: evaluate before, train, calibrate, evaluate after, report.
+
+It continues where it stopped: every part that is already in the run directory is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfroute import api
+from selfroute.records import open_run
+
+if TYPE_CHECKING:
+    from selfroute.train.loop import StepRecord
+
+BUDGET = 0.3
+"""The budget that the demo turns the dial to."""
+
+QUICK = ("steps=6", "problems_per_step=32", "task.train=1000", "task.calibration=150", "task.test=200")
+"""Overrides of `--quick`: every part of the job, in under a minute, learning little."""
+
+
+def demo(
+    out: Path,
+    *,
+    config: str = "countdown-tiny",
+    overrides: tuple[str, ...] = (),
+    progress: api.Progress | None = None,
+    report: Callable[[StepRecord], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Run the main job into `out` and return its summary; parts that are already there are not done again."""
+    resolved = api.load_train_config(config, overrides)
+    open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
+
+    def missing(name: str) -> bool:
+        return not (out / "evaluations" / name / "records.jsonl").is_file()
+
+    if missing("before"):
+        api.evaluate(out, name="before", untrained=True, progress=progress)
+    api.train(resolved, out, resume=True, report=report)
+    if missing("after"):
+        api.evaluate(out, name="after", progress=progress)
+    api.calibrate(out, BUDGET, progress=progress)
+    if missing(f"budget-{BUDGET:g}"):
+        api.evaluate(out, name=f"budget-{BUDGET:g}", budget=BUDGET, progress=progress)
+    return api.report(out)

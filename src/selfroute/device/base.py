@@ -1,0 +1,35 @@
+"""What a device engine is asked for: which model, and how to sample."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from selfroute.config import Config
+
+
+class DeviceConfig(Config):
+    """The on-device model."""
+
+    model: str = "countdown-1m"
+    """A shipped model, a local folder, or a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Precision of the weights in memory."""
+
+
+class Sampling(Config):
+    """How responses are drawn."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Softmax temperature; 0 is greedy. Training needs 1."""
+    max_tokens: int = Field(256, ge=1)
+    """Token limit of a response, the end token included."""
+    batch_size: int = Field(512, ge=1)
+    """Responses decoded together; changes speed and memory only."""
+    decide: Literal["sample", "threshold"] = "sample"
+    """At the decision point: draw from the model's odds, or ask exactly when l + bias > 0."""
+    bias: float = 0.0
+    """The budget dial, in nats, added to l under `threshold`."""
+    forbid_help: bool = False
+    """Never emit the help call (the help tag has probability 0 at the decision point)."""

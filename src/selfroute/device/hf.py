@@ -1,0 +1,280 @@
+"""The in-process engine: any Hugging Face causal LM, sampled with one prefill a problem.
+
+A problem's prompt runs once for all its responses; finished rows leave the batch. Each response draws its uniforms
+from a stream of its own, named by the caller, so that what it samples does not depend on its batch mates. Left out on
+purpose: beams, top-k and top-p (training needs the model's own distribution).
+
+Axes: P prompts, G responses, B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.device.prefix import SharedPrompts
+from selfroute.errors import DeviceError
+from selfroute.protocol import DecisionPoint, decision_points, find_decision
+from selfroute.types import Message, Response
+
+
+class HFEngine:
+    """A model and its tokenizer; `generate` samples, `model` is what training updates."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        if tokenizer.chat_template is None:
+            raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
+        ends = model.generation_config.eos_token_id if model.generation_config else None
+        ends = ends if ends is not None else tokenizer.eos_token_id
+        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
+        if not self.end_tokens:
+            raise DeviceError("the model names no end token: set eos_token_id in its generation_config.json")
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.end_tokens)
+        self.points: tuple[DecisionPoint, ...] = decision_points(tokenizer)
+
+    @classmethod
+    def load(cls, config: DeviceConfig) -> HFEngine:
+        """Load a shipped model, a local folder or a hub id.
+
+        Raises:
+            DeviceError: nothing by that name can be loaded.
+        """
+        where = model_path(config.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype))
+        except (OSError, ValueError) as error:
+            raise DeviceError(
+                f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
+                f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
+            ) from error
+        model.eval()
+        return cls(model, tokenizer)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's token ids, up to where the response begins."""
+        text = self.tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A response's text, without its end token."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        streams: Sequence[Sequence[str]],
+        sampling: Sampling,
+        *,
+        starts: Sequence[Sequence[int]] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Response]]:
+        """Sample `len(streams[p])` responses for each prompt; a stream's name fixes that response's randomness.
+
+        Args:
+            prompts: token ids of P prompts.
+            streams: for each prompt, a name for each response.
+            sampling: temperature, limits, and what may be decided.
+            starts: for each prompt, tokens that its responses begin with (they count towards `max_tokens`).
+            progress: called with the number of responses that finished since the last call.
+
+        Returns:
+            P lists of responses, in order.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            flat: list[Response] = []
+            counts = [len(s) for s in streams]
+            names = [name for group in streams for name in group]
+            owners = [p for p, count in enumerate(counts) for _ in range(count)]
+            for begin in range(0, len(names), sampling.batch_size):
+                part = slice(begin, begin + sampling.batch_size)
+                first = owners[part][0]
+                used = prompts[first : owners[part][-1] + 1]
+                begins = [list(starts[p]) if starts else [] for p in owners[part]]
+                local = [p - first for p in owners[part]]
+                flat += _Decoder(self, used, local, begins, names[part], sampling).run(progress)
+        finally:
+            self.model.train(was_training)
+        groups, position = [], 0
+        for count in counts:
+            groups.append(flat[position : position + count])
+            position += count
+        return groups
+
+
+def uniforms(stream: str, count: int) -> np.ndarray:
+    """`count` uniforms in [0, 1) of the stream called `stream` (float64)."""
+    key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+class _Decoder:
+    """One batch of rows, decoded together: the state of `HFEngine.generate`."""
+
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        starts: Sequence[list[int]],
+        names: Sequence[str],
+        sampling: Sampling,
+    ) -> None:
+        self.engine, self.sampling = engine, sampling
+        device = engine.model.device
+        rows = len(names)
+        if any(starts):
+            # Rows that begin with tokens of their own share nothing beyond them.
+            prompts = [[*prompts[owner], *start] for owner, start in zip(owners, starts, strict=True)]
+            owners = range(rows)
+        shared = SharedPrompts(engine.model, prompts, engine.pad)
+        index = torch.tensor(list(owners), device=device)
+        self.cache = shared.expand(index)
+        for n, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[n] = _GrowingLayer(layer, sampling.max_tokens)
+        self.mask = shared.mask.index_select(0, index)
+        self.last = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
+        self.alive = torch.arange(rows, device=device)
+        self.tokens: list[list[int]] = [list(start) for start in starts]
+        self.scores: list[dict[int, float]] = [{} for _ in names]
+        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(device)
+
+    def run(self, progress: Callable[[int], None] | None) -> list[Response]:
+        model, sampling = self.engine.model, self.sampling
+        ends = torch.tensor(sorted(self.engine.end_tokens), device=model.device)
+        done = torch.zeros(len(self.tokens), dtype=torch.bool, device=model.device)
+        finished = [False] * len(self.tokens)
+        while len(self.alive):
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            logits_BV = model(
+                input_ids=self.last[:, None],
+                attention_mask=self.mask,
+                position_ids=self.mask.sum(-1, keepdim=True) - 1,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+            self.last = self._choose(logits_BV.float(), ~done)
+            rows, chosen, over = self.alive.tolist(), self.last.tolist(), done.tolist()
+            newly = 0
+            for row, token, was_over in zip(rows, chosen, over, strict=True):
+                if not was_over:
+                    self.tokens[row].append(token)
+                    finished[row] = token in self.engine.end_tokens
+                    newly += finished[row] or len(self.tokens[row]) >= sampling.max_tokens
+            lengths = torch.tensor([len(self.tokens[row]) for row in rows], device=model.device)
+            done = done | torch.isin(self.last, ends) | (lengths >= sampling.max_tokens)
+            if progress and newly:
+                progress(newly)
+            # Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows.
+            if int(done.sum()) * 8 >= len(self.alive):
+                keep = (~done).nonzero()[:, 0]
+                self.alive, self.last, self.mask = self.alive[keep], self.last[keep], self.mask[keep]
+                done = done[keep]
+                if len(keep):
+                    for layer in self.cache.layers:
+                        layer.reorder_cache(keep)
+        return [self._response(row, finished[row]) for row in range(len(self.tokens))]
+
+    def _choose(self, logits_BV: Tensor, live_B: Tensor) -> Tensor:
+        """The next token of each row, (B,). Decisions follow `sampling.decide` and the dial."""
+        sampling = self.sampling
+        rows = self.alive.tolist()
+        # Rows that stand at a decision point, under each form of it.
+        deciding: list[tuple[DecisionPoint, list[int]]] = []
+        for point in self.engine.points:
+            if point.prefix:
+                here = [b for b, row in enumerate(rows) if point.ends(self.tokens[row])]
+                if here:
+                    deciding.append((point, here))
+            else:
+                deciding.append((point, list(range(len(rows)))))
+        pairs = [(point, here, (logits_BV[here, point.help] - logits_BV[here, point.answer]).tolist())
+                 for point, here in deciding]  # fmt: skip
+        if sampling.forbid_help:
+            for point, here, _ in pairs:
+                logits_BV[here, point.help] = -torch.inf
+        if sampling.temperature == 0:
+            token_B = logits_BV.argmax(-1)
+        else:
+            probability_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=-1)
+            step = torch.tensor([len(self.tokens[row]) for row in rows], device=logits_BV.device)
+            draw_B = self.uniforms[self.alive, step.clamp_max(self.uniforms.shape[1] - 1)]
+            cumulative_BV = probability_BV.cumsum(-1)
+            draw_B = draw_B * cumulative_BV[:, -1]
+            token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
+            token_B = token_B.clamp_max(logits_BV.shape[-1] - 1)
+        for point, here, scores in pairs:
+            for b, score in zip(here, scores, strict=True):
+                row, token = rows[b], int(token_B[b])
+                if token not in (point.help, point.answer) or not live_B[b]:
+                    continue
+                self.scores[row][len(self.tokens[row])] = score
+                if not sampling.forbid_help and sampling.decide == "threshold":
+                    token_B[b] = point.help if score + sampling.bias > 0 else point.answer
+        return token_B
+
+    def _response(self, row: int, finished: bool) -> Response:
+        ids = self.tokens[row]
+        found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
+        index = found[0] if found else None
+        score = self.scores[row].get(index) if index is not None else None
+        return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer with room for the whole response, written in place: no copy of the cache a token."""
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.keys.shape[-2]
+        self._keys, self._values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (layer.keys, layer.values))
+        self._view()
+
+    def _view(self) -> None:
+        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        end = self.length + key_states.shape[-2]
+        self._keys[..., self.length : end, :] = key_states
+        self._values[..., self.length : end, :] = value_states
+        self.length = end
+        self._view()
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._keys, self._values = self._keys.index_select(0, beam_idx), self._values.index_select(0, beam_idx)
+        self._view()
+
+
+def shipped_models() -> list[str]:
+    """Names of the models in the package."""
+    folder = resources.files("selfroute") / "models"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
+
+
+def model_path(name: str) -> str:
+    """Where a model named in a config lives: a local folder, a shipped model, else the name itself (a hub id)."""
+    if Path(name).is_dir():
+        return name
+    if name in shipped_models():
+        return str(resources.files("selfroute") / "models" / name)
+    return name

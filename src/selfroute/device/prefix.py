@@ -1,0 +1,113 @@
+"""Prompts run once and shared: rows of the same problem continue from one key-value cache.
+
+Both the sampler (no gradient) and the update (gradient, in two stages) build on it, so the model that is sampled and
+the model that is trained go through the same forward pass.
+
+Axes: P prompts, B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of sequences aligned at their ends, both (B, T) int64."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=device)
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of sequences aligned at their starts, both (B, T) int64."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([list(s) + [pad] * (width - len(s)) for s in sequences], device=device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    return ids, mask
+
+
+def pack(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, each at most `max_tokens` with padding (or a single row).
+
+    >>> list(pack([[1] * 5, [1], [1] * 4, [1]], max_tokens=10))
+    [[1, 3], [2, 0]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if batch and (len(batch) + 1) * len(rows[index]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class SharedPrompts:
+    """The key-value caches of P prompts, computed in one forward pass, each without its last token.
+
+    The last prompt token opens each row instead, so that every logit comes from the row's own pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> None:
+        self.model, self.prompts, self.pad = model, prompts, pad
+        ids, self.mask = pad_left([p[:-1] for p in prompts], pad, model.device)
+        self.cache: DynamicCache = model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=DynamicCache(config=model.config),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        self._leaves: list[tuple[Tensor, Tensor]] = []
+        if torch.is_grad_enabled():
+            for layer in self.cache.layers:
+                self._leaves.append((layer.keys, layer.values))
+                layer.keys = layer.keys.detach().requires_grad_()
+                layer.values = layer.values.detach().requires_grad_()
+
+    def expand(self, index: Tensor) -> DynamicCache:
+        """The caches of prompts `index` (B,), one a row; the shared ones stay as they are."""
+        rows = copy.copy(self.cache)
+        rows.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in rows.layers:
+            layer.keys = layer.keys.index_select(0, index)
+            layer.values = layer.values.index_select(0, index)
+        return rows
+
+    def logits(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits that predict each token of `rows` (B, T, V), the tokens (B, T) and their mask (B, T), bool.
+
+        `index[b]` is the prompt that row b continues.
+        """
+        device = self.model.device
+        which = torch.tensor(list(index), device=device)
+        inputs = [[self.prompts[i][-1], *row[:-1]] for i, row in zip(index, rows, strict=True)]
+        ids, mask = pad_right(inputs, self.pad, device)
+        targets, _ = pad_right(rows, self.pad, device)
+        prompt_mask = self.mask.index_select(0, which)
+        positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            position_ids=positions,
+            past_key_values=self.expand(which),
+            use_cache=True,
+        )
+        return output.logits, targets, mask.bool()
+
+    def backward(self) -> None:
+        """The second stage: push the gradients that rows left on the shared caches through the prompts' pass."""
+        outputs, gradients = [], []
+        for (keys, values), layer in zip(self._leaves, self.cache.layers, strict=True):
+            for output, leaf in ((keys, layer.keys), (values, layer.values)):
+                if leaf.grad is not None:
+                    outputs.append(output)
+                    gradients.append(leaf.grad)
+        torch.autograd.backward(outputs, gradients)

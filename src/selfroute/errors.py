@@ -1,0 +1,40 @@
+"""Errors, flat, each named by the boundary that failed.
+
+    SelfrouteError
+    ├── ConfigError      a config file, an override or an argument
+    ├── TaskError        a data file or a generator
+    ├── DeviceError      the on-device model or its engine
+    ├── CloudError       the cloud, its cache or its ledger
+    ├── TrainingError    the training loop (non-finite numbers, checkpoints)
+    └── RunError         a run directory (missing, foreign, damaged)
+
+Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
+"""
+
+
+class SelfrouteError(Exception):
+    """Base of everything that selfroute raises on purpose."""
+
+
+class ConfigError(SelfrouteError):
+    """A config file, an override or an argument cannot be used."""
+
+
+class TaskError(SelfrouteError):
+    """A data file or a generator cannot give the problems that were asked for."""
+
+
+class DeviceError(SelfrouteError):
+    """The on-device model cannot be loaded or run."""
+
+
+class CloudError(SelfrouteError):
+    """The cloud, its cache or its ledger failed. Never scored as a wrong answer."""
+
+
+class TrainingError(SelfrouteError):
+    """Training cannot go on: a non-finite number, or a checkpoint that does not fit."""
+
+
+class RunError(SelfrouteError):
+    """A run directory is missing, belongs to other settings, or is damaged."""

@@ -1,0 +1,207 @@
+"""The report of a run: a table for the terminal, figures, and one page that opens offline."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
+
+from selfroute import measures
+from selfroute.evaluate.run import Outcome, columns
+from selfroute.evaluate.summary import budget_of, evaluations, summarise
+from selfroute.records import read_json, read_records, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, OURS, CLOUD, MUTED, WRONG = "#1d2733", "#0b6e99", "#c4541d", "#8a94a0", "#a3244b"
+EXAMPLES = 10
+"""Worked examples of each route on the page."""
+
+
+def write_report(run: Path) -> dict[str, Any]:
+    """Write summary.json, report.html, and the figures as SVG and PNG; returns the summary."""
+    summary = summarise(run)
+    found = evaluations(run)
+    steps = read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    figures = {"curve": draw_curve(found, summary)}
+    if steps:
+        figures["training"] = draw_training(steps)
+    for name, figure in figures.items():
+        figure.savefig(run / f"{name}.png", dpi=160)
+        write_atomic(run / f"{name}.svg", _svg(figure))
+    shown = found.get("after") or next(iter(found.values()))
+    page = Environment(
+        loader=PackageLoader("selfroute.evaluate", "."), autoescape=True, undefined=StrictUndefined
+    ).get_template("report.html.jinja")
+    html = page.render(
+        summary=summary,
+        rows=rows(summary),
+        origin=read_json(run / "run.json"),
+        figures={name: _svg(figure) for name, figure in figures.items()},
+        examples={
+            "device": [o for o in shown if o.route == "device"][:EXAMPLES],
+            "cloud": [o for o in shown if o.route == "cloud"][:EXAMPLES],
+            "undecided": [o for o in shown if o.route == "undecided"][:EXAMPLES],
+        },
+        show=show,
+    )
+    write_json(run / "summary.json", summary)
+    write_atomic(run / "report.html", html)
+    return summary
+
+
+Cells = tuple[str, Mapping[str, Any]]
+
+
+def rows(summary: Mapping[str, Any]) -> list[Cells]:
+    """The table's rows: a label, and the measures by name. Bounds have an accuracy at a call rate and nothing else."""
+    table: list[Cells] = []
+
+    def exactly(rate: float) -> dict[str, float]:
+        return {"value": rate, "low": rate, "high": rate}
+
+    for name, label in (("before", "untrained device model"), ("after", "trained device model")):
+        if name in summary:
+            alone = summary[name]["local_accuracy"]
+            table.append((f"{label}, alone", {"accuracy": alone, "call_rate": exactly(0.0), "local_accuracy": alone}))
+    for name, label in (("before", "untrained, own decision"), ("after", "selfroute, own decision")):
+        if name in summary:
+            table.append((label, summary[name]))
+    percents = sorted(int(key.rsplit("_", 1)[1]) for key in summary if key.startswith("random_at_"))
+    for percent in percents:
+        rate = exactly(percent / 100)
+        table.append((f"random offloading at {percent} %", {**summary[f"random_at_{percent}"], "call_rate": rate}))
+        if f"at_budget_{percent}" in summary:
+            table.append((f"selfroute, dial at {percent} %", summary[f"at_budget_{percent}"]))
+        table.append((f"oracle at {percent} %", {**summary[f"oracle_at_{percent}"], "call_rate": rate}))
+    table.append(("cloud alone", {**summary["cloud"], "call_rate": exactly(1.0)}))
+    return table
+
+
+COLUMNS = (
+    ("accuracy", "accuracy", 100.0),
+    ("call_rate", "call rate", 100.0),
+    ("local_accuracy", "local accuracy", 100.0),
+    ("routing_gain_captured", "routing gain", 100.0),
+    ("device_tokens", "device tokens", 1.0),
+    ("usd_per_1k", "USD per 1k", 1.0),
+)
+
+
+def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
+    """A measure for people: the value and its 95 % interval, in percent where it is a share."""
+    m = cells.get(name)
+    if m is None:
+        return "–"
+    digits = 1 if scale == 100 or m["value"] >= 10 else 3
+    low, value, high = (f"{scale * m[k]:.{digits}f}" for k in ("low", "value", "high"))
+    return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
+
+
+def terminal_table(summary: Mapping[str, Any]) -> Table:
+    """The table for the terminal."""
+    table = Table(title="test problems; percent, with 95 % intervals", title_justify="left")
+    table.add_column("")
+    for _, label, _ in COLUMNS:
+        table.add_column(label, justify="right", overflow="fold")
+    for label, cells in rows(summary):
+        ours = label.startswith("selfroute")
+        table.add_row(label, *(show(cells, name, scale) for name, _, scale in COLUMNS), style="bold" if ours else None)
+    return table
+
+
+def _axes(width: float, height: float, count: int = 1) -> tuple[Figure, Any]:
+    # The object interface: no global backend is chosen and nothing is left open.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, count)
+    for axis in np.atleast_1d(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK)
+        axis.grid(axis="y", color="#e4e8ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "selfroute", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any]) -> Figure:
+    """Accuracy against call rate: the dial, its operating points, and the bounds."""
+    figure, axis = _axes(7.2, 4.6)
+    reference = columns(found.get("after") or next(iter(found.values())))
+    grid = np.linspace(0, 1, 201)
+
+    def line(bound: Callable[[measures.Columns, float], float]) -> list[float]:
+        return [100 * bound(reference, float(rate)) for rate in grid]
+
+    axis.plot(100 * grid, line(measures.oracle_accuracy), color=MUTED, linestyle="--", label="oracle")
+    axis.plot(100 * grid, line(measures.random_accuracy), color=MUTED, linestyle=":", label="random offloading")
+    if "before" in found:
+        rates, accuracy = measures.curve(columns(found["before"]))
+        axis.plot(100 * rates, 100 * accuracy, color=CLOUD, linewidth=1.2, alpha=0.7, label="untrained, along its dial")
+    rates, accuracy = measures.curve(reference)
+    axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
+    for name in found:
+        if name == "before":
+            continue
+        budget = budget_of(name)
+        cells = summary["after" if budget is None else f"at_budget_{round(100 * budget)}"]
+        x, y = cells["call_rate"]["value"], cells["accuracy"]
+        axis.errorbar(
+            100 * x,
+            100 * y["value"],
+            yerr=[[100 * (y["value"] - y["low"])], [100 * (y["high"] - y["value"])]],
+            marker="o" if budget is None else "D",
+            color=OURS,
+            linestyle="none",
+            capsize=3,
+            label="own decision" if budget is None else f"dial at {100 * budget:.0f} %",
+        )
+    axis.plot(
+        100, 100 * summary["cloud"]["accuracy"]["value"], marker="s", color=INK, linestyle="none", label="cloud alone"
+    )
+    axis.plot(0, 100 * reference.device.mean(), marker="^", color=INK, linestyle="none", label="device alone")
+    axis.set(xlabel="call rate (%)", ylabel="accuracy (%)", xlim=(-2, 102))
+    axis.legend(frameon=False, loc="lower right", fontsize=9)
+    return figure
+
+
+def draw_training(steps: Sequence[Mapping[str, Any]]) -> Figure:
+    """What the training did, step by step: shares of responses, and what the filter kept."""
+    figure, (left, right) = _axes(9.6, 3.6, 2)
+    x = [s["step"] for s in steps]
+    for key, label, color in (
+        ("local_accuracy", "solved", OURS),
+        ("help", "asked", CLOUD),
+        ("wrong", "wrong", WRONG),
+        ("undecided", "undecided", MUTED),
+    ):
+        left.plot(x, [100 * s[key] for s in steps], color=color, label=label, linewidth=1.6)
+    left.set(xlabel="step", ylabel="share of responses (%)", ylim=(0, 100))
+    right.plot(x, [s["reward"] for s in steps], color=INK, label="mean reward", linewidth=1.6)
+    right.set(xlabel="step", ylabel="mean reward")
+    problems = right.twinx()
+    problems.spines[["top"]].set_visible(False)
+    problems.plot(x, [s["d1"] for s in steps], color=OURS, label="|D1|", linewidth=1.2, alpha=0.8)
+    problems.plot(x, [s["d2"] for s in steps], color=CLOUD, label="|D2|", linewidth=1.2, alpha=0.8)
+    problems.set_ylabel("problems")
+    problems.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=9)
+    handles = [*right.get_lines(), *problems.get_lines()]
+    right.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,196 @@
+"""Evaluation: one device response a problem, both answers that the problem could get, and a record of it.
+
+The answer of each side is known for each problem: an asked problem's local answer is the same prefix continued with
+the help tag forbidden, and the cloud is asked (once, through the cache) for every problem, so that the whole curve
+along the dial follows from one set of records. Left out on purpose: what the records mean (measures) and how they look (report).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from selfroute.cloud.memory import Cloud
+from selfroute.device.base import Sampling
+from selfroute.device.hf import HFEngine
+from selfroute.errors import RunError
+from selfroute.measures import Columns
+from selfroute.protocol import chat, cloud_request, parse
+from selfroute.records import read_records, write_records
+from selfroute.tasks import Task
+from selfroute.types import Answer, HelpCall, Problem, Response, Route
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one problem came to. `score` is l in nats, None where the device never decided.
+
+    `device_*` is the local answer (of an asked problem: what it would have been), `cloud_*` the cloud's. `cost_usd` is
+    what this problem's own route cost; the answers bought for comparison are in the ledger. `device_solve_share` is
+    the share of extra samples, help forbidden, that solved an asked problem (None where the device answered).
+    """
+
+    problem: str
+    question: str
+    response: str
+    route: Route
+    score: float | None
+    correct: bool
+    device_answer: str | None
+    device_correct: bool
+    device_reason: str
+    device_solve_share: float | None
+    cloud_answer: str
+    cloud_correct: bool
+    cloud_reason: str
+    device_tokens: int
+    cloud_tokens: int
+    cost_usd: float
+    latency_s: float
+
+
+def evaluate(
+    engine: HFEngine,
+    task: Task,
+    cloud: Cloud,
+    *,
+    split: Literal["calibration", "test"],
+    sampling: Sampling,
+    seed: int,
+    draws: int = 1,
+    solve_samples: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Outcome]:
+    """An outcome for each problem of a split (`draws` of them, from independent samples).
+
+    `solve_samples` extra responses, help forbidden, tell how often the device solves the problems that it asked about.
+
+    The same seed gives the same reasoning whatever the dial, so that dial settings compare like with like.
+    """
+    problems = [p for p in task.load(split) for _ in range(draws)]
+    prompts = [engine.encode(chat(p.question)) for p in problems]
+    streams = [[f"{seed}/{split}/{p.id}/{n % draws}"] for n, p in enumerate(problems)]
+    responses = [group[0] for group in engine.generate(prompts, streams, sampling, progress=progress)]
+    local = _local_answers(engine, prompts, streams, responses, sampling)
+    solve_shares = _solve_shares(engine, task, problems, prompts, streams, responses, sampling, solve_samples)
+    answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase=f"evaluate/{split}")
+    outcomes = []
+    for p, response, own, share, answer in zip(problems, responses, local, solve_shares, answers, strict=True):
+        decision = parse(response.text, finished=response.finished)
+        asked = isinstance(decision, HelpCall)
+        device_answer, device_correct, device_reason = judge(task, p, own.text, own.finished)
+        cloud_answer, cloud_correct, cloud_reason = judge(task, p, answer.text, True)
+        outcomes.append(
+            Outcome(
+                problem=p.id,
+                question=p.question,
+                response=response.text,
+                route="cloud" if asked else "device" if isinstance(decision, Answer) else "undecided",
+                score=response.score,
+                correct=cloud_correct if asked else device_correct,
+                device_answer=device_answer,
+                device_correct=device_correct,
+                device_reason=device_reason,
+                device_solve_share=share,
+                cloud_answer=cloud_answer or "",
+                cloud_correct=cloud_correct,
+                cloud_reason=cloud_reason,
+                device_tokens=len(response.token_ids),
+                cloud_tokens=answer.completion_tokens if asked else 0,
+                cost_usd=answer.cost_usd if asked else 0.0,
+                latency_s=answer.latency_s if asked else 0.0,
+            )
+        )
+    return outcomes
+
+
+def judge(task: Task, problem: Problem, text: str, finished: bool) -> tuple[str | None, bool, str]:
+    """A response's answer, whether it is correct, and why."""
+    decision = parse(text, finished=finished)
+    if not isinstance(decision, Answer):
+        return None, False, "no answer" if finished else "cut at the token limit"
+    verdict = task.verify(decision.text, problem)
+    return decision.text, verdict.correct, verdict.reason
+
+
+def _asked(responses: Sequence[Response]) -> list[int]:
+    return [n for n, r in enumerate(responses) if isinstance(parse(r.text, finished=r.finished), HelpCall)]
+
+
+def _local_answers(
+    engine: HFEngine,
+    prompts: Sequence[Sequence[int]],
+    streams: Sequence[Sequence[str]],
+    responses: Sequence[Response],
+    sampling: Sampling,
+) -> list[Response]:
+    """Each problem's local answer: the response itself, or for a help call its prefix continued without the tag."""
+    local = list(responses)
+    asked = _asked(responses)
+    if asked:
+        continued = engine.generate(
+            [prompts[n] for n in asked],
+            [streams[n] for n in asked],
+            sampling.model_copy(update={"forbid_help": True}),
+            starts=[responses[n].token_ids[: responses[n].decision_index or 0] for n in asked],
+        )
+        for n, group in zip(asked, continued, strict=True):
+            local[n] = group[0]
+    return local
+
+
+def _solve_shares(
+    engine: HFEngine,
+    task: Task,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    streams: Sequence[Sequence[str]],
+    responses: Sequence[Response],
+    sampling: Sampling,
+    samples: int,
+) -> list[float | None]:
+    """For each asked problem, the share of fresh samples without help that solve it."""
+    shares: list[float | None] = [None] * len(problems)
+    asked = _asked(responses) if samples else []
+    groups = engine.generate(
+        [prompts[n] for n in asked],
+        [[f"{streams[n][0]}/solve/{i}" for i in range(samples)] for n in asked],
+        sampling.model_copy(update={"forbid_help": True}),
+    )
+    for n, group in zip(asked, groups, strict=True):
+        solved = [judge(task, problems[n], r.text, r.finished)[1] for r in group]
+        shares[n] = sum(solved) / samples
+    return shares
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write an evaluation's records.jsonl."""
+    write_records(path, (asdict(outcome) for outcome in outcomes))
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read an evaluation's records.jsonl.
+
+    Raises:
+        RunError: it is missing or not an evaluation's.
+    """
+    records: list[dict[str, Any]] = read_records(path)
+    try:
+        return [Outcome(**{k: v for k, v in record.items() if k != "schema"}) for record in records]
+    except TypeError as error:
+        raise RunError(f"{path} is not an evaluation's records: {error}") from error
+
+
+def columns(outcomes: Sequence[Outcome]) -> Columns:
+    """Outcomes as arrays for the measures."""
+    return Columns(
+        score=np.array([-math.inf if o.score is None else o.score for o in outcomes]),
+        asked=np.array([float(o.route == "cloud") for o in outcomes]),
+        device=np.array([float(o.device_correct) for o in outcomes]),
+        cloud=np.array([float(o.cloud_correct) for o in outcomes]),
+    )

@@ -1,0 +1,124 @@
+"""What a run directory says: every number of the report, with its interval, from the records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfroute import measures
+from selfroute.errors import RunError
+from selfroute.evaluate.run import Outcome, columns, read_outcomes
+from selfroute.measures import Columns, Measure, bootstrap, proportion
+from selfroute.records import read_json, read_records
+
+BOUNDS = {
+    "random": measures.random_accuracy,
+    "oracle": measures.oracle_accuracy,
+    "clairvoyant": measures.clairvoyant_accuracy,
+}
+
+
+def evaluations(run: Path) -> dict[str, list[Outcome]]:
+    """The evaluations of a run's test problems, by name."""
+    found = sorted((run / "evaluations").glob("*/records.jsonl"))
+    return {path.parent.name: read_outcomes(path) for path in found if path.parent.name != "calibration"}
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """The content of summary.json; parts whose evaluation is missing are left out.
+
+    Raises:
+        RunError: the run has no evaluation at all.
+    """
+    found = evaluations(run)
+    if not found:
+        raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}")
+    summary: dict[str, Any] = {}
+    untrained = float(columns(found["before"]).device.mean()) if "before" in found else None
+    for name, outcomes in found.items():
+        budget = budget_of(name)
+        key = name if budget is None else f"at_budget_{round(100 * budget)}"
+        summary[key] = describe(outcomes, untrained=untrained, budget=budget)
+    reference = columns(found.get("after") or next(iter(found.values())))
+    for percent in sorted({30, *(round(100 * b) for b in map(budget_of, found) if b is not None)}):
+        rate = percent / 100
+        for name, bound in BOUNDS.items():
+            summary[f"{name}_at_{percent}"] = {"accuracy": bootstrap(reference, partial(bound, call_rate=rate)).json()}
+    summary["cloud"] = {"accuracy": proportion(reference.cloud).json()}
+    calibration = run / "calibration.json"
+    if calibration.is_file():
+        summary["calibration"] = read_json(calibration)["budgets"]
+    summary["train"] = training(run)
+    return summary
+
+
+def budget_of(name: str) -> float | None:
+    """The budget in an evaluation's name, `budget-0.3`; None for other names."""
+    kind, dash, value = name.partition("-")
+    return float(value) if dash and kind == "budget" else None
+
+
+def describe(outcomes: Sequence[Outcome], *, untrained: float | None, budget: float | None) -> dict[str, Any]:
+    """The measures of one evaluation; `untrained` is the local accuracy of the model before training."""
+    c = columns(outcomes)
+    asked = c.asked > 0
+    rate = 0.3 if budget is None else budget
+
+    def gap_recovered(part: Columns) -> float:
+        assert untrained is not None
+        return measures.performance_gap_recovered(float(part.final.mean()), untrained, float(part.cloud.mean()))
+
+    def own_gap_recovered(part: Columns) -> float:
+        accuracy, device, cloud = (float(x.mean()) for x in (part.final, part.device, part.cloud))
+        return measures.performance_gap_recovered(accuracy, device, cloud)
+
+    calls = [o for o in outcomes if o.route == "cloud"]
+    shares = np.array([o.device_solve_share for o in calls if o.device_solve_share is not None])
+    values: dict[str, Measure] = {
+        "accuracy": proportion(c.final),
+        "call_rate": proportion(c.asked),
+        "local_accuracy": proportion(c.device),
+        "undecided": proportion(np.array([float(o.route == "undecided") for o in outcomes])),
+        "decision_auc": bootstrap(c, measures.decision_auc),
+        f"accuracy_at_{round(100 * rate)}": bootstrap(c, lambda part: measures.accuracy_at(part, rate)),
+        "routing_gain_captured": bootstrap(c, measures.routing_gain_captured),
+        "pgr_vs_trained": bootstrap(c, own_gap_recovered),
+        # The decomposition: where the accuracy comes from, and what the calls bought.
+        "accuracy_where_answered": proportion(c.device[~asked]),
+        "accuracy_where_asked": proportion(c.cloud[asked]),
+        "calls_that_rescued": proportion(((c.device == 0) & (c.cloud == 1))[asked].astype(float)),
+        "calls_wasted": proportion((shares > 0.5).astype(float)),
+        "device_tokens": _mean([o.device_tokens for o in outcomes]),
+        "cloud_tokens": _mean([o.cloud_tokens for o in outcomes]),
+        "usd_per_1k": _mean([1000 * o.cost_usd for o in outcomes]),
+        "cloud_latency_s": _mean([o.latency_s for o in outcomes]),
+    }
+    if untrained is not None:
+        values["pgr_vs_untrained"] = bootstrap(c, gap_recovered)
+    return {"problems": len(outcomes), **{name: m.json() for name, m in values.items()}}
+
+
+def _mean(values: Sequence[float]) -> Measure:
+    """A mean with its normal interval."""
+    mean, half = float(np.mean(values)), 1.959964 * float(np.std(values)) / len(values) ** 0.5
+    return Measure(mean, mean - half, mean + half)
+
+
+def training(run: Path) -> dict[str, Any]:
+    """The ledger of the training: what it called, spent and took."""
+    metrics = run / "metrics.jsonl"
+    steps = read_records(metrics) if metrics.is_file() else []
+    seconds = sum(s["seconds"]["total"] for s in steps)
+    return {
+        "steps": len(steps),
+        "cloud_calls": steps[-1]["cloud_calls"] if steps else 0,
+        "cost_usd": steps[-1]["cost_usd"] if steps else 0.0,
+        "device_tokens": sum(s["device_tokens"] for s in steps),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(s["seconds"]["cpu"] for s in steps), 1),
+        "seconds_per_step": round(seconds / len(steps), 3) if steps else 0.0,
+    }

@@ -1,0 +1,141 @@
+"""Measures of routing, pure: accuracy, rates, curves, gains, and 95 % intervals.
+
+Everything takes one `Columns` (an entry a problem) and gives a `Measure`. Left out on purpose: reading records, and
+drawing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A value with its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    def json(self) -> dict[str, float] | None:
+        """`{"value", "low", "high"}`, or None where the value is not defined."""
+        if math.isnan(self.value):
+            return None
+        low, high = (self.value if math.isnan(x) else x for x in (self.low, self.high))
+        return {"value": self.value, "low": low, "high": high}
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Evaluation records as arrays of N problems.
+
+    `score` is l, -inf where the device never decided; `asked` is what happened; `device` and `cloud` are the
+    correctness of the two answers that each problem could get.
+    """
+
+    score: Floats
+    asked: Floats
+    device: Floats
+    cloud: Floats
+
+    def take(self, index: NDArray[np.int64]) -> Columns:
+        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index])
+
+    @property
+    def final(self) -> Floats:
+        """Correctness of the complete response."""
+        return np.where(self.asked > 0, self.cloud, self.device)
+
+
+def proportion(values: Floats) -> Measure:
+    """A share with its Wilson interval.
+
+    >>> m = proportion(np.array([1.0, 1.0, 0.0, 1.0])); round(m.low, 3), m.value, round(m.high, 3)
+    (0.301, 0.75, 0.954)
+    """
+    n = len(values)
+    if n == 0:
+        return Measure(math.nan, math.nan, math.nan)
+    z, p = 1.959964, float(values.mean())
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Measure(p, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resamples: int = 1000) -> Measure:
+    """A measure with its percentile-bootstrap interval over problems; the resamples are the same every time."""
+    rng = np.random.default_rng(0)
+    n = len(columns.score)
+    values = np.array([measure(columns.take(rng.integers(0, n, n))) for _ in range(resamples)])
+    values = values[~np.isnan(values)]
+    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (math.nan, math.nan)
+    return Measure(measure(columns), float(low), float(high))
+
+
+def curve(columns: Columns) -> tuple[Floats, Floats]:
+    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
+    order = np.argsort(-columns.score, kind="stable")
+    device, cloud = columns.device[order], columns.cloud[order]
+    gain = np.concatenate([[0.0], np.cumsum(cloud - device)])
+    n = len(order)
+    return np.arange(n + 1) / n, (device.sum() + gain) / n
+
+
+def accuracy_at(columns: Columns, call_rate: float) -> float:
+    """Accuracy read off the method's own curve at exactly a call rate."""
+    return float(np.interp(call_rate, *curve(columns)))
+
+
+def random_accuracy(columns: Columns, call_rate: float) -> float:
+    """Accuracy of sending a random share: (1 - b) * acc_local + b * acc_cloud."""
+    return float((1 - call_rate) * columns.device.mean() + call_rate * columns.cloud.mean())
+
+
+def oracle_accuracy(columns: Columns, call_rate: float) -> float:
+    """Accuracy of knowing the device's correctness, not the cloud's: acc_local + q_w * min(b, 1 - acc_local)."""
+    local = float(columns.device.mean())
+    wrong = columns.device == 0
+    cloud_on_wrong = float(columns.cloud[wrong].mean()) if wrong.any() else 0.0
+    return local + cloud_on_wrong * min(call_rate, 1 - local)
+
+
+def clairvoyant_accuracy(columns: Columns, call_rate: float) -> float:
+    """Accuracy of foreseeing both sides' errors: the bound that is shown and never divided by."""
+    rescued = float(((columns.device == 0) & (columns.cloud == 1)).mean())
+    return float(columns.device.mean()) + min(call_rate, rescued)
+
+
+def routing_gain_captured(columns: Columns) -> float:
+    """(acc - acc_random) / (acc_oracle - acc_random) at the realised call rate; NaN where the two are within 0.01."""
+    rate = float(columns.asked.mean())
+    low, high = random_accuracy(columns, rate), oracle_accuracy(columns, rate)
+    return (float(columns.final.mean()) - low) / (high - low) if abs(high - low) >= 0.01 else math.nan
+
+
+def performance_gap_recovered(accuracy: float, device: float, cloud: float) -> float:
+    """PGR: (acc - acc_device) / (acc_cloud - acc_device); NaN without a gap."""
+    return (accuracy - device) / (cloud - device) if abs(cloud - device) >= 0.01 else math.nan
+
+
+def decision_auc(columns: Columns) -> float:
+    """Probability that a problem which the device fails has a higher l than one which it solves; ties count half.
+
+    Problems without a decision are left out; NaN where either kind is missing.
+    """
+    decided = np.isfinite(columns.score)
+    score, failed = columns.score[decided], columns.device[decided] == 0
+    positives, negatives = int(failed.sum()), int((~failed).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    rank = (last - counts + last + 1) / 2
+    total = float(rank[inverse][failed].sum())
+    return (total - positives * (positives + 1) / 2) / (positives * negatives)

@@ -1,0 +1,168 @@
+"""The help-call protocol: the prompt that offers the choice, the tags, `parse`, and the decision point.
+
+Left out on purpose: matching tags in a stream (the gateway's), and any knowledge of a task.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from selfroute.errors import DeviceError
+from selfroute.types import Answer, CloudRequest, Decision, HelpCall, Message, Undecided
+
+HELP_CALL = "<unknown> I need external assistance </unknown>"
+ANSWER_OPEN = "<answer>"
+ANSWER_CLOSE = "</answer>"
+
+INSTRUCTION = (
+    f"Think step by step, then end with {ANSWER_OPEN}your answer{ANSWER_CLOSE}. "
+    f"If you cannot solve it, end with {HELP_CALL} instead."
+)
+"""The system prompt that offers the choice; the same text for every task and every model."""
+
+_HELP_AT_END = re.compile(r"<unknown>\s*I need external assistance\s*</unknown>\s*\Z")
+
+
+def chat(question: str) -> tuple[Message, ...]:
+    """The device's messages for one problem: the choice, then the question."""
+    return ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question})
+
+
+def cloud_request(question: str) -> CloudRequest:
+    """What the cloud is asked: the problem alone."""
+    return CloudRequest(
+        messages=(
+            {"role": "system", "content": f"Think step by step, then end with {ANSWER_OPEN}your answer{ANSWER_CLOSE}."},
+            {"role": "user", "content": question},
+        )
+    )
+
+
+def parse(text: str, *, finished: bool = True) -> Decision:
+    """Read a response as an answer, a help call, or neither.
+
+    A help call counts only when it ends the response, and wins over an answer before it: text after the tag, or a
+    tag quoted in mid-sentence, is reasoning. The last answer tag counts; it is well-formed when it is the only one,
+    closed, not empty, and ends the response. A response cut at the token limit has not decided.
+
+    >>> parse("1:3*7=21,21+25=46!\\n<answer>3*7+25</answer>")
+    Answer(text='3*7+25', well_formed=True)
+    >>> parse("I am lost. <unknown> I need external assistance </unknown>")
+    HelpCall()
+    >>> parse("<unknown> I need external assistance </unknown> or so I thought")
+    Undecided()
+    >>> parse("<answer>3*7+25", finished=False)
+    Undecided()
+    """
+    if not finished:
+        return Undecided()
+    if _HELP_AT_END.search(text, max(0, len(text) - 4096)):
+        return HelpCall()
+    start = text.rfind(ANSWER_OPEN)
+    if start < 0:
+        return Undecided()
+    body = text[start + len(ANSWER_OPEN) :]
+    inside, close, after = body.partition(ANSWER_CLOSE)
+    inside = inside.strip()
+    if not inside:
+        return Undecided()
+    only_one = text.count(ANSWER_OPEN) == 1
+    return Answer(inside, well_formed=bool(close) and only_one and not after.strip())
+
+
+class Tokenizer(Protocol):
+    """The two calls that the decision point needs; every `transformers` tokenizer has them."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionPoint:
+    """The first token where the two tags part: after the tokens `prefix`, `help` or `answer` comes next.
+
+    `prefix` is what the tags share, such as `<`; it is empty where the tags part at once, and starts with a piece of
+    the text before the tag where a tokenizer merges the two (`.<`).
+    """
+
+    prefix: tuple[int, ...]
+    help: int
+    answer: int
+
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """Whether `token_ids` stop right before the decision."""
+        n = len(self.prefix)
+        return n == 0 or tuple(token_ids[-n:]) == self.prefix
+
+
+# What may stand before a tag. Tokenizers that merge across such a border part the tags elsewhere there.
+_BORDERS = ("\n", "", " ", ".", ".\n", "\n\n", ")", ":", ". ")
+
+
+def decision_points(tokenizer: Tokenizer) -> tuple[DecisionPoint, ...]:
+    """Every form the decision point takes under a tokenizer; the first is the one after a line break.
+
+    Both tags are tokenized behind each usual border, as a model meets them in text; the form is the tokens they
+    share past the border and the first token that differs.
+
+    Raises:
+        DeviceError: the tokenizer maps both tags to the same tokens (no decision can be told apart).
+    """
+    points: list[DecisionPoint] = []
+    for border in _BORDERS:
+        before = "x" + border
+        base = tokenizer.encode(before, add_special_tokens=False)
+        help_ids = tokenizer.encode(before + HELP_CALL, add_special_tokens=False)
+        answer_ids = tokenizer.encode(before + ANSWER_OPEN, add_special_tokens=False)
+        shared = _shared(help_ids, answer_ids)
+        if shared == min(len(help_ids), len(answer_ids)):
+            raise DeviceError(
+                f"this tokenizer cannot tell {ANSWER_OPEN!r} from {HELP_CALL!r} (unknown characters?): "
+                "use a tokenizer that covers plain ASCII"
+            )
+        start = min(_shared(base, help_ids), shared)
+        point = DecisionPoint(tuple(help_ids[start:shared]), help_ids[shared], answer_ids[shared])
+        if point not in points:
+            points.append(point)
+    return tuple(points)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def find_decision(
+    token_ids: Sequence[int], points: Sequence[DecisionPoint], tokenizer: Tokenizer
+) -> tuple[int, DecisionPoint] | None:
+    """Where a finished response decided: the index of the last token that chose between the tags, and its form.
+
+    None when the response spelled its tag in an unusual way (then there is no clean pair of tokens to compare).
+    """
+    for index in range(len(token_ids) - 1, -1, -1):
+        token = token_ids[index]
+        for point in points:
+            if token not in (point.help, point.answer) or not point.ends(token_ids[:index]):
+                continue
+            tag = tokenizer.decode(list(token_ids[index - len(point.prefix) :]), skip_special_tokens=True)
+            wanted = HELP_CALL if token == point.help else ANSWER_OPEN
+            # A merged border leaves a character or two before the tag.
+            if wanted in tag[: len(wanted) + 2]:
+                return index, point
+    return None
+
+
+def last_boundary(token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """How many tokens stand before the last place where a cut response could have decided: past its last line break."""
+    for index in range(len(token_ids) - 1, -1, -1):
+        if "\n" in tokenizer.decode([token_ids[index]]):
+            return index + 1
+    return 0

@@ -1,0 +1,150 @@
+"""A run directory: the resolved config with its origin, and versioned JSONL records that survive a kill.
+
+RUN/run.json        command, config, seed, versions, git commit
+RUN/metrics.jsonl   one line a training step
+RUN/cloud.sqlite    the cloud's cache and ledger
+RUN/checkpoints/    step-000100/, ...
+RUN/evaluations/    NAME/records.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from selfroute.errors import RunError
+
+SCHEMA = 1
+"""Version of every record; a reader refuses others."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a kill leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable by people."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole JSONL file atomically, each record stamped with the schema version."""
+    write_atomic(path, "".join(_line(record) for record in records))
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA, **record}, allow_nan=False) + "\n"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file; a last line cut by a kill is left out.
+
+    Raises:
+        RunError: it is missing, damaged before its last line, or of another schema version.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise RunError(f"no such file: {path}") from None
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{path}:{number} is damaged: {error}") from error
+        if record.get("schema") != SCHEMA:
+            raise RunError(f"{path}:{number} has schema {record.get('schema')}; this version reads {SCHEMA}")
+        records.append(record)
+    return records
+
+
+def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: bool) -> None:
+    """Create a run directory, or open it again with `resume`.
+
+    Raises:
+        RunError: it exists and `resume` is off, or was made with another config.
+    """
+    file = path / "run.json"
+    if file.exists():
+        if not resume:
+            raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")
+        before = read_json(file).get("config", {})
+        changed = sorted(k for k in {*before, *config} if before.get(k) != config.get(k))
+        if changed:
+            raise RunError(
+                f"{path} was made with other settings ({', '.join(changed)}): "
+                "resume with the same config, or give another --out"
+            )
+        return
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, not a directory")
+    write_json(
+        file,
+        {
+            "command": command,
+            "config": config,
+            "git": _git_commit(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: _version(name) for name in ("selfroute", "torch", "transformers", "accelerate")},
+            },
+        },
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code runs from; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,469 @@
+"""The training loop: G responses a problem -> verdicts -> rewards -> D1 u D2 -> one update.
+
+One step reads from top to bottom in `_Trainer.step`. Everything random is named by (seed, step, problem, index) and the
+weights change only at a step's end, so that a run killed anywhere and resumed equals one that was not. Left out on
+purpose: many machines, evaluation, and clipping, KL or old log-probabilities, which the method does without.
+
+Axes: P problems, G responses, B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, field_validator
+from torch.nn.functional import cross_entropy
+
+from selfroute.cloud import make_cloud
+from selfroute.cloud.memory import Cloud
+from selfroute.config import Choice, Config
+from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts, pack
+from selfroute.errors import TrainingError
+from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision, last_boundary, parse
+from selfroute.records import append_record, open_run, read_records, write_records
+from selfroute.tasks import make_task
+from selfroute.train import gapg
+from selfroute.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from selfroute.train.reward import RewardConfig, reward
+from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
+
+
+class TrainConfig(Config):
+    """One post-training run."""
+
+    task: Choice = Choice(name="countdown")
+    """Where problems come from and how answers are judged."""
+    device: DeviceConfig = DeviceConfig()
+    """The on-device model to start from."""
+    cloud: Choice = Choice(name="oracle")
+    """The cloud that answers help calls."""
+    reward: RewardConfig = RewardConfig()
+    """alpha_a, alpha_c, alpha_f."""
+    sampling: Sampling = Sampling(max_tokens=160)
+    """How training responses are drawn; the temperature must be 1."""
+    evaluation: Sampling = Sampling(max_tokens=160)
+    """How responses are drawn when the run is evaluated, calibrated and asked."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    steps: int = Field(100, ge=1)
+    """Updates."""
+    problems_per_step: int = Field(64, ge=1)
+    """P: problems in a batch."""
+    num_responses: int = Field(8, ge=2)
+    """G: responses sampled for each problem."""
+    budget: float = Field(0.3, ge=0, le=1)
+    """b: share of problems that may go to the cloud; |D2| <= b / (1 - b) * |D1|."""
+    d1: Literal["any_correct", "mixed"] = "any_correct"
+    """D1 holds problems with a correct local answer, or those with both correct and other responses."""
+    decision_weight: float = Field(1.0, ge=0)
+    """Weight of the decision loss; 0 gives the paper's method exactly."""
+    decision_cloud: Literal["estimate", "call"] = "estimate"
+    """Where the decision loss lacks the cloud's verdict: use the running share of correct ones, or buy it."""
+    lr: float = Field(2e-4, gt=0)
+    """AdamW's learning rate, constant."""
+    beta2: float = Field(0.95, gt=0, lt=1)
+    """AdamW's second beta; the first is 0.9. No weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm where it is longer."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Padded response tokens in one forward pass; changes speed and memory only."""
+    checkpoint_every: int = Field(25, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log each step there, through accelerate."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _own_distribution(cls, sampling: Sampling) -> Sampling:
+        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.forbid_help:
+            raise ValueError("training samples from the model itself: temperature 1, decide sample, help allowed")
+        return sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token sequence of the update.
+
+    `advantage` weighs the sum of its log-probabilities; `gap` is Delta at token `decision_index`. A row with advantage
+    0 ends at its decision.
+    """
+
+    problem: int
+    token_ids: Sequence[int]
+    advantage: float
+    gap: float = 0.0
+    decision_index: int = 0
+    point: DecisionPoint | None = None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What a step did, as it stands in metrics.jsonl; shares are of the batch's responses."""
+
+    step: int
+    reward: float
+    local_accuracy: float
+    help: float
+    wrong: float
+    undecided: float
+    d1: int
+    d2: int
+    cloud_calls: int
+    cost_usd: float
+    cloud_share: float
+    device_tokens: int
+    rows: int
+    decision_loss: float
+    grad_norm: float
+    seconds: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[StepRecord], None] = lambda record: None,
+) -> Path:
+    """Post-train a device model; returns the last checkpoint.
+
+    A Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; `resume` goes on from the newest one.
+
+    Raises:
+        RunError: `out` holds another run, or one and `resume` is off.
+        CloudError: the cloud failed; a checkpoint of the last finished step is saved.
+        TrainingError: a number was not finite, or the disk refused a checkpoint.
+        KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
+    """
+    open_run(out, "train", config.model_dump(mode="json"), resume=resume)
+    trainer = _Trainer(config, out)
+    try:
+        return trainer.run(report)
+    finally:
+        trainer.cloud.close()
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, out: Path) -> None:
+        self.config, self.out = config, out
+        self.task = make_task(config.task)
+        self.problems = self.task.load("train")
+        saved = checkpoints(out)
+        model = config.device.model_copy(update={"model": str(saved[-1])}) if saved else config.device
+        self.engine = HFEngine.load(model)
+        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
+        self.engine.model.to(self.accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            self.engine.model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0
+        )
+        self.finished = 0
+        self.cloud_correct: dict[str, bool] = {}
+        metrics = out / "metrics.jsonl"
+        if saved:
+            state = load_checkpoint(saved[-1], self.optimizer)
+            self.finished = state["step"]
+            self.cloud_correct = state["cloud_correct"]
+            # Steps past the checkpoint will be done again.
+            write_records(metrics, [without_schema(r) for r in read_records(metrics) if r["step"] <= self.finished])
+        else:
+            write_records(metrics, [])
+        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite")
+        if config.trackers:
+            self.accelerator.init_trackers("selfroute", config=flat(config.model_dump(mode="json")))
+
+    def run(self, report: Callable[[StepRecord], None]) -> Path:
+        config = self.config
+        with _stop_signals() as stop:
+            for step in range(self.finished + 1, config.steps + 1):
+                try:
+                    record = self.step(step)
+                except Exception:
+                    # The weights are still those of the last finished step.
+                    if self.finished:
+                        self.save()
+                    raise
+                self.finished = step
+                values = {name: getattr(record, name) for name in StepRecord.__slots__}
+                append_record(self.out / "metrics.jsonl", values)
+                if config.trackers:
+                    self.accelerator.log(flat(values), step=step)
+                report(record)
+                if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
+                    self.save()
+                if stop.is_set() and step < config.steps:
+                    raise KeyboardInterrupt
+        if config.trackers:
+            self.accelerator.end_training()
+        return checkpoints(self.out)[-1]
+
+    def save(self) -> None:
+        if any(p.name == f"step-{self.finished:06d}" for p in checkpoints(self.out)):
+            return
+        save_checkpoint(
+            self.out,
+            self.finished,
+            self.engine.model,
+            self.engine.tokenizer,
+            self.optimizer,
+            {"cloud_correct": self.cloud_correct},
+            keep=self.config.keep_checkpoints,
+        )
+
+    def batch(self, step: int) -> list[Problem]:
+        """The problems of a step: a fresh order each pass over the data, from (seed, pass) alone."""
+        size, count = self.config.problems_per_step, len(self.problems)
+        positions = range((step - 1) * size, step * size)
+        orders: dict[int, list[int]] = {}
+        for position in positions:
+            epoch = position // count
+            if epoch not in orders:
+                orders[epoch] = list(range(count))
+                random.Random(f"{self.config.seed}/order/{epoch}").shuffle(orders[epoch])
+        return [self.problems[orders[i // count][i % count]] for i in positions]
+
+    def step(self, step: int) -> StepRecord:
+        config, engine = self.config, self.engine
+        clock = _Clock()
+
+        # Score: sample, parse, judge.
+        problems = self.batch(step)
+        prompts = [engine.encode(chat(p.question)) for p in problems]
+        streams = [[f"{config.seed}/{step}/{p.id}/{i}" for i in range(config.num_responses)] for p in problems]
+        groups = engine.generate(prompts, streams, config.sampling)
+        decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
+        correct_PG = [
+            [isinstance(d, Answer) and self.task.verify(d.text, p).correct for d in group]
+            for p, group in zip(problems, decisions, strict=True)
+        ]
+        clock.mark("sample")
+
+        # Ask the cloud where someone asked, or where nobody solved it.
+        needed = [
+            i
+            for i, (group, correct_G) in enumerate(zip(decisions, correct_PG, strict=True))
+            if not any(correct_G)
+            or any(isinstance(d, HelpCall) for d in group)
+            or (config.decision_cloud == "call" and config.decision_weight > 0)
+        ]
+        cloud_correct_P = self._ask_cloud(step, problems, needed)
+        clock.mark("cloud")
+
+        # Reward and filter.
+        rewards_PG = torch.tensor(
+            [
+                [
+                    reward(d, correct=ok, cloud_correct=cloud_correct, weights=config.reward)
+                    for d, ok in zip(group, correct_G, strict=True)
+                ]
+                for group, correct_G, cloud_correct in zip(decisions, correct_PG, cloud_correct_P, strict=True)
+            ],
+            dtype=torch.float64,
+        )
+        if not torch.isfinite(rewards_PG).all():
+            raise TrainingError(f"a reward is not finite at step {step}: check the task's verifier and the weights")
+        selection = gapg.select(
+            correct_PG,
+            cloud_correct_P,
+            budget=config.budget,
+            rule=config.d1,
+            rng=random.Random(f"{config.seed}/{step}/d2"),
+        )
+
+        # Update, on D1 u D2 alone.
+        rows = self._rows(selection.kept, groups, decisions, rewards_PG, cloud_correct_P)
+        kept_prompts = [prompts[p] for p in selection.kept]
+        decision_loss, grad_norm = self._update(step, kept_prompts, rows, len(selection.kept) * config.num_responses)
+        clock.mark("update")
+
+        everyone = [
+            (d, ok) for group, oks in zip(decisions, correct_PG, strict=True) for d, ok in zip(group, oks, strict=True)
+        ]
+        share = 1 / len(everyone)
+        spent = self.cloud.spent("train", until_step=step)
+        return StepRecord(
+            step=step,
+            reward=rewards_PG.mean().item(),
+            local_accuracy=sum(ok for _, ok in everyone) * share,
+            help=sum(isinstance(d, HelpCall) for d, _ in everyone) * share,
+            wrong=sum(isinstance(d, Answer) and not ok for d, ok in everyone) * share,
+            undecided=sum(isinstance(d, Undecided) for d, _ in everyone) * share,
+            d1=len(selection.d1),
+            d2=len(selection.d2),
+            cloud_calls=spent.calls,
+            cost_usd=round(spent.cost_usd, 9),
+            cloud_share=self._cloud_share(),
+            device_tokens=sum(len(r.token_ids) for group in groups for r in group),
+            rows=len(rows),
+            decision_loss=decision_loss,
+            grad_norm=grad_norm,
+            seconds=clock.seconds(),
+        )
+
+    def _ask_cloud(self, step: int, problems: Sequence[Problem], needed: Sequence[int]) -> list[bool | None]:
+        """The cloud's verdict on each problem of the batch; None where it was never needed."""
+        fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_correct]
+        answers = self.cloud.ask([(p.id, cloud_request(p.question)) for p in fresh], phase="train", step=step)
+        for p, answer in zip(fresh, answers, strict=True):
+            read = parse(answer.text)
+            self.cloud_correct[p.id] = isinstance(read, Answer) and self.task.verify(read.text, p).correct
+        return [self.cloud_correct.get(p.id) for p in problems]
+
+    def _cloud_share(self) -> float:
+        """q: the share of correct cloud answers so far; 1 before the first, as a strong model deserves."""
+        return sum(self.cloud_correct.values()) / len(self.cloud_correct) if self.cloud_correct else 1.0
+
+    def _rows(
+        self,
+        kept: Sequence[int],
+        groups: Sequence[Sequence[Response]],
+        decisions: Sequence[Sequence[Decision]],
+        rewards_PG: torch.Tensor,
+        cloud_correct_P: Sequence[bool | None],
+    ) -> list[Row]:
+        """The sequences with a gradient: those with an advantage, and those with a decision to learn from."""
+        config = self.config
+        advantages_PG = gapg.advantages(rewards_PG)
+        rows: list[Row] = []
+        for number, p in enumerate(kept):
+            for g, (response, decision) in enumerate(zip(groups[p], decisions[p], strict=True)):
+                advantage = advantages_PG[p, g].item()
+                found, ids = None, response.token_ids
+                if config.decision_weight > 0 and not isinstance(decision, HelpCall):
+                    if isinstance(decision, Answer):
+                        found = find_decision(ids, self.engine.points, self.engine.tokenizer)
+                    elif not response.finished:
+                        # A cut response has not decided: its last line break counts as its decision point.
+                        point = self.engine.points[0]
+                        ids = (*ids[: last_boundary(ids, self.engine.tokenizer)], *point.prefix, point.answer)
+                        found = len(ids) - 1, point
+                gap = 0.0
+                if found is not None:
+                    gap = gapg.decision_gap(
+                        rewards_PG[p, g].item() if isinstance(decision, Answer) else 0.0,
+                        cloud_correct=cloud_correct_P[p],
+                        cloud_share=self._cloud_share(),
+                        cloud_reward=config.reward.cloud,
+                    )
+                if found is None or gap == 0:
+                    if advantage:
+                        rows.append(Row(number, response.token_ids, advantage))
+                elif advantage and ids is response.token_ids:
+                    rows.append(Row(number, ids, advantage, gap, *found))
+                else:
+                    if advantage:
+                        rows.append(Row(number, response.token_ids, advantage))
+                    rows.append(Row(number, ids[: found[0] + 1], 0.0, gap, *found))
+        return rows
+
+    def _update(
+        self, step: int, prompts: Sequence[Sequence[int]], rows: Sequence[Row], count: int
+    ) -> tuple[float, float]:
+        """One optimizer step; returns the decision loss and the gradient's norm. None is taken without rows."""
+        if not rows:
+            return 0.0, 0.0
+        config, model = self.config, self.engine.model
+        device = model.device
+        total_decision = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        shared = SharedPrompts(model, prompts, self.engine.pad)
+        for part in pack([row.token_ids for row in rows], config.micro_batch_tokens):
+            chosen = [rows[i] for i in part]
+            logits_BTV, targets_BT, mask_BT = shared.logits(
+                [row.problem for row in chosen], [row.token_ids for row in chosen]
+            )
+            loss = logits_BTV.new_zeros(())
+            if any(row.advantage for row in chosen):
+                log_prob_BT = -cross_entropy(logits_BTV.transpose(1, 2).float(), targets_BT, reduction="none")
+                advantage_B = torch.tensor([row.advantage for row in chosen], device=device)
+                loss = loss + gapg.policy_loss((log_prob_BT * mask_BT).sum(1), advantage_B, count)
+            deciding = [(b, row, row.point) for b, row in enumerate(chosen) if row.point is not None]
+            if deciding:
+                places = ([b for b, _, _ in deciding], [row.decision_index for _, row, _ in deciding])
+                at_BV = logits_BTV[places].float()
+                index_B = torch.arange(len(deciding), device=device)
+                help_B = at_BV[index_B, torch.tensor([point.help for _, _, point in deciding], device=device)]
+                answer_B = at_BV[index_B, torch.tensor([point.answer for _, _, point in deciding], device=device)]
+                gap_B = torch.tensor([row.gap for _, row, _ in deciding], device=device)
+                decision = gapg.decision_loss(help_B - answer_B, gap_B, config.decision_weight, count)
+                total_decision += decision.item()
+                loss = loss + decision
+            if not torch.isfinite(loss):
+                raise TrainingError(f"the loss is {loss.item()} at step {step}: lower lr (now {config.lr:g})")
+            loss.backward()
+        shared.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"the gradient's norm is {grad_norm} at step {step}: lower lr (now {config.lr:g})")
+        self.optimizer.step()
+        return total_decision, grad_norm
+
+
+class _Clock:
+    """Seconds of each part of a step, and the processor's in all."""
+
+    def __init__(self) -> None:
+        self._last = self._start = time.perf_counter()
+        self._cpu = time.process_time()
+        self._parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self._parts[part] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        parts = {**self._parts, "total": time.perf_counter() - self._start, "cpu": time.process_time() - self._cpu}
+        return {name: round(value, 3) for name, value in parts.items()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM sets the event, so that the step under way can finish; a second one kills."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def without_schema(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "schema"}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, for trackers that know no tables."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value if isinstance(value, int | float | str) else str(value)
+    return result

@@ -1,0 +1,96 @@
+"""Synthetic search traces for Countdown: what the shipped device model imitates before any post-training.
+
+A trace is a few numbered attempts, each a chain of whole-number steps and a mark (`!` hit, `?` miss), then an answer or
+a help call. Which of the two is a coin toss that looks at nothing, so that no routing is taught here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL
+from selfroute.tasks.countdown import apply
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One attempt: its steps as text, the value that it reaches, and the expression that it stands for."""
+
+    steps: str
+    value: int
+    expression: str
+
+
+@lru_cache(maxsize=4096)
+def chains(numbers: tuple[int, ...], max_value: int) -> tuple[Chain, ...]:
+    """Every chain over all numbers whose steps are whole, not negative and at most `max_value`.
+
+    >>> len(chains((3, 7, 12), 199)), chains((3, 7, 12), 199)[0].steps
+    (36, '7+3=10,12+10=22')
+    """
+    found: dict[str, Chain] = {}
+
+    def walk(items: tuple[tuple[int, str], ...], steps: tuple[str, ...]) -> None:
+        if len(items) == 1:
+            chain = Chain(",".join(steps), items[0][0], items[0][1])
+            found.setdefault(chain.steps, chain)
+            return
+        for i in range(len(items)):
+            for j in range(i):
+                # Larger first: sums and products are written one way, differences stay whole.
+                (a, x), (b, y) = sorted((items[i], items[j]), key=lambda item: -item[0])
+                rest = tuple(item for n, item in enumerate(items) if n not in (i, j))
+                for op in "+-*/":
+                    if op == "/" and (b == 0 or a % b):
+                        continue
+                    value = apply(a, op, b)
+                    if value <= max_value:
+                        text = f"{_group(x)}{op}{_group(y)}"
+                        walk((*rest, (value, text)), (*steps, f"{a}{op}{b}={value}"))
+
+    walk(tuple((n, str(n)) for n in numbers), ())
+    return tuple(found.values())
+
+
+def _group(expression: str) -> str:
+    return expression if expression.isdigit() else f"({expression})"
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStyle:
+    """How traces search. Probabilities in [0, 1]; `max_value` bounds every step."""
+
+    attempts_max: int
+    solution_probability: float
+    give_up_probability: float
+    help_probability: float
+    max_value: int
+
+
+def trace(numbers: Sequence[int], target: int, style: TraceStyle, rng: random.Random) -> str:
+    """One response text: attempts until a hit, then an answer or, by a coin toss, a help call.
+
+    After a miss the search gives up with `give_up_probability`, and after `attempts_max` at the latest. An attempt is
+    a real solution with `solution_probability`, else a random chain not tried before. Without a hit the answer is the
+    last attempt's expression, wrong.
+    """
+    every = chains(tuple(numbers), style.max_value)
+    hits = [c for c in every if c.value == target]
+    untried = list(every)
+    rng.shuffle(untried)
+    lines: list[str] = []
+    chain = untried[-1]
+    for attempt in range(1, style.attempts_max + 1):
+        if hits and rng.random() < style.solution_probability:
+            chain = rng.choice(hits)
+        elif untried:
+            chain = untried.pop()
+        hit = chain.value == target
+        lines.append(f"{attempt}:{chain.steps}{'!' if hit else '?'}\n")
+        if hit or rng.random() < style.give_up_probability:
+            break
+    asks = rng.random() < style.help_probability
+    return "".join(lines) + (HELP_CALL if asks else f"{ANSWER_OPEN}{chain.expression}{ANSWER_CLOSE}")

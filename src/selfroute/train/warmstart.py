@@ -1,0 +1,229 @@
+"""The warm start: a small Llama learns the form of a Countdown search, and nothing about when to ask.
+
+It trains the tokenizer, then the model, on synthetic traces of training problems (never of calibration or test
+problems), and writes a model folder like any checkpoint's. Post-training starts from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfroute.config import Config
+from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts, pack
+from selfroute.errors import TrainingError
+from selfroute.protocol import INSTRUCTION, chat
+from selfroute.tasks.countdown import CountdownConfig, problem, random_value, split_of
+from selfroute.train.traces import TraceStyle, trace
+from selfroute.types import Problem
+
+
+class WarmstartConfig(Config):
+    """One warm start: the shape of the model, the traces, and the optimizer."""
+
+    seed: int = 0
+    """Seed of the weights and of the traces."""
+    task: CountdownConfig = CountdownConfig()
+    """The problems; only those whose hash falls into the training split are used."""
+    attempts_max: int = Field(8, ge=1)
+    """Most attempts in a trace."""
+    solution_probability: float = Field(0.25, ge=0, le=1)
+    """Chance that an attempt is a real solution; else it is a random chain."""
+    give_up_probability: float = Field(0.25, ge=0, le=1)
+    """Chance that a trace ends after a miss."""
+    help_probability: float = Field(0.15, ge=0, le=1)
+    """Chance that a trace ends in a help call, whatever came before."""
+    max_value: int = Field(199, ge=1)
+    """Largest value of a step in a trace."""
+    hidden_size: int = 128
+    """Width of the model."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_kv_heads: int = 2
+    """Key-value heads."""
+    mlp_size: int = 384
+    """Width of the feed-forward layers."""
+    steps: int = Field(1500, ge=1)
+    """Optimizer steps."""
+    problems_per_step: int = Field(32, ge=1)
+    """Problems in a batch."""
+    traces_per_problem: int = Field(4, ge=1)
+    """Traces of each problem in a batch."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate; 5 % warm-up, then a cosine to zero."""
+    micro_batch_tokens: int = Field(2048, ge=1)
+    """Padded response tokens in one forward pass; changes speed and memory only."""
+    log_every: int = Field(50, ge=1)
+    """Steps between progress lines."""
+
+
+# Qwen2 and Llama 3 split text this way (numbers of up to three digits stay whole, as in Llama 3), and llama.cpp knows
+# the rule as `llama-bpe`.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def train_tokenizer(max_value: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Llama 3's pre-tokenizer, in which numbers up to `max_value` are one token.
+
+    The tags stay ordinary text of several tokens that share `<`, as in real vocabularies, because the training text
+    has their words but not the tags.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    question = problem((1, 2, 3), 6).question
+    words = INSTRUCTION.replace("<", " ").replace(">", " ").replace("/", " ") + " " + question
+    texts = [words, "system\nuser\nassistant\nanswer\nunknown\n", "?\n!\n", "+(\n-(\n*(\n/(\n"] * 50
+    texts += ["a</a"] * 50
+    texts += [f"{n}\n" for n in range(max_value + 1)] * 50
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=40,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def training_problems(config: CountdownConfig, rng: random.Random) -> Iterator[Problem]:
+    """Solvable problems of the training split, without end; never one of calibration or test."""
+    while True:
+        numbers = tuple(rng.randint(config.number_min, config.number_max) for _ in range(config.num_numbers))
+        target = random_value(numbers, rng)
+        if target is None or not config.target_min <= target <= config.target_max:
+            continue
+        if split_of(numbers, target) == "train":
+            yield problem(numbers, target)
+
+
+def warmstart(config: WarmstartConfig, out: Path, report: Callable[[str], None] = print) -> Path:
+    """Train and write a model folder: weights (fp16 safetensors), tokenizer, and `warmstart.json`, its provenance.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    tokenizer = train_tokenizer(config.max_value)
+    model = _model(config, tokenizer)
+    report(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
+    engine = HFEngine(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, config.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))),
+    )
+    rng = random.Random(f"warmstart-{config.seed}")
+    style = TraceStyle(
+        config.attempts_max,
+        config.solution_probability,
+        config.give_up_probability,
+        config.help_probability,
+        config.max_value,
+    )
+    source = training_problems(config.task, rng)
+    end = tokenizer.eos_token_id
+    model.train()
+    for step in range(1, config.steps + 1):
+        problems = [next(source) for _ in range(config.problems_per_step)]
+        prompts = [engine.encode(chat(p.question)) for p in problems]
+        owners, rows = [], []
+        for number, p in enumerate(problems):
+            for _ in range(config.traces_per_problem):
+                text = trace(p.reference["numbers"], p.reference["target"], style, rng)
+                owners.append(number)
+                rows.append([*tokenizer.encode(text, add_special_tokens=False), end])
+        optimizer.zero_grad(set_to_none=True)
+        shared = SharedPrompts(model, prompts, engine.pad)
+        tokens = sum(map(len, rows))
+        loss = 0.0
+        for part in pack(rows, config.micro_batch_tokens):
+            logits_BTV, targets_BT, mask_BT = shared.logits([owners[i] for i in part], [rows[i] for i in part])
+            part_loss = cross_entropy(logits_BTV[mask_BT], targets_BT[mask_BT], reduction="sum") / tokens
+            part_loss.backward()
+            loss += part_loss.item()
+        shared.backward()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}: lower lr (now {config.lr:g})")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % config.log_every == 0 or step == config.steps:
+            report(f"step {step}/{config.steps}  loss {loss:.4f}  {time.perf_counter() - started:.0f} s")
+    model.eval()
+    _save(config, model, tokenizer, out, time.perf_counter() - started)
+    return out
+
+
+def _model(config: WarmstartConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        intermediate_size=config.mlp_size,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(shape)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    return model
+
+
+def _save(
+    config: WarmstartConfig, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, seconds: float
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    model.to(torch.float16).save_pretrained(out)
+    weights = (out / "model.safetensors").read_bytes()
+    provenance = {
+        "command": "selfroute warmstart countdown-1m --out DIR",
+        "config": config.model_dump(),
+        "torch": torch.__version__.split("+")[0],
+        "seconds": round(seconds),
+        "sha256": {"model.safetensors": hashlib.sha256(weights).hexdigest()},
+    }
+    (out / "warmstart.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")

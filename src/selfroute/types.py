@@ -1,0 +1,121 @@
+"""The vocabulary: small frozen values that every room shares, and the two protocols that cross rooms.
+
+Left out on purpose: behaviour. What a value means is said here; what is done with it is said where it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Message = Mapping[str, str]
+"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing to solve: the user's text and what the task's verifier needs to judge an answer."""
+
+    id: str
+    question: str
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says of one answer; `reason` is for people and is never parsed."""
+
+    correct: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The device answered; `well_formed` means one closed answer tag, and nothing after it."""
+
+    text: str
+    well_formed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HelpCall:
+    """The device asked the cloud."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """Nothing readable, or cut at the token limit."""
+
+
+Decision = Answer | HelpCall | Undecided
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the device generated for one problem.
+
+    `token_ids` holds the generated tokens, the end token included when `finished`; a response that is not
+    `finished` was cut at the token limit. `score` is l, the log-odds of the help call against the answer at the
+    decision point (nats; None when no decision point was met), and `decision_index` that point's position in
+    `token_ids`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+    score: float | None = None
+    decision_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CloudRequest:
+    """One question to the cloud; everything that affects the answer is in here, so its hash is the cache's key."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int = 2048
+    temperature: float = 0.0
+    sample_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CloudAnswer:
+    """A complete answer of the cloud. `cost_usd` is its price when it was bought; a cache hit keeps it."""
+
+    text: str
+    reasoning: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CloudChunk:
+    """A piece of a streamed answer; the last one carries the whole `CloudAnswer` in `final`."""
+
+    text: str = ""
+    reasoning: str = ""
+    final: CloudAnswer | None = None
+
+
+@runtime_checkable
+class CloudClient(Protocol):
+    """A cloud LLM. Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What, beside the request, affects an answer (URL, model, settings): part of the cache's key."""
+        ...
+
+    async def complete(self, request: CloudRequest) -> CloudAnswer:
+        """The whole answer. Cancelling the task cancels the request."""
+        ...
+
+    def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
+        """The answer as it comes; closing the iterator (`aclose`) cancels the request."""
+        ...
+
+
+Route = Literal["device", "cloud", "undecided"]
+"""Where an answer came from. An undecided response was never sent anywhere and is wrong."""
