@@ -303,6 +303,7 @@ def report(run: str | Path) -> dict[str, Any]:
     """Write RUN/summary.json, RUN/report.html and the figures from what is in a run directory; returns the summary."""
     from selfroute.evaluate.report import write_report
 
+    run_config(Path(run))
     return write_report(Path(run))
 
 

@@ -100,7 +100,7 @@ class DecisionPoint:
 
 
 # What may stand before a tag. Tokenizers that merge across such a border part the tags elsewhere there.
-_BORDERS = ("\n", "", " ", ".", ".\n", "\n\n", ")", ":", ". ")
+_BORDERS = tuple(mark + gap for mark in ("x", "1", *".,:;!?)]}=-*`\"'") for gap in ("\n", "", " ", "\n\n"))
 
 
 def decision_points(tokenizer: Tokenizer) -> tuple[DecisionPoint, ...]:
@@ -114,10 +114,9 @@ def decision_points(tokenizer: Tokenizer) -> tuple[DecisionPoint, ...]:
     """
     points: list[DecisionPoint] = []
     for border in _BORDERS:
-        before = "x" + border
-        base = tokenizer.encode(before, add_special_tokens=False)
-        help_ids = tokenizer.encode(before + HELP_CALL, add_special_tokens=False)
-        answer_ids = tokenizer.encode(before + ANSWER_OPEN, add_special_tokens=False)
+        base = tokenizer.encode(border, add_special_tokens=False)
+        help_ids = tokenizer.encode(border + HELP_CALL, add_special_tokens=False)
+        answer_ids = tokenizer.encode(border + ANSWER_OPEN, add_special_tokens=False)
         shared = _shared(help_ids, answer_ids)
         if shared == min(len(help_ids), len(answer_ids)):
             raise DeviceError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.prefix import SharedPrompts
@@ -50,6 +51,7 @@ class HFEngine:
             DeviceError: nothing by that name can be loaded.
         """
         where = model_path(config.model)
+        hf_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype))
@@ -93,6 +95,9 @@ class HFEngine:
 
         Returns:
             P lists of responses, in order.
+
+        Raises:
+            DeviceError: the model's logits are not finite.
         """
         was_training = self.model.training
         self.model.eval()
@@ -216,7 +221,10 @@ class _Decoder:
             step = torch.tensor([len(self.tokens[row]) for row in rows], device=logits_BV.device)
             draw_B = self.uniforms[self.alive, step.clamp_max(self.uniforms.shape[1] - 1)]
             cumulative_BV = probability_BV.cumsum(-1)
-            draw_B = draw_B * cumulative_BV[:, -1]
+            total_B = cumulative_BV[:, -1]
+            if not torch.isfinite(total_B).all():
+                raise DeviceError("the model's logits are not finite")
+            draw_B = draw_B * total_B
             token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
             token_B = token_B.clamp_max(logits_BV.shape[-1] - 1)
         for point, here, scores in pairs:

@@ -95,21 +95,22 @@ COLUMNS = (
 
 
 def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
-    """A measure for people: the value and its 95 % interval, in percent where it is a share."""
+    """A measure for people: a share in percent with its 95 % interval, any other number alone."""
     m = cells.get(name)
     if m is None:
         return "–"
-    digits = 1 if scale == 100 or m["value"] >= 10 else 3
-    low, value, high = (f"{scale * m[k]:.{digits}f}" for k in ("low", "value", "high"))
+    if scale == 1:
+        return f"{m['value']:.3g}"
+    low, value, high = (f"{scale * m[k]:.1f}" for k in ("low", "value", "high"))
     return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
 
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
     """The table for the terminal."""
     table = Table(title="test problems; percent, with 95 % intervals", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for _, label, _ in COLUMNS:
-        table.add_column(label, justify="right", overflow="fold")
+        table.add_column(label, justify="right", no_wrap=True)
     for label, cells in rows(summary):
         ours = label.startswith("selfroute")
         table.add_row(label, *(show(cells, name, scale) for name, _, scale in COLUMNS), style="bold" if ours else None)

@@ -2,7 +2,8 @@
 
 The answer of each side is known for each problem: an asked problem's local answer is the same prefix continued with
 the help tag forbidden, and the cloud is asked (once, through the cache) for every problem, so that the whole curve
-along the dial follows from one set of records. Left out on purpose: what the records mean (measures) and how they look (report).
+along the dial follows from one set of records. Left out on purpose: what the records mean (measures) and how they
+look (report).
 """
 
 from __future__ import annotations

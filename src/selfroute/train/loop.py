@@ -1,6 +1,6 @@
 """The training loop: G responses a problem -> verdicts -> rewards -> D1 u D2 -> one update.
 
-One step reads from top to bottom in `_Trainer.step`. Everything random is named by (seed, step, problem, index) and the
+One step reads from top to bottom in `Trainer.step`. Everything random is named by (seed, step, problem, index) and the
 weights change only at a step's end, so that a run killed anywhere and resumed equals one that was not. Left out on
 purpose: many machines, evaluation, and clipping, KL or old log-probabilities, which the method does without.
 
@@ -32,7 +32,7 @@ from selfroute.config import Choice, Config
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import TrainingError
+from selfroute.errors import DeviceError, TrainingError
 from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision, last_boundary, parse
 from selfroute.records import append_record, open_run, read_records, write_records
 from selfroute.tasks import make_task
@@ -152,14 +152,14 @@ def train(
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
     open_run(out, "train", config.model_dump(mode="json"), resume=resume)
-    trainer = _Trainer(config, out)
+    trainer = Trainer(config, out)
     try:
         return trainer.run(report)
     finally:
         trainer.cloud.close()
 
 
-class _Trainer:
+class Trainer:
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.task = make_task(config.task)
@@ -245,7 +245,10 @@ class _Trainer:
         problems = self.batch(step)
         prompts = [engine.encode(chat(p.question)) for p in problems]
         streams = [[f"{config.seed}/{step}/{p.id}/{i}" for i in range(config.num_responses)] for p in problems]
-        groups = engine.generate(prompts, streams, config.sampling)
+        try:
+            groups = engine.generate(prompts, streams, config.sampling)
+        except DeviceError as error:
+            raise TrainingError(f"{error} at step {step}: lower lr (now {config.lr:g})") from error
         decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
         correct_PG = [
             [isinstance(d, Answer) and self.task.verify(d.text, p).correct for d in group]

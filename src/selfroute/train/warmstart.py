@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,9 +39,11 @@ class WarmstartConfig(Config):
     """The problems; only those whose hash falls into the training split are used."""
     attempts_max: int = Field(8, ge=1)
     """Most attempts in a trace."""
-    solution_probability: float = Field(0.25, ge=0, le=1)
-    """Chance that an attempt is a real solution; else it is a random chain."""
-    give_up_probability: float = Field(0.25, ge=0, le=1)
+    blind_probability: float = Field(0.5, ge=0, le=1)
+    """Chance that a trace tries random chains only."""
+    solution_probability: float = Field(0.4, ge=0, le=1)
+    """Chance that an attempt of another trace is a real solution."""
+    give_up_probability: float = Field(0.2, ge=0, le=1)
     """Chance that a trace ends after a miss."""
     help_probability: float = Field(0.15, ge=0, le=1)
     """Chance that a trace ends in a help call, whatever came before."""
@@ -63,6 +65,8 @@ class WarmstartConfig(Config):
     """Problems in a batch."""
     traces_per_problem: int = Field(4, ge=1)
     """Traces of each problem in a batch."""
+    result_weight: float = Field(4.0, gt=0)
+    """Weight in the loss of tokens that follow from those before them (a step's result, an attempt's mark)."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate; 5 % warm-up, then a cosine to zero."""
     micro_batch_tokens: int = Field(2048, ge=1)
@@ -152,6 +156,7 @@ def warmstart(config: WarmstartConfig, out: Path, report: Callable[[str], None] 
     rng = random.Random(f"warmstart-{config.seed}")
     style = TraceStyle(
         config.attempts_max,
+        config.blind_probability,
         config.solution_probability,
         config.give_up_probability,
         config.help_probability,
@@ -171,11 +176,14 @@ def warmstart(config: WarmstartConfig, out: Path, report: Callable[[str], None] 
                 rows.append([*tokenizer.encode(text, add_special_tokens=False), end])
         optimizer.zero_grad(set_to_none=True)
         shared = SharedPrompts(model, prompts, engine.pad)
-        tokens = sum(map(len, rows))
+        weights = [[config.result_weight if w else 1.0 for w in determined(row, tokenizer)] for row in rows]
+        total = sum(map(sum, weights))
         loss = 0.0
         for part in pack(rows, config.micro_batch_tokens):
             logits_BTV, targets_BT, mask_BT = shared.logits([owners[i] for i in part], [rows[i] for i in part])
-            part_loss = cross_entropy(logits_BTV[mask_BT], targets_BT[mask_BT], reduction="sum") / tokens
+            weight_N = torch.tensor([w for i in part for w in weights[i]])
+            loss_N = cross_entropy(logits_BTV[mask_BT], targets_BT[mask_BT], reduction="none")
+            part_loss = (loss_N * weight_N).sum() / total
             part_loss.backward()
             loss += part_loss.item()
         shared.backward()
@@ -189,6 +197,12 @@ def warmstart(config: WarmstartConfig, out: Path, report: Callable[[str], None] 
     model.eval()
     _save(config, model, tokenizer, out, time.perf_counter() - started)
     return out
+
+
+def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:
+    """Which tokens of a trace leave no choice: the number after each `=`, and the mark after each attempt."""
+    equals, hit, miss = tokenizer.convert_tokens_to_ids(["=", "!\u010a", "?\u010a"])
+    return [token in (hit, miss) or (n > 0 and row[n - 1] == equals) for n, token in enumerate(row)]
 
 
 def _model(config: WarmstartConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

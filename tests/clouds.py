@@ -1,0 +1,35 @@
+"""Clouds for tests, named in configs by dotted path; each implements `types.CloudClient`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selfroute.cloud.oracle import Oracle, OracleConfig
+from selfroute.errors import CloudError
+from selfroute.types import CloudAnswer, CloudRequest
+
+
+class FlakyConfig(OracleConfig):
+    """An oracle that fails while a file exists, after some answers."""
+
+    broken: str = ""
+    """While this file exists, every request past `answers_first` fails."""
+    answers_first: int = 0
+    """Requests that succeed all the same."""
+
+
+class FlakyOracle(Oracle):
+    """The oracle, down for as long as a file says so."""
+
+    Config = FlakyConfig
+
+    def __init__(self, config: FlakyConfig) -> None:
+        super().__init__(config)
+        self.flaky = config
+        self.asked: list[str] = []
+
+    async def complete(self, request: CloudRequest) -> CloudAnswer:
+        self.asked.append(request.messages[-1]["content"])
+        if Path(self.flaky.broken).exists() and len(self.asked) > self.flaky.answers_first:
+            raise CloudError("connection refused")
+        return await super().complete(request)

@@ -1,0 +1,31 @@
+"""Shared fixtures: the shipped model, small tasks, and clouds that fail on purpose."""
+
+from __future__ import annotations
+
+import os
+
+# One thread everywhere: tests run beside each other and must not depend on the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# There is no hub here; without this a missing model is looked for over and over.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfroute.device.base import DeviceConfig
+from selfroute.device.hf import HFEngine
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def engine() -> HFEngine:
+    """The shipped device model; tests that train load their own."""
+    return HFEngine.load(DeviceConfig(model="countdown-1m"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"

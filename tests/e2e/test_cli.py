@@ -1,0 +1,231 @@
+"""The real command line, in an empty folder, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfroute.records import read_records
+
+SELFROUTE = str(Path(sys.executable).with_name("selfroute"))
+SMALL = [
+    "task.train=60",
+    "task.calibration=20",
+    "task.test=30",
+    "problems_per_step=6",
+    "num_responses=4",
+]
+
+
+def selfroute(*args: str, cwd: Path, code: int = 0, timeout: float = 240) -> str:
+    done = subprocess.run([SELFROUTE, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [SELFROUTE, *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small run in `run`, trained, calibrated and evaluated through the CLI."""
+    cwd = tmp_path_factory.mktemp("home")
+    out = selfroute("train", "countdown-tiny", *SMALL, "steps=2", "--out", "run", cwd=cwd)
+    assert "selfroute evaluate run" in out
+    selfroute("evaluate", "run", "--before", cwd=cwd)
+    selfroute("evaluate", "run", cwd=cwd)
+    assert "95 % interval" in selfroute("calibrate", "run", "--budget", "0.3", cwd=cwd)
+    assert "dial at 30 %" in selfroute("evaluate", "run", "--budget", "0.3", cwd=cwd)
+    return cwd
+
+
+def test_help_is_fast_and_teaches(tmp_path: Path) -> None:
+    best = min(_timed(lambda: selfroute("--help", cwd=tmp_path)) for _ in range(5))
+    assert best < 0.5
+    text = selfroute("--help", cwd=tmp_path)
+    for command in ("train", "evaluate", "calibrate", "report", "demo", "ask", "warmstart"):
+        assert command in text
+        assert "Usage" in selfroute(command, "--help", cwd=tmp_path)
+
+
+def _timed(call: Any) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> None:
+    out = selfroute("train", "countdown-tiny", "steps=7", "cloud.accuracy=0.5", "--dry-run", cwd=tmp_path)
+    config = json.loads(out)
+    assert (config["steps"], config["cloud"]["accuracy"], config["budget"]) == (7, 0.5, 0.3)
+    assert json.loads(selfroute("warmstart", "countdown-1m", "--dry-run", cwd=tmp_path))["hidden_size"] == 128
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "nope"], "no such config: 'nope'"),
+        (["train", "countdown-tiny", "stesp=3"], "stesp: Extra inputs are not permitted"),
+        (["train", "countdown-tiny", "task.name=nope"], "known: countdown"),
+        (["train", "countdown-tiny", "device.model=no/such-model", "steps=1"], "cannot load the device model"),
+        (["evaluate", "nowhere"], "not a run directory"),
+        (["report", "nowhere"], "not a run directory"),
+        (["calibrate", "nowhere", "--budget", "0.3"], "not a run directory"),
+        (["calibrate", "nowhere", "--budget", "30"], "between 0 and 1"),
+        (["ask", "nowhere", "1 2 3 4"], "not a run directory"),
+        (["ask", "countdown-tiny", "hello"], "3 to 6 numbers and a target"),
+    ],
+)
+def test_errors_name_the_cause_without_a_traceback(tmp_path: Path, args: list[str], message: str) -> None:
+    text = selfroute(*args, cwd=tmp_path, code=1)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_the_run_reports(trained: Path) -> None:
+    run = trained / "run"
+    text = selfroute("report", "run", cwd=trained)
+    for row in ("untrained device model", "random offloading", "selfroute, dial", "oracle", "cloud alone"):
+        assert row in text
+    summary = json.loads((run / "summary.json").read_text())
+    interval = {"value", "low", "high"}
+    for key in ("local_accuracy", "call_rate", "decision_auc"):
+        assert set(summary["before"][key] or interval) == interval
+    for key in ("accuracy", "call_rate", "local_accuracy", "pgr_vs_untrained", "routing_gain_captured"):
+        assert key in summary["after"]
+    for key in ("accuracy", "call_rate", "accuracy_at_30", "routing_gain_captured"):
+        assert key in summary["at_budget_30"]
+    for key in ("random_at_30", "oracle_at_30", "cloud"):
+        assert set(summary[key]["accuracy"]) == interval
+    assert {"cloud_calls", "cost_usd", "seconds", "cpu_seconds", "steps", "seconds_per_step"} <= set(summary["train"])
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "<script" not in page
+
+
+def test_records_hold_what_the_measures_need(trained: Path) -> None:
+    records = read_records(trained / "run/evaluations/after/records.jsonl")
+    assert len(records) == 30
+    for r in records:
+        assert {"problem", "response", "route", "score", "device_correct", "cloud_correct", "cost_usd"} <= set(r)
+        asked = r["route"] == "cloud"
+        assert r["correct"] == (r["cloud_correct"] if asked else r["device_correct"])
+        assert (r["cost_usd"] > 0) == asked
+        assert (r["device_solve_share"] is not None) == asked
+
+
+def test_ask_shows_the_decision_and_its_price(trained: Path) -> None:
+    seen = set()
+    for seed in range(40):
+        text = selfroute("ask", "run", "numbers 13, 17, 19; target 97", "--seed", str(seed), cwd=trained)
+        assert "device |" in text
+        assert "verdict" in text
+        seen.add("asks the cloud" if "asks the cloud" in text else "answers itself" if "answers itself" in text else "")
+        if {"asks the cloud", "answers itself"} <= seen:
+            break
+    assert {"asks the cloud", "answers itself"} <= seen
+    assert "l = " in selfroute("ask", "run", "numbers 1, 2, 3; target 6", "--budget", "0.3", cwd=trained)
+    assert "not calibrated" in selfroute("ask", "run", "1 2 3 6", "--budget", "0.5", cwd=trained, code=1)
+
+
+def test_the_python_api_does_the_same(trained: Path) -> None:
+    import selfroute as package
+
+    with package.load(trained / "run", budget=0.3) as pair:
+        reply = pair.answer("numbers 3, 7, 25; target 46")
+    assert reply.route in ("device", "cloud", "undecided")
+    assert reply.score is not None
+    summary = package.report(trained / "run")
+    assert summary["train"]["steps"] == 2
+
+
+RESUMED = [*SMALL, "steps=6", "checkpoint_every=3"]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(run / "metrics.jsonl")]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    names = ("model.safetensors", "optimizer.safetensors")
+    pairs = [(load_file(a / n), load_file(b / n)) for n in names]
+    return all(set(x) == set(y) and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+
+def test_six_steps_equal_three_then_kill_then_three(tmp_path: Path) -> None:
+    selfroute("train", "countdown-tiny", *RESUMED, "--out", "whole", cwd=tmp_path)
+    # Killed in the middle of step 5: steps 4 and 5 are past the checkpoint and are done again.
+    process = start("train", "countdown-tiny", *RESUMED, "--out", "killed", cwd=tmp_path)
+    wait_for_step(process, tmp_path / "killed", 4)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in sorted((tmp_path / "killed/checkpoints").iterdir())] == ["step-000003"]
+    assert "already holds a run" in selfroute(
+        "train", "countdown-tiny", *RESUMED, "--out", "killed", cwd=tmp_path, code=1
+    )
+    selfroute("train", "countdown-tiny", *RESUMED, "--out", "killed", "--resume", cwd=tmp_path)
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "killed")
+    assert same_weights(*(tmp_path / n / "checkpoints/step-000006" for n in ("whole", "killed")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    settings = [*SMALL, "steps=5", "checkpoint_every=100"]
+    process = start("train", "countdown-tiny", *settings, "--out", "run", cwd=tmp_path)
+    wait_for_step(process, tmp_path / "run", 1)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run the same command with --resume" in text
+    assert "Traceback" not in text
+    done = len(steps_of(tmp_path / "run"))
+    assert (tmp_path / f"run/checkpoints/step-{done:06d}").is_dir()
+    selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
+    selfroute("train", "countdown-tiny", *settings, "--out", "whole", cwd=tmp_path)
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
+def test_a_failing_cloud_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    (tmp_path / "clouds.py").write_text((Path(__file__).parents[1] / "clouds.py").read_text())
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [SELFROUTE, "train", "countdown-tiny", *SMALL, "cloud.name=clouds:FlakyOracle",
+         f"cloud.broken={tmp_path / 'broken'}", "cloud.answers_first=12", "steps=9", "--out", "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "connection refused" in done.stderr
+    assert "will not be paid again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(steps_of(tmp_path / "run")) >= 1
+    assert list((tmp_path / "run/checkpoints").iterdir())

@@ -1,0 +1,122 @@
+"""The main job: quickly, in full, and from a wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from selfroute import measures
+from selfroute.api import load_train_config, load_warmstart_config, warmstart
+from selfroute.cloud import make_cloud
+from selfroute.cloud.memory import Cloud
+from selfroute.device.base import DeviceConfig
+from selfroute.device.hf import HFEngine, model_path
+from selfroute.evaluate.run import columns, evaluate
+from selfroute.measures import Columns
+from selfroute.tasks import make_task
+from tests.e2e.test_cli import selfroute
+
+ROOT = Path(__file__).parents[2]
+
+
+def sampled(model: str, tmp_path: Path) -> Columns:
+    """A model on the demo's test problems, its own decisions sampled."""
+    config = load_train_config("countdown-tiny")
+    cloud = Cloud(make_cloud(config.cloud), tmp_path / "cloud.sqlite")
+    try:
+        engine = HFEngine.load(DeviceConfig(model=model))
+        task = make_task(config.task)
+        return columns(evaluate(engine, task, cloud, split="test", sampling=config.evaluation, seed=config.seed))
+    finally:
+        cloud.close()
+
+
+def calls_of(run: Path) -> list[tuple[str, str]]:
+    with sqlite3.connect(run / "cloud.sqlite") as db:
+        return db.execute("SELECT problem, phase FROM calls").fetchall()
+
+
+def test_the_quick_demo_does_every_part_and_continues(tmp_path: Path) -> None:
+    text = selfroute("demo", "--quick", "--out", "out", cwd=tmp_path)
+    assert "report.html" in text
+    run = tmp_path / "out"
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"before", "after", "at_budget_30", "random_at_30", "oracle_at_30", "cloud", "train"} <= set(summary)
+    calls = calls_of(run)
+    assert len({problem for problem, _ in calls}) == len(calls), "a problem was paid twice"
+    assert sum(phase == "train" for _, phase in calls) == summary["train"]["cloud_calls"]
+    # Again: everything is there, nothing is done or paid twice, and the numbers stay.
+    selfroute("demo", "--quick", "--out", "out", cwd=tmp_path)
+    assert calls_of(run) == calls
+    assert json.loads((run / "summary.json").read_text()) == summary
+
+
+def test_the_shipped_model_does_not_route(tmp_path: Path) -> None:
+    c = sampled("countdown-1m", tmp_path)
+    assert c.device.mean() < 0.50
+    assert 0.10 <= c.asked.mean() <= 0.20
+    assert 0.45 <= measures.decision_auc(c) <= 0.55
+
+
+def test_the_shipped_weights_are_those_that_their_provenance_names() -> None:
+    folder = Path(model_path("countdown-1m"))
+    provenance = json.loads((folder / "warmstart.json").read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    assert len(weights) < 4_000_000
+    assert hashlib.sha256(weights).hexdigest() == provenance["sha256"]["model.safetensors"]
+    assert load_warmstart_config("countdown-1m").model_dump(mode="json") == provenance["config"]
+    assert provenance["command"] == "selfroute warmstart countdown-1m --out DIR"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_warm_start_gives_the_shipped_accuracy(tmp_path: Path) -> None:
+    warmstart("countdown-1m", tmp_path / "model")
+    fresh = sampled(str(tmp_path / "model"), tmp_path).device.mean()
+    shipped = sampled("countdown-1m", tmp_path).device.mean()
+    assert abs(fresh - shipped) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_main_job_gives_its_numbers(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    command = [str(Path(sys.executable).with_name("selfroute")), "demo", "--out", "out"]
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment, timeout=3000)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["before"]["local_accuracy"]["value"] < 0.50
+    at_30 = summary["at_budget_30"]
+    assert at_30["accuracy_at_30"]["value"] >= 0.90
+    assert at_30["call_rate"]["value"] <= 0.33
+    assert at_30["routing_gain_captured"]["value"] >= 0.90
+    calls = calls_of(tmp_path / "out")
+    assert len({problem for problem, _ in calls}) == len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wheel_runs_the_quick_demo_in_an_empty_environment(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel), *constraints], check=True, cwd=tmp_path)
+    # The base install answers, and names what a command lacks.
+    bare = tmp_path / "venv/bin/selfroute"
+    done = subprocess.run([bare, "demo", "--quick", "--out", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'selfroute[train]'" in done.stderr
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", f"{wheel}[train]", *constraints], check=True, cwd=tmp_path
+    )
+    subprocess.run([bare, "demo", "--quick", "--out", "out"], check=True, cwd=tmp_path, timeout=600)
+    assert (tmp_path / "out/report.html").is_file()

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.device.hf import HFEngine, uniforms
+from selfroute.device.prefix import SharedPrompts, pack
+from selfroute.errors import DeviceError
+from selfroute.protocol import chat, parse
+from selfroute.tasks.countdown import Countdown, CountdownConfig
+from selfroute.train.warmstart import train_tokenizer
+from selfroute.types import Answer, HelpCall
+
+PROBLEMS = Countdown(CountdownConfig()).load("test")[:6]
+
+
+def prompts(engine: HFEngine) -> list[list[int]]:
+    return [engine.encode(chat(p.question)) for p in PROBLEMS]
+
+
+def names(count: int = 1) -> list[list[str]]:
+    return [[f"{p.id}/{i}" for i in range(count)] for p in PROBLEMS]
+
+
+def double(engine: HFEngine) -> HFEngine:
+    return HFEngine(copy.deepcopy(engine.model).double(), engine.tokenizer)
+
+
+def tiny(kind: str) -> HFEngine:
+    """A random model of another architecture, in float64."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(30)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    return HFEngine(model.double().eval(), tokenizer)
+
+
+def test_greedy_decoding_is_the_librarys(engine: HFEngine) -> None:
+    groups = engine.generate(prompts(engine), names(), Sampling(temperature=0, max_tokens=80))
+    for prompt, [response] in zip(prompts(engine), groups, strict=True):
+        expected = engine.model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=80, do_sample=False
+        )
+        assert list(response.token_ids) == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_prompts_of_unequal_length_decode_as_the_librarys(kind: str) -> None:
+    engine = tiny(kind)
+    unequal = [p[: 10 + 7 * n] for n, p in enumerate(prompts(engine))]
+    groups = engine.generate(unequal, names(), Sampling(temperature=0, max_tokens=24))
+    for prompt, [response] in zip(unequal, groups, strict=True):
+        expected = engine.model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False
+        )
+        assert list(response.token_ids) == expected[0, len(prompt) :].tolist()
+
+
+def test_a_response_does_not_depend_on_its_batch_mates(engine: HFEngine) -> None:
+    exact, sampling = double(engine), Sampling(max_tokens=100)
+    together = exact.generate(prompts(engine), names(4), sampling)
+    for n, prompt in enumerate(prompts(engine)):
+        [alone] = exact.generate([prompt], [names(4)[n]], sampling)
+        assert [r.token_ids for r in alone] == [r.token_ids for r in together[n]]
+    in_pieces = exact.generate(prompts(engine), names(4), sampling.model_copy(update={"batch_size": 5}))
+    assert [[r.token_ids for r in g] for g in in_pieces] == [[r.token_ids for r in g] for g in together]
+
+
+def test_streams_differ_and_repeat() -> None:
+    assert (uniforms("0/1/p/0", 8) == uniforms("0/1/p/0", 16)[:8]).all()
+    assert not (uniforms("0/1/p/0", 8) == uniforms("0/1/p/1", 8)).any()
+    draws = uniforms("mean", 20_000)
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert draws.min() >= 0
+    assert draws.max() < 1
+
+
+def test_sampling_follows_the_models_distribution(engine: HFEngine) -> None:
+    prompt = prompts(engine)[0]
+    count = 4000
+    [group] = engine.generate([prompt], [[f"s{i}" for i in range(count)]], Sampling(max_tokens=3))
+    with torch.no_grad():
+        start = [*prompt, *group[0].token_ids[:2]]
+        same = [r for r in group if r.token_ids[:2] == group[0].token_ids[:2]]
+        expected = torch.softmax(engine.model(torch.tensor([start])).logits[0, -1].double(), 0)
+    counts = torch.bincount(torch.tensor([r.token_ids[2] for r in same]), minlength=len(expected)) / len(same)
+    assert len(same) > 0.9 * count
+    assert (counts - expected).abs().max() < 5 * (0.25 / len(same)) ** 0.5
+
+
+def test_scores_are_the_log_odds_at_the_decision_point(engine: HFEngine) -> None:
+    groups = engine.generate(prompts(engine), names(4), Sampling(max_tokens=160))
+    checked = 0
+    for prompt, group in zip(prompts(engine), groups, strict=True):
+        for r in group:
+            if not r.finished:
+                assert r.score is None
+                continue
+            assert r.score is not None
+            assert r.decision_index is not None
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([[*prompt, *r.token_ids[: r.decision_index]]])).logits[0, -1]
+            [point] = engine.points
+            assert r.score == pytest.approx((logits[point.help] - logits[point.answer]).item(), abs=1e-3)
+            assert (r.token_ids[r.decision_index] == point.help) == isinstance(parse(r.text), HelpCall)
+            checked += 1
+    assert checked > 15
+
+
+def test_the_dial_turns_the_decision_and_nothing_before_it(engine: HFEngine) -> None:
+    free = engine.generate(prompts(engine), names(4), Sampling(max_tokens=160))
+    for bias, kind in ((50.0, HelpCall), (-50.0, Answer)):
+        turned = engine.generate(prompts(engine), names(4), Sampling(max_tokens=160, decide="threshold", bias=bias))
+        for a, b in zip(chain(*free), chain(*turned), strict=True):
+            if a.finished:
+                assert isinstance(parse(b.text), kind)
+                assert b.token_ids[: a.decision_index] == a.token_ids[: a.decision_index]
+                assert b.score == pytest.approx(a.score, abs=1e-3)
+
+
+def test_help_can_be_forbidden_from_a_given_prefix_on(engine: HFEngine) -> None:
+    exact = double(engine)
+    asking = Sampling(max_tokens=160, decide="threshold", bias=50.0)
+    groups = exact.generate(prompts(engine), names(2), asking)
+    forbidden = Sampling(max_tokens=160, forbid_help=True)
+    own = exact.generate(prompts(engine), names(2), forbidden)
+    asked = [(n, g, r) for n, group in enumerate(groups) for g, r in enumerate(group) if r.finished]
+    continued = exact.generate(
+        [prompts(engine)[n] for n, _, _ in asked],
+        [[names(2)[n][g]] for n, g, _ in asked],
+        forbidden,
+        starts=[r.token_ids[: r.decision_index] for _, _, r in asked],
+    )
+    assert len(asked) > 8
+    for (n, g, r), [local] in zip(asked, continued, strict=True):
+        assert isinstance(parse(r.text), HelpCall)
+        assert isinstance(parse(local.text), Answer)
+        # The same stream gives the same local answer as never having been allowed to ask.
+        assert local.token_ids == own[n][g].token_ids
+
+
+def test_the_token_limit_cuts(engine: HFEngine) -> None:
+    done: list[int] = []
+    groups = engine.generate(prompts(engine), names(2), Sampling(max_tokens=5), progress=done.append)
+    assert all(len(r.token_ids) == 5 and not r.finished for group in groups for r in group)
+    assert sum(done) == 12
+
+
+def test_shared_prompts_give_the_plain_gradient(engine: HFEngine) -> None:
+    exact = double(engine)
+    model, ids = exact.model, [p[: len(p) - 3 * n] for n, p in enumerate(prompts(engine)[:3])]
+    rows = [(0, [5, 6, 7, 8]), (2, [9, 10]), (0, [11]), (1, [12, 13, 14])]
+
+    def gradient() -> list[torch.Tensor]:
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.zero_grad()
+    for owner, row in rows:
+        logits = model(torch.tensor([[*ids[owner], *row]])).logits[0, len(ids[owner]) - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(row), reduction="sum").backward()
+    plain = gradient()
+    model.zero_grad()
+    shared = SharedPrompts(model, ids, exact.pad)
+    for part in pack([row for _, row in rows], 6):
+        logits, targets, mask = shared.logits([rows[i][0] for i in part], [rows[i][1] for i in part])
+        torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum").backward()
+    shared.backward()
+    for a, b in zip(plain, gradient(), strict=True):
+        # The architecture's norms compute in float32, whatever the weights.
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_packing_bounds_the_padded_size() -> None:
+    rows = [[0] * n for n in (9, 1, 4, 4, 30, 2)]
+    parts = list(pack(rows, 12))
+    assert sorted(i for part in parts for i in part) == list(range(6))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(len(rows[i]) for i in part) <= 12
+
+
+def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="countdown-1m"):
+        HFEngine.load(DeviceConfig(model=str(tmp_path)))
+
+
+def test_a_model_without_a_chat_template_is_refused(engine: HFEngine) -> None:
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DeviceError, match="no chat template"):
+        HFEngine(engine.model, tokenizer)

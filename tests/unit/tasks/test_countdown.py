@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfroute.config import Choice
+from selfroute.errors import ConfigError, TaskError
+from selfroute.tasks import make_task
+from selfroute.tasks.countdown import (
+    Countdown,
+    CountdownConfig,
+    problem,
+    read_question,
+    solve,
+    split_of,
+    verify,
+)
+
+
+@pytest.mark.parametrize("k", [3, 4, 5, 6])
+def test_every_generated_problem_is_in_range_and_solvable(k: int) -> None:
+    config = CountdownConfig(num_numbers=k, number_max=12, train=40, calibration=5, test=5, seed=3)
+    for p in Countdown(config).load("train")[:15]:
+        numbers, target = p.reference["numbers"], p.reference["target"]
+        assert len(numbers) == k
+        assert all(1 <= n <= 12 for n in numbers)
+        assert 10 <= target <= 99
+        expression = solve(numbers, target)
+        assert expression is not None
+        assert verify(expression, numbers, target).correct
+
+
+def test_splits_are_disjoint_full_and_seeded() -> None:
+    task = Countdown(CountdownConfig())
+    splits = {name: task.load(name) for name in ("train", "calibration", "test")}
+    assert [len(s) for s in splits.values()] == [5000, 500, 1000]
+    keys = {n: {(*sorted(p.reference["numbers"]), p.reference["target"]) for p in s} for n, s in splits.items()}
+    assert [len(k) for k in keys.values()] == [5000, 500, 1000]
+    assert not keys["train"] & keys["test"]
+    assert not keys["train"] & keys["calibration"]
+    assert not keys["calibration"] & keys["test"]
+    assert Countdown(CountdownConfig()).load("test") == splits["test"]
+    # Another seed draws others, but never across the border.
+    other = {(*sorted(p.reference["numbers"]), p.reference["target"]) for p in
+             Countdown(CountdownConfig(seed=1)).load("train")}  # fmt: skip
+    assert other != keys["train"]
+    assert not other & keys["test"]
+
+
+def test_the_split_ignores_the_order_of_numbers() -> None:
+    assert split_of([3, 7, 25], 46) == split_of([25, 3, 7], 46)
+    assert problem([3, 7, 25], 46).id == problem([7, 25, 3], 46).id
+
+
+def test_too_many_problems_is_an_error() -> None:
+    with pytest.raises(TaskError, match=r"only \d+ distinct test problems"):
+        Countdown(CountdownConfig(number_max=2, train=5, calibration=5, test=500)).load("test")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_numbers": 2}, "3 to 6"),
+        ({"num_numbers": 7}, "3 to 6"),
+        ({"number_min": 9, "number_max": 3}, "number_min"),
+        ({"target_min": 50, "target_max": 10}, "target_min"),
+        ({"train": -1}, "negative"),
+        ({"nubmer_max": 3}, "nubmer_max"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_task(Choice(name="countdown", **settings))
+
+
+@pytest.mark.parametrize(
+    ("expression", "numbers", "target"),
+    [
+        ("3*7+25", [3, 7, 25], 46),
+        (" ( 3 * 7 ) + 25 ", [3, 7, 25], 46),
+        ("25-(7-3)", [3, 7, 25], 21),
+        ("8/(3-8/3)", [3, 3, 8, 8], 24),
+        ("((((1+2))))*3", [1, 2, 3], 9),
+        ("10-2-3", [2, 3, 10], 5),
+        ("12/2/3", [2, 3, 12], 2),
+        ("0+5*1", [0, 5, 1], 5),
+    ],
+)
+def test_right_expressions(expression: str, numbers: list[int], target: int) -> None:
+    assert verify(expression, numbers, target).correct
+
+
+HOSTILE = [
+    "9**9**9",
+    "3**7+25",
+    "3*7//25",
+    "__import__('os').system('true')",
+    "\u0663*7+25",
+    "\uff13*7+25",
+    "3\u00d77+25",
+    "1e9",
+    "3e0*7+25",
+    "03*7+25",
+    "3*07+25",
+    "3.0*7+25",
+    "--3*7+25",
+    "-3*7+25",
+    "+3*7+25",
+    "3*7+25=46",
+    "3*7+2 5",
+    "3_*7+25",
+    "0x3*7+25",
+    "3*7+25;",
+    "3 7 25",
+    "3*(7+25",
+    "3*7)+25",
+    ")3*7+25(",
+    "()3*7+25",
+    "3*7+25()",
+    "3(7)+25",
+    "(3*7)25",
+    "3*7+25+",
+    "*3*7+25",
+    "3*/7+25",
+    "3/(7-7)+25",
+    "25/(3-3)*7",
+    "3*7",
+    "3*7+25+0",
+    "3*7+25+3-3",
+    "",
+    " ",
+    "\x00",
+    "(" * 10_000 + "3*7+25" + ")" * 10_000,
+    "(" * 10_000,
+    "3*7+25" + " " * 100_000,
+    "1+" * 50_000 + "1",
+    "9" * 100_000,
+    "3*7+25\u2028",
+    "nan",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("expression", HOSTILE, ids=lambda e: ascii(e[:24]))
+def test_hostile_expressions_are_wrong_fast_and_never_raise(expression: str) -> None:
+    started = time.perf_counter()
+    verdict = verify(expression, [3, 7, 25], 46)
+    elapsed = time.perf_counter() - started
+    assert not verdict.correct
+    assert verdict.reason
+    assert elapsed < 1e-3 * max(1, len(expression) / 1000) + 1e-3
+
+
+def test_division_by_zero_is_wrong_with_the_right_numbers() -> None:
+    assert verify("25/(3-3)", [3, 3, 25], 46).reason == "divides by zero"
+
+
+@given(st.text(alphabet="0123456789+-*/() .e_", max_size=60))
+def test_verify_agrees_with_exact_arithmetic(text: str) -> None:
+    numbers = [int(n) for n in "".join(c if c.isdigit() else " " for c in text).split()]
+    verdict = verify(text, numbers, 7)
+    if verdict.correct:
+        # What is accepted is also Python arithmetic, and equals the target exactly.
+        exact = eval("".join(f"Fraction({t})" if t.isdigit() else t for t in _tokens(text)), {"Fraction": Fraction})
+        assert exact == 7
+
+
+def _tokens(text: str) -> list[str]:
+    import re
+
+    return re.findall(r"[0-9]+|\S", text)
+
+
+@given(st.text())
+def test_verify_is_total(text: str) -> None:
+    assert verify(text, [3, 7, 25], 46).reason
+
+
+def test_questions_read_back() -> None:
+    assert read_question(problem([3, 7, 25], 46).question) == ((3, 7, 25), 46)
+    assert read_question("What is the capital of France?") is None
+
+
+@pytest.mark.parametrize("text", ["numbers 3, 7, 25; target 46", "3 7 25 46", "make 46?? no: [3,7,25] -> 46"[14:]])
+def test_a_users_own_words(text: str) -> None:
+    assert Countdown(CountdownConfig()).read(text) == problem([3, 7, 25], 46)
+
+
+@pytest.mark.parametrize("text", ["", "numbers 3, 7", "1 2 3 4 5 6 7 8 9"])
+def test_a_users_unreadable_words(text: str) -> None:
+    with pytest.raises(TaskError, match="3 to 6 numbers"):
+        Countdown(CountdownConfig()).read(text)
+
+
+ROWS = [{"nums": [a, b, 9], "target": a + b + 9} for a in range(1, 30) for b in range(1, 30)]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_public_layout_loads_and_is_split_by_hash(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    task = Countdown(CountdownConfig(path=str(path), train=200, calibration=20, test=30))
+    train, test = task.load("train"), task.load("test")
+    assert (len(train), len(test)) == (200, 30)
+    assert not {p.id for p in train} & {p.id for p in test}
+    assert all(split_of(p.reference["numbers"], p.reference["target"]) == "test" for p in test)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"nums": [1, 2], "target": "x"}\n', "data.jsonl:1: `target` must be a whole number"),
+        ('\n{"nums": "abc", "target": 3}\n', "data.jsonl:2: `nums` must be"),
+        ('{"nums": [1, true, 2], "target": 3}\n', "`nums` must be"),
+        ('{"target": 3}\nnot json\n', "2 bad rows"),
+        ("[" * 100_000, "1 bad rows"),
+        ('{"nums": [1, 2, 3], "target": 6}\n', "only"),
+    ],
+)
+def test_bad_rows_are_all_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(TaskError, match=message):
+        Countdown(CountdownConfig(path=str(path))).load("train")
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "data.csv").write_text("nums,target\n")
+    for name, message in (
+        ("data.parquet", "as Parquet"),
+        ("data.csv", "give a .jsonl"),
+        ("none.jsonl", "no such file"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            Countdown(CountdownConfig(path=str(tmp_path / name))).load("train")
+    pq.write_table(pa.table({"numbers": [[1, 2, 3]]}), tmp_path / "other.parquet")
+    with pytest.raises(TaskError, match="no column nums and target"):
+        Countdown(CountdownConfig(path=str(tmp_path / "other.parquet"))).load("train")

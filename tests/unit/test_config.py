@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfroute import config
+from selfroute.config import Choice, Config, build, load, names, override
+from selfroute.errors import ConfigError
+from selfroute.tasks import TASKS
+from selfroute.train.loop import TrainConfig
+from selfroute.train.warmstart import WarmstartConfig
+
+
+class Inner(Config):
+    width: int = 3
+
+
+class Outer(Config):
+    steps: int = 10
+    """Updates."""
+    name: str = "x"
+    inner: Inner = Inner()
+
+
+def test_names_paths_and_overrides(tmp_path: Path) -> None:
+    assert {"countdown-tiny", "countdown-1m"} <= set(names())
+    assert load(TrainConfig, "countdown-tiny", ["steps=7", "cloud.accuracy=0.7"]).steps == 7
+    assert load(WarmstartConfig, "countdown-1m").seed == 0
+    path = tmp_path / "mine.toml"
+    path.write_text("steps = 5\n[inner]\nwidth = 4\n")
+    got = load(Outer, str(path), ["inner.width=9", "name=plain text"])
+    assert (got.steps, got.inner.width, got.name) == (5, 9, "plain text")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("steps = ", [], "not valid TOML"),
+        ("stesp = 3", [], "stesp: Extra inputs"),
+        ("", ["steps=many"], r"steps: .*integer.*'many'"),
+        ("", ["steps"], "key=value"),
+        ("", ["=3"], "key=value"),
+        ("steps = 3", ["steps.x=1"], "not a table"),
+        ("", ["inner.depth=1"], "inner.depth"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(Outer, str(path), overrides)
+
+
+def test_an_unknown_config_names_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"no such config: 'nope' .*countdown-tiny"):
+        load(Outer, "nope")
+
+
+def test_overriding_leaves_the_original_alone() -> None:
+    values = {"inner": {"width": 1}}
+    assert override(values, ["inner.width=2", "a.b.c=[1, 2]"]) == {"inner": {"width": 2}, "a": {"b": {"c": [1, 2]}}}
+    assert values == {"inner": {"width": 1}}
+
+
+def test_choices_are_named_or_dotted() -> None:
+    assert type(build(Choice(name="countdown"), TASKS)).__name__ == "Countdown"
+    made = build(Choice(name="tests.clouds:FlakyOracle", answers_first=3), TASKS)
+    assert made.flaky.answers_first == 3
+    for name, message in (("nope", "known: countdown"), ("nope:Nope", "cannot import"), ("json:Nope", "cannot import")):
+        with pytest.raises(ConfigError, match=message):
+            build(Choice(name=name), TASKS)
+
+
+def test_every_field_of_a_command_is_documented() -> None:
+    for kind in (TrainConfig, WarmstartConfig):
+        assert len(kind.model_fields) <= 25
+        assert all(field.description for field in kind.model_fields.values()), kind
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.validate(Outer, {}, "x").steps = 3  # type: ignore[misc]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfroute import measures as m
+from selfroute.measures import Columns
+
+
+def columns(score: list[float], asked: list[int], device: list[int], cloud: list[int]) -> Columns:
+    return Columns(*(np.array(x, dtype=float) for x in (score, asked, device, cloud)))
+
+
+# Ten problems: the device solves six; l puts three of its four failures first; the cloud fails on one problem.
+C = columns(
+    [9, 8, 7, 6, 5, 4, 3, 2, 1, 0],
+    [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+    [0, 0, 1, 0, 1, 1, 1, 0, 1, 1],
+    [1, 1, 1, 1, 1, 1, 1, 0, 1, 1],
+)
+
+
+def test_the_curve_asks_the_highest_scores_first() -> None:
+    rates, accuracy = m.curve(C)
+    assert rates.tolist() == pytest.approx([k / 10 for k in range(11)])
+    assert accuracy.tolist() == pytest.approx([0.6, 0.7, 0.8, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9])
+    assert m.accuracy_at(C, 0.3) == pytest.approx(0.8)
+    assert m.accuracy_at(C, 0.35) == pytest.approx(0.85)
+
+
+def test_bounds_by_hand() -> None:
+    assert m.random_accuracy(C, 0.3) == pytest.approx(0.7 * 0.6 + 0.3 * 0.9)
+    # The cloud is right on 3 of the 4 problems that the device fails.
+    assert m.oracle_accuracy(C, 0.3) == pytest.approx(0.6 + 0.75 * 0.3)
+    assert m.oracle_accuracy(C, 0.9) == pytest.approx(0.6 + 0.75 * 0.4)
+    assert m.clairvoyant_accuracy(C, 0.2) == pytest.approx(0.8)
+    assert m.clairvoyant_accuracy(C, 0.9) == pytest.approx(0.9)
+
+
+def test_gains_by_hand() -> None:
+    assert C.final.mean() == pytest.approx(0.8)
+    assert m.routing_gain_captured(C) == pytest.approx((0.8 - 0.69) / (0.825 - 0.69))
+    assert m.performance_gap_recovered(0.8, 0.6, 0.9) == pytest.approx(2 / 3)
+    assert math.isnan(m.performance_gap_recovered(0.8, 0.9, 0.905))
+    nobody = columns([1, 2], [0, 0], [1, 1], [1, 1])
+    assert math.isnan(m.routing_gain_captured(nobody))
+
+
+def test_auc_by_hand() -> None:
+    # Failures at 9, 8, 6, 2 against solved at 7, 5, 4, 3, 1, 0: 6 + 6 + 5 + 2 of 24 pairs.
+    assert m.decision_auc(C) == pytest.approx(19 / 24)
+    tied = columns([1, 1, 1, 1], [0] * 4, [0, 1, 0, 1], [1] * 4)
+    assert m.decision_auc(tied) == pytest.approx(0.5)
+    undecided = columns([-math.inf, 2, 1], [0] * 3, [0, 0, 1], [1] * 3)
+    assert m.decision_auc(undecided) == 1.0
+    assert math.isnan(m.decision_auc(columns([1, 2], [0, 0], [1, 1], [1, 1])))
+
+
+def test_undecided_problems_are_asked_last() -> None:
+    c = columns([-math.inf, 1.0], [0, 0], [0, 1], [1, 1])
+    assert m.curve(c)[1].tolist() == [0.5, 0.5, 1.0]
+
+
+def test_intervals() -> None:
+    wilson = m.proportion(np.ones(100))
+    assert wilson.value == 1
+    assert wilson.low == pytest.approx(0.963, abs=1e-3)
+    assert m.proportion(np.array([])).json() is None
+    big = Columns(*(np.tile(x, 100) for x in (C.score, C.asked, C.device, C.cloud)))
+    interval = m.bootstrap(big, m.routing_gain_captured, resamples=200)
+    assert interval.low < interval.value < interval.high
+    assert interval.high - interval.low < 0.4
+    assert m.bootstrap(big, m.routing_gain_captured, resamples=200) == interval
+    assert m.bootstrap(columns([1, 2], [0, 0], [1, 1], [1, 1]), m.decision_auc).json() is None
+
+
+def test_a_bootstrap_interval_covers() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        device = (rng.random(200) < 0.6).astype(float)
+        c = Columns(rng.random(200), np.zeros(200), device, np.ones(200))
+        interval = m.bootstrap(c, lambda part: float(part.device.mean()), resamples=200)
+        covered += interval.low <= 0.6 <= interval.high
+    assert covered >= 88
+
+
+ARRAYS = st.lists(
+    st.tuples(st.floats(-5, 5), st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=30
+).map(lambda rows: columns(*map(list, zip(*rows, strict=True))))  # type: ignore[arg-type]
+
+
+@given(ARRAYS, st.floats(0, 1))
+def test_no_order_beats_foresight_and_ends_meet(c: Columns, rate: float) -> None:
+    assert m.accuracy_at(c, 0) == pytest.approx(c.device.mean())
+    assert m.accuracy_at(c, 1) == pytest.approx(c.cloud.mean())
+    assert m.accuracy_at(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9
+    assert m.random_accuracy(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9
+    assert m.oracle_accuracy(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfroute.errors import RunError
+from selfroute.records import (
+    append_record,
+    open_run,
+    read_json,
+    read_records,
+    write_atomic,
+    write_records,
+)
+
+
+def test_records_round_trip_and_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [{"step": 1}])
+    append_record(path, {"step": 2, "text": "line\nbreak \u2028 é"})
+    with path.open("a") as file:
+        file.write('{"schema": 1, "step"')
+    assert [r["step"] for r in read_records(path)] == [1, 2]
+    assert read_records(path)[1]["text"] == "line\nbreak \u2028 é"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{broken\n{}\n", ":1 is damaged"), ('{"schema": 99}\n', "schema 99; this version reads 1")],
+)
+def test_damage_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        read_records(path)
+    with pytest.raises(RunError, match="no such file"):
+        read_records(tmp_path / "none.jsonl")
+    path.write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        read_json(path)
+
+
+def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        append_record(tmp_path / "m.jsonl", {"loss": float("nan")})
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
+    open_run(run, "train", {"lr": 1, "seed": 0}, resume=True)
+    with pytest.raises(RunError, match="already holds a run"):
+        open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
+    with pytest.raises(RunError, match=r"other settings \(lr, steps\)"):
+        open_run(run, "train", {"lr": 2, "seed": 0, "steps": 3}, resume=True)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(RunError, match="not a directory"):
+        open_run(file, "train", {}, resume=False)
+    written = read_json(run / "run.json")
+    assert written["config"] == {"lr": 1, "seed": 0}
+    assert written["versions"]["torch"].startswith("2.")

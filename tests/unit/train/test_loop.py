@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfroute.config import validate
+from selfroute.errors import CloudError, ConfigError, RunError, TrainingError
+from selfroute.protocol import chat, find_decision, parse
+from selfroute.records import read_records
+from selfroute.train.checkpoint import checkpoints
+from selfroute.train.loop import StepRecord, TrainConfig, Trainer, train
+from selfroute.types import Answer, HelpCall, Response, Undecided
+
+SMALL = {
+    "task": {"name": "countdown", "train": 60, "calibration": 5, "test": 5},
+    "steps": 3,
+    "problems_per_step": 6,
+    "num_responses": 4,
+    "checkpoint_every": 2,
+    "sampling": {"max_tokens": 120},
+}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return validate(TrainConfig, {**SMALL, **changes}, "test")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps of a run without their timings."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(run / "metrics.jsonl")]
+
+
+@contextmanager
+def trainer(run: Path, **changes: Any) -> Iterator[Trainer]:
+    made = Trainer(config(**changes), run)
+    try:
+        yield made
+    finally:
+        made.cloud.close()
+
+
+class RowCounter:
+    """Counts the rows that enter a forward pass of the update (those with a gradient), prompts apart."""
+
+    def __init__(self, made: Trainer) -> None:
+        self.rows = self.prompts = 0
+        made.engine.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            fresh = kwargs["past_key_values"].get_seq_length() == 0
+            if fresh:
+                self.prompts += len(kwargs["input_ids"])
+            else:
+                self.rows += len(kwargs["input_ids"])
+
+
+def test_it_trains_and_writes_what_it_says(run_dir: Path) -> None:
+    seen: list[StepRecord] = []
+    last = train(config(), run_dir, report=seen.append)
+    assert last == run_dir / "checkpoints" / "step-000003"
+    assert [p.name for p in checkpoints(run_dir)] == ["step-000002", "step-000003"]
+    records = read_records(run_dir / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3]
+    for r in records:
+        assert r["local_accuracy"] + r["help"] + r["wrong"] + r["undecided"] == pytest.approx(1)
+        assert r["d1"] + r["d2"] <= 6
+        assert r["d2"] <= 3 / 7 * r["d1"]
+        assert set(r["seconds"]) == {"sample", "cloud", "update", "total", "cpu"}
+    before = load_file(Path(__file__).parents[3] / "src/selfroute/models/countdown-1m/model.safetensors")
+    after = load_file(last / "model.safetensors")
+    assert any(not torch.equal(before[k].float(), after[k]) for k in before)
+
+
+def test_a_run_is_the_same_twice_and_differs_by_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(seed=seed), tmp_path / name)
+    weights = {n: load_file(tmp_path / n / "checkpoints/step-000003/model.safetensors") for n in "abc"}
+    assert all(torch.equal(weights["a"][k], weights["b"][k]) for k in weights["a"])
+    assert not all(torch.equal(weights["a"][k], weights["c"][k]) for k in weights["a"])
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> None:
+    with trainer(run_dir, decision_weight=weight, problems_per_step=12) as made:
+        counter = RowCounter(made)
+        plan: list[Any] = []
+        rows_of = made._rows
+
+        def remember(*args: Any) -> Any:
+            plan.append(args)
+            return rows_of(*args)
+
+        made._rows = remember  # type: ignore[method-assign]
+        record = made.step(1)
+    [(kept, groups, decisions, rewards, _)] = plan
+    expected = 0
+    for p in kept:
+        mean = rewards[p].mean().item()
+        equal = bool((rewards[p] == rewards[p, 0]).all())
+        for response, decision, value in zip(groups[p], decisions[p], rewards[p].tolist(), strict=True):
+            policy = not equal and value != mean
+            learns = weight > 0 and (isinstance(decision, Answer) or not response.finished)
+            # A cut response's decision is a row of its own: it ends elsewhere than its tokens.
+            expected += policy + learns if isinstance(decision, Undecided) else policy or learns
+    assert 0 < len(kept) < 12, "the batch must have something to leave out"
+    assert counter.prompts == len(kept)
+    assert counter.rows == expected == record.rows
+    if weight == 0:
+        # Groups without a policy gradient cost nothing at all.
+        assert expected < len(kept) * 4
+
+
+def test_the_two_weights_keep_different_rows(tmp_path: Path) -> None:
+    rows = []
+    for weight in (0.0, 1.0):
+        with trainer(tmp_path / str(weight), decision_weight=weight, problems_per_step=12) as made:
+            rows.append(made.step(1).rows)
+    assert rows[0] < rows[1]
+
+
+def test_an_empty_selection_changes_nothing(run_dir: Path) -> None:
+    # A limit of 3 tokens cuts every response: nothing is solved, D1 and so D2 are empty.
+    with trainer(run_dir, sampling={"max_tokens": 3}) as made:
+        before = {k: v.clone() for k, v in made.engine.model.state_dict().items()}
+        record = made.step(1)
+        assert (record.d1, record.d2, record.rows, record.undecided) == (0, 0, 0, 1.0)
+        assert all(torch.equal(before[k], v) for k, v in made.engine.model.state_dict().items())
+        assert not made.optimizer.state
+
+
+def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
+    with trainer(run_dir, problems_per_step=12) as made:
+        plan: list[Any] = []
+        rows_of = made._rows
+        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        record = made.step(1)
+        [(_, _, decisions, rewards, cloud_correct)] = plan
+        asked = [c is not None for c in cloud_correct]
+        for group, was_asked, values in zip(decisions, asked, rewards, strict=True):
+            solved = bool((values >= 1).any())
+            assert was_asked == (not solved or any(isinstance(d, HelpCall) for d in group))
+        assert record.cloud_calls == sum(asked) == made.cloud.spent("train").calls
+        assert 0 < sum(asked) < 12
+    with trainer(run_dir.with_name("call"), problems_per_step=12, decision_cloud="call") as made:
+        assert made.step(1).cloud_calls == 12
+
+
+def test_at_most_one_call_a_problem_over_many_passes(run_dir: Path) -> None:
+    train(config(steps=8, task={"name": "countdown", "train": 12, "calibration": 1, "test": 1}), run_dir)
+    [last] = read_records(run_dir / "metrics.jsonl")[-1:]
+    assert last["cloud_calls"] <= 12
+
+
+def test_every_pass_sees_each_problem_once(run_dir: Path) -> None:
+    with trainer(run_dir) as made:
+        first = [p.id for step in range(1, 11) for p in made.batch(step)]
+        second = [p.id for step in range(11, 21) for p in made.batch(step)]
+    assert sorted(first) == sorted(second) == sorted(p.id for p in made.problems)
+    assert first != second
+
+
+def test_the_update_is_the_formula(run_dir: Path) -> None:
+    """The gradient of a step equals that of the loss written out in float64, one response at a time."""
+    exact = {"device": {"model": "countdown-1m", "dtype": "float64"}, "sampling": {"max_tokens": 200}}
+    with trainer(run_dir, decision_weight=2.0, max_grad_norm=1e9, **exact) as made:
+        plan: list[Any] = []
+        rows_of = made._rows
+        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        before = {k: v.clone() for k, v in made.engine.model.state_dict().items()}
+        made.step(1)
+        got = {n: p.grad.clone() for n, p in made.engine.model.named_parameters() if p.grad is not None}
+        made.engine.model.load_state_dict(before)
+        [(kept, groups, decisions, rewards, cloud_correct)] = plan
+        engine, problems = made.engine, made.batch(1)
+        total = torch.zeros((), dtype=torch.float64)
+        for p in kept:
+            prompt = engine.encode(chat(problems[p].question))
+            mean = rewards[p].mean()
+            for response, decision, value in zip(groups[p], decisions[p], rewards[p], strict=True):
+                ids = list(response.token_ids)
+                log_prob = torch.log_softmax(engine.model(torch.tensor([[*prompt, *ids]])).logits[0], -1)
+                chosen = log_prob[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).sum()
+                total = total - chosen * (value - mean) / 3 / len(kept)
+                if isinstance(decision, Answer):
+                    found = find_decision(ids, engine.points, engine.tokenizer)
+                    assert found is not None
+                    index, point = found
+                    at = log_prob[len(prompt) - 1 + index]
+                    correct = cloud_correct[p]
+                    share = made._cloud_share() if correct is None else float(correct)
+                    gap = 0.25 * share - value.item()
+                    odds = at[point.help] - at[point.answer]
+                    total = total + 2.0 * abs(gap) * torch.nn.functional.softplus(-math.copysign(1, gap) * odds) / (
+                        len(kept) * 4
+                    )
+                assert parse(response.text, finished=response.finished) == decision
+                assert not isinstance(decision, Undecided), "choose a batch without cut responses"
+        engine.model.zero_grad()
+        total.backward()
+        for name, parameter in engine.model.named_parameters():
+            assert parameter.grad is not None
+            # The architecture's norms compute in float32, whatever the weights.
+            assert (parameter.grad - got[name]).norm() <= 1e-5 * got[name].norm(), name
+
+
+def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
+    with trainer(run_dir) as made:
+        tokenizer = made.engine.tokenizer
+        ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+4=5,", add_special_tokens=False)
+        cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
+        rewards = torch.zeros(1, 2, dtype=torch.float64)
+        rows = made._rows([0], [[cut, cut]], [[Undecided(), Undecided()]], rewards, [True])
+    assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<answer"] * 2
+    assert all(r.gap == 0.25 and r.advantage == 0 and r.decision_index == len(r.token_ids) - 1 for r in rows)
+
+
+def test_a_failing_cloud_stops_the_run_and_is_not_paid_twice(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    cloud = {"name": "tests.clouds:FlakyOracle", "broken": str(broken)}
+    settings = {"cloud": cloud, "steps": 4, "checkpoint_every": 10}
+
+    def break_after_two(record: StepRecord) -> None:
+        if record.step == 2:
+            broken.touch()
+
+    with pytest.raises(CloudError, match="connection refused"):
+        train(config(**settings), tmp_path / "run", report=break_after_two)
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
+    broken.unlink()
+    train(config(**settings), tmp_path / "run", resume=True)
+    # A run whose cloud never failed: same weights, same ledger.
+    train(config(**settings), tmp_path / "whole")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(tmp_path / run / "checkpoints/step-000004" / name) for run in ("run", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_cloud_failing_in_the_first_step_leaves_a_run_to_resume(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    cloud = {"name": "tests.clouds:FlakyOracle", "broken": str(broken), "answers_first": 1}
+    with pytest.raises(CloudError):
+        train(config(cloud=cloud), tmp_path / "run")
+    broken.unlink()
+    train(config(cloud=cloud), tmp_path / "run", resume=True)
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_numbers_that_are_not_finite_stop_with_the_step(run_dir: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is -?(inf|nan) at step 1: lower lr"):
+        train(config(reward={"answer": 1e39}), run_dir)
+    with trainer(run_dir.with_name("reward")) as made:
+        object.__setattr__(made.config, "reward", made.config.reward.model_copy(update={"answer": math.inf}))
+        with pytest.raises(TrainingError, match="a reward is not finite at step 1"):
+            made.step(1)
+    with trainer(run_dir.with_name("weights")) as made:
+        next(made.engine.model.parameters()).data[0, 0] = math.nan
+        with pytest.raises(TrainingError, match=r"logits are not finite at step 7: lower lr \(now 0.0002\)"):
+            made.step(7)
+
+
+def test_an_existing_run_is_not_overwritten(run_dir: Path) -> None:
+    train(config(steps=1), run_dir)
+    with pytest.raises(RunError, match="--resume"):
+        train(config(steps=1), run_dir)
+    with pytest.raises(RunError, match=r"other settings \(lr\)"):
+        train(config(steps=1, lr=1e-5), run_dir, resume=True)
+    # A finished run resumes to nothing.
+    assert train(config(steps=1), run_dir, resume=True).name == "step-000001"
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.5}, {"decide": "threshold"}, {"forbid_help": True}], ids=lambda s: next(iter(s))
+)
+def test_training_samples_from_the_model_itself(sampling: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="training samples from the model itself"):
+        config(sampling=sampling)
+
+
+def test_a_tracker_logs_each_step(run_dir: Path) -> None:
+    train(config(steps=1, trackers=["tensorboard"]), run_dir)
+    assert list(run_dir.glob("selfroute/events.*"))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import random
+import re
+
+from selfroute.protocol import parse
+from selfroute.tasks.countdown import Countdown, CountdownConfig, split_of, verify
+from selfroute.train.traces import TraceStyle, chains, trace
+from selfroute.train.warmstart import determined, train_tokenizer, training_problems
+from selfroute.types import Answer, HelpCall
+
+STYLE = TraceStyle(
+    attempts_max=8,
+    blind_probability=0.5,
+    solution_probability=0.4,
+    give_up_probability=0.2,
+    help_probability=0.15,
+    max_value=199,
+)
+
+
+def test_every_chain_is_a_right_expression_of_its_value() -> None:
+    for numbers in ((3, 7, 12), (5, 5, 5), (1, 20, 20)):
+        for chain in chains(numbers, 199):
+            assert verify(chain.expression, numbers, chain.value).correct
+
+
+def test_the_warm_start_never_sees_a_test_or_calibration_problem() -> None:
+    task = Countdown(CountdownConfig())
+    held_out = {p.id for split in ("calibration", "test") for p in task.load(split)}
+    source = training_problems(CountdownConfig(), random.Random("warmstart-0"))
+    seen = [next(source) for _ in range(20_000)]
+    assert not held_out & {p.id for p in seen}
+    assert all(split_of(p.reference["numbers"], p.reference["target"]) == "train" for p in seen)
+
+
+def test_asking_is_a_coin_toss_that_looks_at_nothing() -> None:
+    rng = random.Random(0)
+    source = training_problems(CountdownConfig(), rng)
+    asked: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(20_000):
+        p = next(source)
+        text = trace(p.reference["numbers"], p.reference["target"], STYLE, rng)
+        decision = parse(text)
+        assert isinstance(decision, HelpCall) or (isinstance(decision, Answer) and decision.well_formed)
+        asked["!" in text].append(isinstance(decision, HelpCall))
+    shares = {hit: sum(a) / len(a) for hit, a in asked.items()}
+    # Three standard errors of 5,000 tosses.
+    assert all(abs(share - 0.15) < 0.015 for share in shares.values()), shares
+
+
+def test_a_trace_is_honest() -> None:
+    rng = random.Random(1)
+    source = training_problems(CountdownConfig(), rng)
+    for _ in range(500):
+        p = next(source)
+        numbers, target = p.reference["numbers"], p.reference["target"]
+        text = trace(numbers, target, STYLE, rng)
+        lines = text.splitlines()
+        attempts = [re.fullmatch(r"(\d+):(.+)=(\d+)([!?])", line) for line in lines[:-1]]
+        assert 1 <= len(attempts) <= 8
+        for n, match in enumerate(attempts, 1):
+            assert match is not None
+            assert int(match[1]) == n
+            assert (match[4] == "!") == (int(match[3]) == target)
+        decision = parse(text)
+        if isinstance(decision, Answer):
+            assert verify(decision.text, numbers, target).correct == ("!" in text)
+
+
+def test_numbers_are_one_token_and_results_are_marked() -> None:
+    tokenizer = train_tokenizer(199)
+    assert all(len(tokenizer.encode(str(n), add_special_tokens=False)) == 1 for n in range(200))
+    ids = tokenizer.encode("1:19-7=12,3+12=15?\n2:3+12=15,15+4=19!\n", add_special_tokens=False)
+    marked = [tokenizer.decode([i]) for i, d in zip(ids, determined(ids, tokenizer), strict=True) if d]
+    assert marked == ["12", "15", "?\n", "15", "19", "!\n"]
