@@ -68,11 +68,11 @@ class _Printer:
 
 
 @contextmanager
-def _stopping(run: Path) -> Iterator[None]:
+def _stopping(run: Path, again: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SelfrouteError(f"stopped; what is done is saved in {run}: run the same command with --resume") from None
+        raise SelfrouteError(f"stopped; {run} holds what is done: run the same command {again}") from None
 
 
 def _dry_run(config: Any) -> None:
@@ -102,7 +102,7 @@ def train(
         _dry_run(resolved)
         return
     run = out or Path("runs") / Path(config).stem
-    with _stopping(run):
+    with _stopping(run, "with --resume"):
         saved = api.train(resolved, run, resume=resume, report=_Printer().step(resolved.steps))
     _echo(f"\ntrained: {saved}\nnext: selfroute evaluate {run}   or   selfroute calibrate {run} --budget 0.3")
 
@@ -121,10 +121,7 @@ def evaluate(
     """
     from selfroute import api
 
-    if before and budget is not None:
-        raise SelfrouteError("--before and --budget do not go together: the dial is calibrated on the trained model")
-    name = "before" if before else "after" if budget is None else f"budget-{budget:g}"
-    api.evaluate(run, name=name, budget=budget, untrained=before, progress=_Printer().progress)
+    api.evaluate(run, budget=budget, untrained=before, progress=_Printer().progress)
     _table(api.report(run))
 
 
@@ -167,7 +164,7 @@ def demo(
     changes = (*(QUICK if quick else ()), *(overrides or ()))
     steps = api.load_train_config(config, changes).steps
     printer = _Printer()
-    with _stopping(out):
+    with _stopping(out, "again"):
         summary = run_demo(out, config=config, overrides=changes, progress=printer.progress, report=printer.step(steps))
     _table(summary)
     _echo(f"page: {out / 'report.html'}")
@@ -188,13 +185,18 @@ def ask(
     with api.load(run, budget=budget) as pair:
         reply = pair.answer(question, seed=seed)
     _echo(f"question   {reply.question}\n")
-    _echo("\n".join(f"  device | {line}" for line in reply.reasoning.splitlines()))
+    _echo("\n".join(f"  device | {_plain(line)}" for line in reply.reasoning.splitlines()))
     score = "" if reply.score is None else f" (l = {reply.score:+.2f})"
     decision = {"device": "answers itself", "cloud": "asks the cloud", "undecided": "reaches no decision"}[reply.route]
     _echo(f"\ndecision   the device {decision}{score}")
-    _echo(f"answer     {reply.answer or '-'}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
+    _echo(f"answer     {_plain(reply.answer or '-')}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
     _echo(f"verdict    {'correct' if reply.correct else 'wrong'}: {reply.reason}")
     _echo(f"cost       {reply.cost_usd:.5f} USD, {reply.device_tokens} device tokens, {reply.seconds:.2f} s")
+
+
+def _plain(text: str) -> str:
+    """Text of a model, without the control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 @app.command()
@@ -207,12 +209,11 @@ def warmstart(
     """Train the small Countdown model that post-training starts from, on synthetic search traces."""
     from selfroute import api
 
-    resolved = api.load_warmstart_config(config, overrides or [])
     if dry_run:
-        _dry_run(resolved)
+        _dry_run(api.load_warmstart_config(config, overrides or []))
         return
     folder = out or Path("runs") / Path(config).stem
-    api.warmstart(resolved, folder, report=_echo)
+    api.warmstart(config, folder, overrides=overrides or [], report=_echo)
     _echo(f"model folder: {folder}")
 
 
@@ -230,6 +231,7 @@ def main() -> None:
     """The console script: errors of selfroute are one message, not a traceback."""
     try:
         app()
-    except SelfrouteError as error:
+    except (SelfrouteError, OSError) as error:
+        # What the system refuses (a folder that cannot be written, a closed pipe) is told the same way.
         typer.secho(f"selfroute: {error}", fg="red", err=True)
         sys.exit(1)

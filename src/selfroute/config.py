@@ -22,7 +22,7 @@ from selfroute.errors import ConfigError
 class Config(BaseModel):
     """Base of every config: frozen, and a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Choice(BaseModel):
@@ -50,15 +50,16 @@ def build(choice: Choice, known: Mapping[str, str]) -> Any:
     """
     path = known.get(choice.name, choice.name)
     module, colon, name = path.partition(":")
-    if not colon:
+    if not module or not colon:
         raise ConfigError(
             f"no such choice: {choice.name!r} (known: {', '.join(sorted(known))}; or package.module:Class)"
         )
     try:
         made = getattr(importlib.import_module(module), name)
+        settings = made.Config
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cannot import {path!r}: {error}") from error
-    return made(validate(made.Config, choice.settings, choice.name))
+    return made(validate(settings, choice.settings, choice.name))
 
 
 def validate(kind: type[C], values: Mapping[str, Any], where: str) -> C:
@@ -96,7 +97,7 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     if name in names():
         text = (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
     else:
         raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
     try:
@@ -112,7 +113,7 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     >>> override({"steps": 10, "cloud": {"name": "oracle"}}, ["steps=20", "cloud.accuracy=0.7"])
     {'steps': 20, 'cloud': {'name': 'oracle', 'accuracy': 0.7}}
     """
-    result: dict[str, Any] = json.loads(json.dumps(values))
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:

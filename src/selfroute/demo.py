@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute import api
-from selfroute.records import open_run
+from selfroute.records import open_run, read_json
 
 if TYPE_CHECKING:
     from selfroute.train.loop import StepRecord
@@ -34,15 +34,16 @@ def demo(
     resolved = api.load_train_config(config, overrides)
     open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
 
-    def missing(name: str) -> bool:
-        return not (out / "evaluations" / name / "records.jsonl").is_file()
+    def missing(name: str, checkpoint: str | None) -> bool:
+        file = out / "evaluations" / name / "evaluation.json"
+        return not file.is_file() or read_json(file)["checkpoint"] != checkpoint
 
-    if missing("before"):
-        api.evaluate(out, name="before", untrained=True, progress=progress)
-    api.train(resolved, out, resume=True, report=report)
-    if missing("after"):
-        api.evaluate(out, name="after", progress=progress)
+    if missing(api.evaluation_name(None, untrained=True), None):
+        api.evaluate(out, untrained=True, progress=progress)
+    trained = api.train(resolved, out, resume=True, report=report).name
+    if missing(api.evaluation_name(None, untrained=False), trained):
+        api.evaluate(out, progress=progress)
     api.calibrate(out, BUDGET, progress=progress)
-    if missing(f"budget-{BUDGET:g}"):
-        api.evaluate(out, name=f"budget-{BUDGET:g}", budget=BUDGET, progress=progress)
+    if missing(api.evaluation_name(BUDGET, untrained=False), trained):
+        api.evaluate(out, budget=BUDGET, progress=progress)
     return api.report(out)

@@ -37,16 +37,19 @@ class Columns:
     """Evaluation records as arrays of N problems.
 
     `score` is l, -inf where the device never decided; `asked` is what happened; `device` and `cloud` are the
-    correctness of the two answers that each problem could get.
+    correctness of the two answers that each problem could get; `untrained` is the untrained device's correctness on the
+    same problems, where it is known.
     """
 
     score: Floats
     asked: Floats
     device: Floats
     cloud: Floats
+    untrained: Floats | None = None
 
     def take(self, index: NDArray[np.int64]) -> Columns:
-        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index])
+        untrained = None if self.untrained is None else self.untrained[index]
+        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index], untrained)
 
     @property
     def final(self) -> Floats:
@@ -122,6 +125,37 @@ def routing_gain_captured(columns: Columns) -> float:
 def performance_gap_recovered(accuracy: float, device: float, cloud: float) -> float:
     """PGR: (acc - acc_device) / (acc_cloud - acc_device); NaN without a gap."""
     return (accuracy - device) / (cloud - device) if abs(cloud - device) >= 0.01 else math.nan
+
+
+def pgr_vs_trained(columns: Columns) -> float:
+    """PGR of the complete response against the method's own device model."""
+    return performance_gap_recovered(*(float(x.mean()) for x in (columns.final, columns.device, columns.cloud)))
+
+
+def pgr_vs_untrained(columns: Columns) -> float:
+    """PGR of the complete response against the untrained device model; NaN where that was not evaluated."""
+    if columns.untrained is None:
+        return math.nan
+    return performance_gap_recovered(*(float(x.mean()) for x in (columns.final, columns.untrained, columns.cloud)))
+
+
+def _pgr_curve(columns: Columns) -> tuple[Floats, Floats]:
+    rates, accuracy = curve(columns)
+    gap = accuracy[-1] - accuracy[0]
+    return rates, (accuracy - accuracy[0]) / gap if abs(gap) >= 0.01 else np.full_like(accuracy, math.nan)
+
+
+def average_pgr(columns: Columns) -> float:
+    """APGR: mean PGR over call rates from 0 to 100 %, the method's own device model as the 0 % end."""
+    rates, recovered = _pgr_curve(columns)
+    return float(np.trapezoid(recovered, rates))
+
+
+def call_rate_for(columns: Columns, recovered: float) -> float:
+    """CPT(x): the least call rate whose PGR reaches x (the first crossing; later dips are not looked at)."""
+    rates, reached = _pgr_curve(columns)
+    above = np.flatnonzero(reached >= recovered - 1e-12)
+    return float(rates[above[0]]) if len(above) else math.nan
 
 
 def decision_auc(columns: Columns) -> float:

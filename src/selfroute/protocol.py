@@ -13,7 +13,8 @@ from typing import Protocol
 from selfroute.errors import DeviceError
 from selfroute.types import Answer, CloudRequest, Decision, HelpCall, Message, Undecided
 
-HELP_CALL = "<unknown> I need external assistance </unknown>"
+HELP_OPEN = "<unknown>"
+HELP_CALL = f"{HELP_OPEN} I need external assistance </unknown>"
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
 
@@ -152,7 +153,7 @@ def find_decision(
             if token not in (point.help, point.answer) or not point.ends(token_ids[:index]):
                 continue
             tag = tokenizer.decode(list(token_ids[index - len(point.prefix) :]), skip_special_tokens=True)
-            wanted = HELP_CALL if token == point.help else ANSWER_OPEN
+            wanted = HELP_OPEN if token == point.help else ANSWER_OPEN
             # A merged border leaves a character or two before the tag.
             if wanted in tag[: len(wanted) + 2]:
                 return index, point

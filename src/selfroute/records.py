@@ -9,11 +9,13 @@ RUN/evaluations/    NAME/records.jsonl
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,14 +96,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+
+
+@contextmanager
+def lock_run(path: Path) -> Iterator[None]:
+    """Keep a run directory to one process at a time; the lock goes when the process does, however it ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{path} is in use by another selfroute process") from None
+        yield
+
+
 def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: bool) -> None:
-    """Create a run directory, or open it again with `resume`.
+    """Create a run directory, or open it again with `resume`. One in which nothing was done yet is made anew.
 
     Raises:
         RunError: it exists and `resume` is off, or was made with another config.
     """
     file = path / "run.json"
-    if file.exists():
+    metrics = path / "metrics.jsonl"
+    begun = bool(checkpoints(path)) or (path / "evaluations").exists() or (metrics.exists() and metrics.stat().st_size)
+    if file.exists() and begun:
         if not resume:
             raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")
         before = read_json(file).get("config", {})
@@ -136,15 +161,17 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    """The commit of the checkout that this code runs from; None where git does not track it, as in a wheel."""
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *args], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() or None if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", here.name)
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None

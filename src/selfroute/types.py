@@ -80,10 +80,14 @@ class CloudRequest:
 
 @dataclass(frozen=True, slots=True)
 class CloudAnswer:
-    """A complete answer of the cloud. `cost_usd` is its price when it was bought; a cache hit keeps it."""
+    """A complete answer of the cloud. `cost_usd` is its price when it was bought; a cache hit keeps it.
+
+    An answer that is not `finished` was cut at its token limit.
+    """
 
     text: str
     reasoning: str
+    finished: bool
     prompt_tokens: int
     completion_tokens: int
     cost_usd: float
@@ -101,7 +105,10 @@ class CloudChunk:
 
 @runtime_checkable
 class CloudClient(Protocol):
-    """A cloud LLM. Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work."""
+    """A provider of the cloud LLM.
+
+    Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work.
+    """
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -114,6 +121,10 @@ class CloudClient(Protocol):
 
     def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
         """The answer as it comes; closing the iterator (`aclose`) cancels the request."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what is held open, such as connections."""
         ...
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfroute.api import load
 from selfroute.records import read_records
 
 SELFROUTE = str(Path(sys.executable).with_name("selfroute"))
@@ -98,7 +99,7 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
         (["calibrate", "nowhere", "--budget", "0.3"], "not a run directory"),
         (["calibrate", "nowhere", "--budget", "30"], "between 0 and 1"),
         (["ask", "nowhere", "1 2 3 4"], "not a run directory"),
-        (["ask", "countdown-tiny", "hello"], "3 to 6 numbers and a target"),
+        (["ask", "countdown-tiny", "hello"], "3 to 6 whole numbers and a target"),
     ],
 )
 def test_errors_name_the_cause_without_a_traceback(tmp_path: Path, args: list[str], message: str) -> None:
@@ -115,11 +116,11 @@ def test_the_run_reports(trained: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     interval = {"value", "low", "high"}
     for key in ("local_accuracy", "call_rate", "decision_auc"):
-        assert set(summary["before"][key] or interval) == interval
+        assert set(summary["before"][key]) == interval
     for key in ("accuracy", "call_rate", "local_accuracy", "pgr_vs_untrained", "routing_gain_captured"):
-        assert key in summary["after"]
+        assert set(summary["after"][key]) == interval
     for key in ("accuracy", "call_rate", "accuracy_at_30", "routing_gain_captured"):
-        assert key in summary["at_budget_30"]
+        assert set(summary["at_budget_30"][key]) == interval
     for key in ("random_at_30", "oracle_at_30", "cloud"):
         assert set(summary[key]["accuracy"]) == interval
     assert {"cloud_calls", "cost_usd", "seconds", "cpu_seconds", "steps", "seconds_per_step"} <= set(summary["train"])
@@ -143,15 +144,15 @@ def test_records_hold_what_the_measures_need(trained: Path) -> None:
 
 
 def test_ask_shows_the_decision_and_its_price(trained: Path) -> None:
-    seen = set()
-    for seed in range(40):
-        text = selfroute("ask", "run", "numbers 13, 17, 19; target 97", "--seed", str(seed), cwd=trained)
-        assert "device |" in text
-        assert "verdict" in text
-        seen.add("asks the cloud" if "asks the cloud" in text else "answers itself" if "answers itself" in text else "")
-        if {"asks the cloud", "answers itself"} <= seen:
-            break
-    assert {"asks the cloud", "answers itself"} <= seen
+    question = "numbers 13, 17, 19; target 97"
+    with load(trained / "run") as pair:
+        routes = {pair.answer(question, seed=seed).route: seed for seed in range(40)}
+    for route, says in (("device", "answers itself"), ("cloud", "asks the cloud")):
+        text = selfroute("ask", "run", question, "--seed", str(routes[route]), cwd=trained)
+        assert "  device | 1:" in text
+        assert f"the device {says} (l = " in text
+        assert f"from the {route}" in text
+        assert "verdict    " in text
     assert "l = " in selfroute("ask", "run", "numbers 1, 2, 3; target 6", "--budget", "0.3", cwd=trained)
     assert "not calibrated" in selfroute("ask", "run", "1 2 3 6", "--budget", "0.5", cwd=trained, code=1)
 
@@ -212,6 +213,23 @@ def test_ctrl_c_saves_the_step_and_resumes(tmp_path: Path, number: signal.Signal
     selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
     selfroute("train", "countdown-tiny", *settings, "--out", "whole", cwd=tmp_path)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path: Path) -> None:
+    settings = [*SMALL, "steps=4", "checkpoint_every=2"]
+    # A process that may not write files over 1 MB meets the same refusal as on a full disk.
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", SELFROUTE]
+    done = subprocess.run(
+        [*limited, "train", "countdown-tiny", *settings, "--out", "run"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "cannot save a checkpoint" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(steps_of(tmp_path / "run")) == 2
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
+    assert len(steps_of(tmp_path / "run")) == 4
 
 
 def test_a_failing_cloud_is_one_clear_error(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def sampled(model: str, tmp_path: Path) -> Columns:
     try:
         engine = HFEngine.load(DeviceConfig(model=model))
         task = make_task(config.task)
-        return columns(evaluate(engine, task, cloud, split="test", sampling=config.evaluation, seed=config.seed))
+        return columns(evaluate(engine, task, cloud, sampling=config.evaluation, seed=config.seed))
     finally:
         cloud.close()
 

@@ -8,7 +8,7 @@ from selfroute import config
 from selfroute.config import Choice, Config, build, load, names, override
 from selfroute.errors import ConfigError
 from selfroute.tasks import TASKS
-from selfroute.train.loop import TrainConfig
+from selfroute.train.config import TrainConfig
 from selfroute.train.warmstart import WarmstartConfig
 
 

@@ -50,6 +50,19 @@ def test_gains_by_hand() -> None:
     assert math.isnan(m.routing_gain_captured(nobody))
 
 
+def test_curve_measures_by_hand() -> None:
+    # PGR along the curve: 0, 1/3, 2/3, 2/3, then 1.
+    assert m.average_pgr(C) == pytest.approx((0 + 1 / 3 + 2 / 3 + 2 / 3 + 1 * 6 + 0.5) / 10)
+    assert m.call_rate_for(C, 0.5) == pytest.approx(0.2)
+    assert m.call_rate_for(C, 0.8) == pytest.approx(0.4)
+    assert math.isnan(m.average_pgr(columns([1, 2], [0, 0], [1, 1], [1, 1])))
+    assert math.isnan(m.call_rate_for(columns([1, 2], [0, 0], [1, 1], [1, 1]), 0.5))
+    assert m.pgr_vs_trained(C) == pytest.approx(2 / 3)
+    assert math.isnan(m.pgr_vs_untrained(C))
+    paired = Columns(C.score, C.asked, C.device, C.cloud, np.array([1.0] * 4 + [0.0] * 6))
+    assert m.pgr_vs_untrained(paired) == pytest.approx((0.8 - 0.4) / (0.9 - 0.4))
+
+
 def test_auc_by_hand() -> None:
     # Failures at 9, 8, 6, 2 against solved at 7, 5, 4, 3, 1, 0: 6 + 6 + 5 + 2 of 24 pairs.
     assert m.decision_auc(C) == pytest.approx(19 / 24)

@@ -7,6 +7,7 @@ import pytest
 from selfroute.errors import RunError
 from selfroute.records import (
     append_record,
+    lock_run,
     open_run,
     read_json,
     read_records,
@@ -41,6 +42,13 @@ def test_damage_is_named(tmp_path: Path, content: str, message: str) -> None:
         read_json(path)
 
 
+def test_a_run_directory_has_one_user_at_a_time(tmp_path: Path) -> None:
+    with lock_run(tmp_path / "run"), pytest.raises(RunError, match="in use by another"), lock_run(tmp_path / "run"):
+        pass
+    with lock_run(tmp_path / "run"):
+        pass
+
+
 def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         append_record(tmp_path / "m.jsonl", {"loss": float("nan")})
@@ -57,7 +65,10 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> No
 
 def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
     run = tmp_path / "run"
+    open_run(run, "train", {"lr": 9}, resume=False)
+    # Nothing was done yet, so a corrected first command just works.
     open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
+    append_record(run / "metrics.jsonl", {"step": 1})
     open_run(run, "train", {"lr": 1, "seed": 0}, resume=True)
     with pytest.raises(RunError, match="already holds a run"):
         open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)

@@ -1,4 +1,4 @@
-"""Clouds: providers of the strong LLM, and the memory in front of them."""
+"""Clouds: providers of the cloud LLM, and the memory in front of them."""
 
 from __future__ import annotations
 

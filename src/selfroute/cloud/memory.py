@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -45,15 +46,26 @@ class Cloud:
         self.client = client
         self.path = path
         self._concurrency = concurrency
+        self._ledger_error: CloudError | None = None
+        # One event loop for the client's life (its connections belong to it), off the caller's thread, which may
+        # have a loop of its own.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="selfroute-cloud", daemon=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise CloudError(f"cannot open the cloud's cache and ledger {path}: {error}") from error
+        self._thread.start()
 
     def close(self) -> None:
+        """Close the client and the file."""
+        asyncio.run_coroutine_threadsafe(self.client.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
         self._db.close()
 
     def ask(self, questions: Sequence[tuple[str, CloudRequest]], *, phase: str, step: int = 0) -> list[CloudAnswer]:
@@ -62,7 +74,12 @@ class Cloud:
         Raises:
             CloudError: some request failed; those that succeeded are in the cache and the ledger all the same.
         """
-        return asyncio.run(self._ask(questions, phase, step))
+        work = asyncio.run_coroutine_threadsafe(self._ask(questions, phase, step), self._loop)
+        try:
+            return work.result()
+        except BaseException:
+            work.cancel()
+            raise
 
     async def _ask(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> list[CloudAnswer]:
         gate = asyncio.Semaphore(self._concurrency)
@@ -73,8 +90,15 @@ class Cloud:
             if cached is not None:
                 return cached
             async with gate:
+                # Once an answer could not be written down, none is bought any more.
+                if self._ledger_error:
+                    raise self._ledger_error
                 answer = await self.client.complete(request)
-            self._remember(key, problem, request, answer, phase, step)
+            try:
+                self._remember(key, problem, request, answer, phase, step)
+            except CloudError as error:
+                self._ledger_error = error
+                raise
             return answer
 
         keys = []

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
@@ -55,13 +55,12 @@ class HFEngine:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise DeviceError(
                 f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
-        model.eval()
-        return cls(model, tokenizer)
+        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins."""
@@ -214,6 +213,8 @@ class _Decoder:
         if sampling.forbid_help:
             for point, here, _ in pairs:
                 logits_BV[here, point.help] = -torch.inf
+        if not torch.isfinite(logits_BV.logsumexp(-1)).all():
+            raise DeviceError("the model's logits are not finite")
         if sampling.temperature == 0:
             token_B = logits_BV.argmax(-1)
         else:
@@ -221,10 +222,7 @@ class _Decoder:
             step = torch.tensor([len(self.tokens[row]) for row in rows], device=logits_BV.device)
             draw_B = self.uniforms[self.alive, step.clamp_max(self.uniforms.shape[1] - 1)]
             cumulative_BV = probability_BV.cumsum(-1)
-            total_B = cumulative_BV[:, -1]
-            if not torch.isfinite(total_B).all():
-                raise DeviceError("the model's logits are not finite")
-            draw_B = draw_B * total_B
+            draw_B = draw_B * cumulative_BV[:, -1]
             token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
             token_B = token_B.clamp_max(logits_BV.shape[-1] - 1)
         for point, here, scores in pairs:
@@ -280,9 +278,5 @@ def shipped_models() -> list[str]:
 
 
 def model_path(name: str) -> str:
-    """Where a model named in a config lives: a local folder, a shipped model, else the name itself (a hub id)."""
-    if Path(name).is_dir():
-        return name
-    if name in shipped_models():
-        return str(resources.files("selfroute") / "models" / name)
-    return name
+    """Where a model named in a config lives: in the package, or where the name says (a local folder or a hub id)."""
+    return str(resources.files("selfroute") / "models" / name) if name in shipped_models() else name

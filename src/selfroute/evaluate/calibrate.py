@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfroute.errors import ConfigError
-from selfroute.evaluate.run import Outcome, columns
 from selfroute.measures import proportion
 
 
@@ -29,31 +28,34 @@ class Calibration:
     problems: int
 
 
-def calibrate(outcomes: Sequence[Outcome], budget: float, *, num_problems: int) -> Calibration:
-    """The bias whose call rate on these outcomes comes closest to the budget without passing it.
+def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: int) -> Calibration:
+    """The bias whose call rate on these responses comes closest to the budget without passing it.
 
     Args:
-        outcomes: one or more draws for each calibration problem.
-        budget: share of problems that may go to the cloud, in [0, 1].
-        num_problems: distinct problems behind the outcomes; the interval rests on them, not on the draws.
+        scores: l of one or more responses to each calibration problem, in nats; None where none decided.
+        budget: share of problems that may go to the cloud, in [0, 1]; 0 never asks, 1 always does.
+        num_problems: distinct problems behind the responses; the interval rests on them, not on the draws.
 
     Raises:
         ConfigError: the budget is not a share, or no response reached a decision.
     """
     if not 0 <= budget <= 1:
         raise ConfigError(f"a budget is a share of problems between 0 and 1, such as 0.3; got {budget}")
-    score = np.sort(columns(outcomes).score)[::-1]
-    decided = score[np.isfinite(score)]
+    decided = np.sort(np.array([s for s in scores if s is not None], dtype=float))[::-1]
     if not len(decided):
         raise ConfigError("no calibration response reached a decision point: the dial has nothing to turn")
-    most = min(math.floor(budget * len(score) + 1e-9), len(decided))
+    most = min(math.floor(budget * len(scores) + 1e-9), len(decided))
     # Halfway between the last score that asks and the first that does not; ties answer.
     if most == len(decided):
-        threshold = decided[-1] - 1.0
+        threshold = -_BEYOND
     elif most == 0:
-        threshold = decided[0] + 1.0
+        threshold = _BEYOND
     else:
-        threshold = (decided[most - 1] + decided[most]) / 2
-    asked = score > threshold
-    spread = proportion(np.repeat(asked.mean(), num_problems))
-    return Calibration(budget, -float(threshold), float(asked.mean()), spread.low, spread.high, num_problems)
+        threshold = float(decided[most - 1] + decided[most]) / 2
+    rate = float((decided > threshold).sum()) / len(scores)
+    spread = proportion(np.full(num_problems, rate))
+    return Calibration(budget, -threshold, rate, spread.low, spread.high, num_problems)
+
+
+_BEYOND = 1e4
+"""A bias, in nats, that no score outweighs."""

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from selfroute import measures
 from selfroute.evaluate.run import Outcome, columns
-from selfroute.evaluate.summary import budget_of, evaluations, summarise
+from selfroute.evaluate.summary import budget_of, evaluations, key_of, summarise
 from selfroute.records import read_json, read_records, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ def rows(summary: Mapping[str, Any]) -> list[Cells]:
     for name, label in (("before", "untrained, own decision"), ("after", "selfroute, own decision")):
         if name in summary:
             table.append((label, summary[name]))
-    percents = sorted(int(key.rsplit("_", 1)[1]) for key in summary if key.startswith("random_at_"))
+    percents = sorted((key.removeprefix("random_at_") for key in summary if key.startswith("random_at_")), key=float)
     for percent in percents:
-        rate = exactly(percent / 100)
+        rate = exactly(float(percent) / 100)
         table.append((f"random offloading at {percent} %", {**summary[f"random_at_{percent}"], "call_rate": rate}))
         if f"at_budget_{percent}" in summary:
             table.append((f"selfroute, dial at {percent} %", summary[f"at_budget_{percent}"]))
-        table.append((f"oracle at {percent} %", {**summary[f"oracle_at_{percent}"], "call_rate": rate}))
+        for bound in ("oracle", "clairvoyant"):
+            table.append((f"{bound} at {percent} %", {**summary[f"{bound}_at_{percent}"], "call_rate": rate}))
     table.append(("cloud alone", {**summary["cloud"], "call_rate": exactly(1.0)}))
     return table
 
@@ -100,7 +101,7 @@ def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
     if m is None:
         return "–"
     if scale == 1:
-        return f"{m['value']:.3g}"
+        return f"{m['value']:,.1f}" if m["value"] >= 10 else f"{m['value']:.3f}"
     low, value, high = (f"{scale * m[k]:.1f}" for k in ("low", "value", "high"))
     return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
 
@@ -108,7 +109,7 @@ def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
 def terminal_table(summary: Mapping[str, Any]) -> Table:
     """The table for the terminal."""
     table = Table(title="test problems; percent, with 95 % intervals", title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=30)
     for _, label, _ in COLUMNS:
         table.add_column(label, justify="right", no_wrap=True)
     for label, cells in rows(summary):
@@ -155,13 +156,14 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
     if "before" in found:
         rates, accuracy = measures.curve(columns(found["before"]))
         axis.plot(100 * rates, 100 * accuracy, color=CLOUD, linewidth=1.2, alpha=0.7, label="untrained, along its dial")
-    rates, accuracy = measures.curve(reference)
-    axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
+    if set(found) != {"before"}:
+        rates, accuracy = measures.curve(reference)
+        axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
     for name in found:
         if name == "before":
             continue
         budget = budget_of(name)
-        cells = summary["after" if budget is None else f"at_budget_{round(100 * budget)}"]
+        cells = summary[key_of(name)]
         x, y = cells["call_rate"]["value"], cells["accuracy"]
         axis.errorbar(
             100 * x,

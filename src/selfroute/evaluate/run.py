@@ -12,19 +12,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import Sampling
-from selfroute.device.hf import HFEngine
 from selfroute.errors import RunError
 from selfroute.measures import Columns
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task
-from selfroute.types import Answer, HelpCall, Problem, Response, Route
+from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Route
+
+if TYPE_CHECKING:
+    from selfroute.device.hf import HFEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,38 +62,35 @@ def evaluate(
     task: Task,
     cloud: Cloud,
     *,
-    split: Literal["calibration", "test"],
     sampling: Sampling,
     seed: int,
-    draws: int = 1,
     solve_samples: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """An outcome for each problem of a split (`draws` of them, from independent samples).
+    """An outcome for each test problem.
 
     `solve_samples` extra responses, help forbidden, tell how often the device solves the problems that it asked about.
 
     The same seed gives the same reasoning whatever the dial, so that dial settings compare like with like.
     """
-    problems = [p for p in task.load(split) for _ in range(draws)]
-    prompts = [engine.encode(chat(p.question)) for p in problems]
-    streams = [[f"{seed}/{split}/{p.id}/{n % draws}"] for n, p in enumerate(problems)]
-    responses = [group[0] for group in engine.generate(prompts, streams, sampling, progress=progress)]
+    problems = task.load("test")
+    prompts, streams, groups = _respond(engine, problems, sampling, f"{seed}/test", 1, progress)
+    responses = [group[0] for group in groups]
     local = _local_answers(engine, prompts, streams, responses, sampling)
     solve_shares = _solve_shares(engine, task, problems, prompts, streams, responses, sampling, solve_samples)
-    answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase=f"evaluate/{split}")
+    answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
     outcomes = []
     for p, response, own, share, answer in zip(problems, responses, local, solve_shares, answers, strict=True):
         decision = parse(response.text, finished=response.finished)
         asked = isinstance(decision, HelpCall)
         device_answer, device_correct, device_reason = judge(task, p, own.text, own.finished)
-        cloud_answer, cloud_correct, cloud_reason = judge(task, p, answer.text, True)
+        cloud_answer, cloud_correct, cloud_reason = judge(task, p, answer.text, answer.finished)
         outcomes.append(
             Outcome(
                 problem=p.id,
                 question=p.question,
                 response=response.text,
-                route="cloud" if asked else "device" if isinstance(decision, Answer) else "undecided",
+                route=route_of(decision),
                 score=response.score,
                 correct=cloud_correct if asked else device_correct,
                 device_answer=device_answer,
@@ -108,6 +107,48 @@ def evaluate(
             )
         )
     return outcomes
+
+
+def score(
+    engine: HFEngine,
+    task: Task,
+    *,
+    sampling: Sampling,
+    seed: int,
+    draws: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[str, float | None]]:
+    """Problem id and l of `draws` responses to each calibration problem; the cloud is not asked."""
+    problems = task.load("calibration")
+    _, _, groups = _respond(engine, problems, sampling, f"{seed}/calibration", draws, progress)
+    return [(p.id, r.score) for p, group in zip(problems, groups, strict=True) for r in group]
+
+
+def _respond(
+    engine: HFEngine,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    stream: str,
+    draws: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[list[int]], list[list[str]], list[list[Response]]]:
+    """Prompts, stream names and `draws` responses of each problem."""
+    prompts = [engine.encode(chat(p.question)) for p in problems]
+    streams = [[f"{stream}/{p.id}/{i}" for i in range(draws)] for p in problems]
+    done = 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        if progress:
+            progress(done, len(problems) * draws)
+
+    return prompts, streams, engine.generate(prompts, streams, sampling, progress=count)
+
+
+def route_of(decision: Decision) -> Route:
+    """Where a decision leads."""
+    return "cloud" if isinstance(decision, HelpCall) else "device" if isinstance(decision, Answer) else "undecided"
 
 
 def judge(task: Task, problem: Problem, text: str, finished: bool) -> tuple[str | None, bool, str]:

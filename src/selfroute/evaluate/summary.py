@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 from selfroute import measures
 from selfroute.errors import RunError
 from selfroute.evaluate.run import Outcome, columns, read_outcomes
-from selfroute.measures import Columns, Measure, bootstrap, proportion
-from selfroute.records import read_json, read_records
+from selfroute.measures import Measure, bootstrap, proportion
+from selfroute.records import checkpoints, read_json, read_records
 
 BOUNDS = {
     "random": measures.random_accuracy,
@@ -23,9 +24,14 @@ BOUNDS = {
 
 
 def evaluations(run: Path) -> dict[str, list[Outcome]]:
-    """The evaluations of a run's test problems, by name."""
-    found = sorted((run / "evaluations").glob("*/records.jsonl"))
-    return {path.parent.name: read_outcomes(path) for path in found if path.parent.name != "calibration"}
+    """The evaluations of a run's test problems, by name; those of an older checkpoint are left out."""
+    saved = checkpoints(run)
+    newest = saved[-1].name if saved else None
+    return {
+        path.parent.name: read_outcomes(path.parent / "records.jsonl")
+        for path in sorted((run / "evaluations").glob("*/evaluation.json"))
+        if read_json(path)["checkpoint"] in (None, newest)
+    }
 
 
 def summarise(run: Path) -> dict[str, Any]:
@@ -38,16 +44,13 @@ def summarise(run: Path) -> dict[str, Any]:
     if not found:
         raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}")
     summary: dict[str, Any] = {}
-    untrained = float(columns(found["before"]).device.mean()) if "before" in found else None
     for name, outcomes in found.items():
-        budget = budget_of(name)
-        key = name if budget is None else f"at_budget_{round(100 * budget)}"
-        summary[key] = describe(outcomes, untrained=untrained, budget=budget)
+        summary[key_of(name)] = describe(outcomes, untrained=found.get("before"), rate=budget_of(name) or 0.3)
     reference = columns(found.get("after") or next(iter(found.values())))
-    for percent in sorted({30, *(round(100 * b) for b in map(budget_of, found) if b is not None)}):
-        rate = percent / 100
+    for rate in sorted({0.3, *(b for b in map(budget_of, found) if b is not None)}):
         for name, bound in BOUNDS.items():
-            summary[f"{name}_at_{percent}"] = {"accuracy": bootstrap(reference, partial(bound, call_rate=rate)).json()}
+            accuracy = bootstrap(reference, partial(bound, call_rate=rate))
+            summary[f"{name}_at_{100 * rate:g}"] = {"accuracy": accuracy.json()}
     summary["cloud"] = {"accuracy": proportion(reference.cloud).json()}
     calibration = run / "calibration.json"
     if calibration.is_file():
@@ -62,20 +65,25 @@ def budget_of(name: str) -> float | None:
     return float(value) if dash and kind == "budget" else None
 
 
-def describe(outcomes: Sequence[Outcome], *, untrained: float | None, budget: float | None) -> dict[str, Any]:
-    """The measures of one evaluation; `untrained` is the local accuracy of the model before training."""
+def key_of(name: str) -> str:
+    """An evaluation's key in the summary: `before`, `after`, or `at_budget_30`."""
+    budget = budget_of(name)
+    return name if budget is None else f"at_budget_{100 * budget:g}"
+
+
+def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None, rate: float) -> dict[str, Any]:
+    """The measures of one evaluation.
+
+    Args:
+        outcomes: the evaluation's.
+        untrained: the evaluation of the model before training, on the same problems.
+        rate: the call rate that accuracy is read at, off this evaluation's own curve.
+    """
     c = columns(outcomes)
+    if untrained is not None:
+        solved = {o.problem: float(o.device_correct) for o in untrained}
+        c = replace(c, untrained=np.array([solved[o.problem] for o in outcomes]))
     asked = c.asked > 0
-    rate = 0.3 if budget is None else budget
-
-    def gap_recovered(part: Columns) -> float:
-        assert untrained is not None
-        return measures.performance_gap_recovered(float(part.final.mean()), untrained, float(part.cloud.mean()))
-
-    def own_gap_recovered(part: Columns) -> float:
-        accuracy, device, cloud = (float(x.mean()) for x in (part.final, part.device, part.cloud))
-        return measures.performance_gap_recovered(accuracy, device, cloud)
-
     calls = [o for o in outcomes if o.route == "cloud"]
     shares = np.array([o.device_solve_share for o in calls if o.device_solve_share is not None])
     values: dict[str, Measure] = {
@@ -84,9 +92,13 @@ def describe(outcomes: Sequence[Outcome], *, untrained: float | None, budget: fl
         "local_accuracy": proportion(c.device),
         "undecided": proportion(np.array([float(o.route == "undecided") for o in outcomes])),
         "decision_auc": bootstrap(c, measures.decision_auc),
-        f"accuracy_at_{round(100 * rate)}": bootstrap(c, lambda part: measures.accuracy_at(part, rate)),
+        f"accuracy_at_{100 * rate:g}": bootstrap(c, partial(measures.accuracy_at, call_rate=rate)),
         "routing_gain_captured": bootstrap(c, measures.routing_gain_captured),
-        "pgr_vs_trained": bootstrap(c, own_gap_recovered),
+        "pgr_vs_trained": bootstrap(c, measures.pgr_vs_trained),
+        "pgr_vs_untrained": bootstrap(c, measures.pgr_vs_untrained),
+        "apgr": bootstrap(c, measures.average_pgr),
+        "cpt_50": bootstrap(c, partial(measures.call_rate_for, recovered=0.5)),
+        "cpt_80": bootstrap(c, partial(measures.call_rate_for, recovered=0.8)),
         # The decomposition: where the accuracy comes from, and what the calls bought.
         "accuracy_where_answered": proportion(c.device[~asked]),
         "accuracy_where_asked": proportion(c.cloud[asked]),
@@ -97,8 +109,6 @@ def describe(outcomes: Sequence[Outcome], *, untrained: float | None, budget: fl
         "usd_per_1k": _mean([1000 * o.cost_usd for o in outcomes]),
         "cloud_latency_s": _mean([o.latency_s for o in outcomes]),
     }
-    if untrained is not None:
-        values["pgr_vs_untrained"] = bootstrap(c, gap_recovered)
     return {"problems": len(outcomes), **{name: m.json() for name, m in values.items()}}
 
 
@@ -117,6 +127,7 @@ def training(run: Path) -> dict[str, Any]:
         "steps": len(steps),
         "cloud_calls": steps[-1]["cloud_calls"] if steps else 0,
         "cost_usd": steps[-1]["cost_usd"] if steps else 0.0,
+        "cloud_tokens": steps[-1]["cloud_tokens"] if steps else 0,
         "device_tokens": sum(s["device_tokens"] for s in steps),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(sum(s["seconds"]["cpu"] for s in steps), 1),

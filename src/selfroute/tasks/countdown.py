@@ -76,15 +76,16 @@ class Countdown:
         Raises:
             TaskError: the file is missing or holds bad rows, or there are too few distinct problems.
         """
-        wanted = {"train": self.config.train, "calibration": self.config.calibration, "test": self.config.test}[split]
+        sizes = {"train": self.config.train, "calibration": self.config.calibration, "test": self.config.test}
+        wanted = sizes[split]
         source = read_rows(Path(self.config.path)) if self.config.path else self._generate()
         problems: dict[str, Problem] = {}
         for numbers, target in source:
+            if len(problems) >= wanted:
+                break
             if split_of(numbers, target) == split:
                 new = problem(numbers, target)
                 problems.setdefault(new.id, new)
-                if len(problems) >= wanted:
-                    break
         if len(problems) < wanted:
             raise TaskError(
                 f"Countdown has only {len(problems)} distinct {split} problems here, {wanted} were asked for: "
@@ -113,10 +114,13 @@ class Countdown:
         Raises:
             TaskError: the text does not hold three to six numbers and a target.
         """
-        found = [int(n) for n in re.findall(r"[0-9]{1,9}", text)]
-        if not 4 <= len(found) <= 7:
-            raise TaskError(f'need 3 to 6 numbers and a target, such as "numbers 3, 7, 25; target 46"; got {text!r}')
-        return problem(found[:-1], found[-1])
+        found = re.findall(r"[-+]?[0-9.]*[0-9]", text)
+        if not 4 <= len(found) <= 7 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in found):
+            raise TaskError(
+                f'need 3 to 6 whole numbers and a target, such as "numbers 3, 7, 25; target 46"; got {text!r:.200}'
+            )
+        numbers = [int(n) for n in found]
+        return problem(numbers[:-1], numbers[-1])
 
 
 def problem(numbers: Sequence[int], target: int) -> Problem:

@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfroute.errors import TrainingError
-from selfroute.records import read_json, write_json
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+from selfroute.records import checkpoints, read_json, write_json
 
 
 def save_checkpoint(
@@ -61,9 +57,10 @@ def save_checkpoint(
         _flush(final.parent)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
         raise TrainingError(
-            f"cannot save a checkpoint in {final.parent}: {error.strerror or error} "
+            f"cannot save a checkpoint in {final.parent}: {getattr(error, 'strerror', None) or error} "
             "(free some space, then continue with --resume)"
         ) from error
     return final
@@ -79,8 +76,8 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, A
     entries: dict[int, dict[str, Any]] = {}
     try:
         tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"{path} is damaged: {error} (remove it to resume from the one before)") from error
     for key, value in {**tensors, **state["optimizer"]}.items():
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value

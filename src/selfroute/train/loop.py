@@ -14,86 +14,30 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from pydantic import Field, field_validator
 from torch.nn.functional import cross_entropy
 
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
-from selfroute.config import Choice, Config
-from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import DeviceError, TrainingError
+from selfroute.errors import ConfigError, DeviceError, TrainingError
 from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision, last_boundary, parse
-from selfroute.records import append_record, open_run, read_records, write_records
+from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
 from selfroute.train import gapg
-from selfroute.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from selfroute.train.reward import RewardConfig, reward
+from selfroute.train.checkpoint import load_checkpoint, save_checkpoint
+from selfroute.train.config import TrainConfig
+from selfroute.train.reward import reward
 from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
-
-
-class TrainConfig(Config):
-    """One post-training run."""
-
-    task: Choice = Choice(name="countdown")
-    """Where problems come from and how answers are judged."""
-    device: DeviceConfig = DeviceConfig()
-    """The on-device model to start from."""
-    cloud: Choice = Choice(name="oracle")
-    """The cloud that answers help calls."""
-    reward: RewardConfig = RewardConfig()
-    """alpha_a, alpha_c, alpha_f."""
-    sampling: Sampling = Sampling(max_tokens=160)
-    """How training responses are drawn; the temperature must be 1."""
-    evaluation: Sampling = Sampling(max_tokens=160)
-    """How responses are drawn when the run is evaluated, calibrated and asked."""
-    seed: int = 0
-    """Seed of everything random in the run."""
-    steps: int = Field(100, ge=1)
-    """Updates."""
-    problems_per_step: int = Field(64, ge=1)
-    """P: problems in a batch."""
-    num_responses: int = Field(8, ge=2)
-    """G: responses sampled for each problem."""
-    budget: float = Field(0.3, ge=0, le=1)
-    """b: share of problems that may go to the cloud; |D2| <= b / (1 - b) * |D1|."""
-    d1: Literal["any_correct", "mixed"] = "any_correct"
-    """D1 holds problems with a correct local answer, or those with both correct and other responses."""
-    decision_weight: float = Field(1.0, ge=0)
-    """Weight of the decision loss; 0 gives the paper's method exactly."""
-    decision_cloud: Literal["estimate", "call"] = "estimate"
-    """Where the decision loss lacks the cloud's verdict: use the running share of correct ones, or buy it."""
-    lr: float = Field(2e-4, gt=0)
-    """AdamW's learning rate, constant."""
-    beta2: float = Field(0.95, gt=0, lt=1)
-    """AdamW's second beta; the first is 0.9. No weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient is scaled down to this norm where it is longer."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Padded response tokens in one forward pass; changes speed and memory only."""
-    checkpoint_every: int = Field(25, ge=1)
-    """Steps between checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also log each step there, through accelerate."""
-
-    @field_validator("sampling")
-    @classmethod
-    def _own_distribution(cls, sampling: Sampling) -> Sampling:
-        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.forbid_help:
-            raise ValueError("training samples from the model itself: temperature 1, decide sample, help allowed")
-        return sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +69,7 @@ class StepRecord:
     d1: int
     d2: int
     cloud_calls: int
+    cloud_tokens: int
     cost_usd: float
     cloud_share: float
     device_tokens: int
@@ -151,12 +96,13 @@ def train(
         TrainingError: a number was not finite, or the disk refused a checkpoint.
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
-    open_run(out, "train", config.model_dump(mode="json"), resume=resume)
-    trainer = Trainer(config, out)
-    try:
-        return trainer.run(report)
-    finally:
-        trainer.cloud.close()
+    with lock_run(out):
+        open_run(out, "train", config.model_dump(mode="json"), resume=resume)
+        trainer = Trainer(config, out)
+        try:
+            return trainer.run(report)
+        finally:
+            trainer.cloud.close()
 
 
 class Trainer:
@@ -167,8 +113,6 @@ class Trainer:
         saved = checkpoints(out)
         model = config.device.model_copy(update={"model": str(saved[-1])}) if saved else config.device
         self.engine = HFEngine.load(model)
-        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(out))
-        self.engine.model.to(self.accelerator.device)
         self.optimizer = torch.optim.AdamW(
             self.engine.model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0
         )
@@ -184,8 +128,7 @@ class Trainer:
         else:
             write_records(metrics, [])
         self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite")
-        if config.trackers:
-            self.accelerator.init_trackers("selfroute", config=flat(config.model_dump(mode="json")))
+        self.accelerator = _trackers(config, out) if config.trackers else None
 
     def run(self, report: Callable[[StepRecord], None]) -> Path:
         config = self.config
@@ -193,22 +136,21 @@ class Trainer:
             for step in range(self.finished + 1, config.steps + 1):
                 try:
                     record = self.step(step)
+                    values = {name: getattr(record, name) for name in StepRecord.__slots__}
+                    append_record(self.out / "metrics.jsonl", values)
+                    if self.accelerator:
+                        self.accelerator.log(flat(values), step=step)
+                    report(record)
                 except Exception:
-                    # The weights are still those of the last finished step.
+                    # The weights are those of the last finished step: `step` changes them last of all.
                     if self.finished:
                         self.save()
                     raise
-                self.finished = step
-                values = {name: getattr(record, name) for name in StepRecord.__slots__}
-                append_record(self.out / "metrics.jsonl", values)
-                if config.trackers:
-                    self.accelerator.log(flat(values), step=step)
-                report(record)
                 if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                     self.save()
-                if stop.is_set() and step < config.steps:
+                if stop.is_set():
                     raise KeyboardInterrupt
-        if config.trackers:
+        if self.accelerator:
             self.accelerator.end_training()
         return checkpoints(self.out)[-1]
 
@@ -244,7 +186,7 @@ class Trainer:
         # Score: sample, parse, judge.
         problems = self.batch(step)
         prompts = [engine.encode(chat(p.question)) for p in problems]
-        streams = [[f"{config.seed}/{step}/{p.id}/{i}" for i in range(config.num_responses)] for p in problems]
+        streams = self._streams(step, problems)
         try:
             groups = engine.generate(prompts, streams, config.sampling)
         except DeviceError as error:
@@ -288,17 +230,18 @@ class Trainer:
             rng=random.Random(f"{config.seed}/{step}/d2"),
         )
 
-        # Update, on D1 u D2 alone.
+        # Update, on D1 u D2 alone. Nothing that can fail comes after it.
+        spent = self.cloud.spent("train", until_step=step)
         rows = self._rows(selection.kept, groups, decisions, rewards_PG, cloud_correct_P)
         kept_prompts = [prompts[p] for p in selection.kept]
         decision_loss, grad_norm = self._update(step, kept_prompts, rows, len(selection.kept) * config.num_responses)
+        self.finished = step
         clock.mark("update")
 
         everyone = [
             (d, ok) for group, oks in zip(decisions, correct_PG, strict=True) for d, ok in zip(group, oks, strict=True)
         ]
         share = 1 / len(everyone)
-        spent = self.cloud.spent("train", until_step=step)
         return StepRecord(
             step=step,
             reward=rewards_PG.mean().item(),
@@ -309,6 +252,7 @@ class Trainer:
             d1=len(selection.d1),
             d2=len(selection.d2),
             cloud_calls=spent.calls,
+            cloud_tokens=spent.prompt_tokens + spent.completion_tokens,
             cost_usd=round(spent.cost_usd, 9),
             cloud_share=self._cloud_share(),
             device_tokens=sum(len(r.token_ids) for group in groups for r in group),
@@ -317,6 +261,16 @@ class Trainer:
             grad_norm=grad_norm,
             seconds=clock.seconds(),
         )
+
+    def _streams(self, step: int, problems: Sequence[Problem]) -> list[list[str]]:
+        """The names of the responses' random streams; a problem that a batch holds twice goes on counting."""
+        streams: list[list[str]] = []
+        seen: Counter[str] = Counter()
+        for p in problems:
+            first = seen[p.id] * self.config.num_responses
+            streams.append([f"{self.config.seed}/{step}/{p.id}/{first + i}" for i in range(self.config.num_responses)])
+            seen[p.id] += 1
+        return streams
 
     def _ask_cloud(self, step: int, problems: Sequence[Problem], needed: Sequence[int]) -> list[bool | None]:
         """The cloud's verdict on each problem of the batch; None where it was never needed."""
@@ -328,7 +282,7 @@ class Trainer:
         return [self.cloud_correct.get(p.id) for p in problems]
 
     def _cloud_share(self) -> float:
-        """q: the share of correct cloud answers so far; 1 before the first, as a strong model deserves."""
+        """q: the share of correct cloud answers so far; 1 before the first."""
         return sum(self.cloud_correct.values()) / len(self.cloud_correct) if self.cloud_correct else 1.0
 
     def _rows(
@@ -342,6 +296,7 @@ class Trainer:
         """The sequences with a gradient: those with an advantage, and those with a decision to learn from."""
         config = self.config
         advantages_PG = gapg.advantages(rewards_PG)
+        cloud_share = self._cloud_share()
         rows: list[Row] = []
         for number, p in enumerate(kept):
             for g, (response, decision) in enumerate(zip(groups[p], decisions[p], strict=True)):
@@ -353,14 +308,18 @@ class Trainer:
                     elif not response.finished:
                         # A cut response has not decided: its last line break counts as its decision point.
                         point = self.engine.points[0]
-                        ids = (*ids[: last_boundary(ids, self.engine.tokenizer)], *point.prefix, point.answer)
+                        head = ids[: last_boundary(ids, self.engine.tokenizer)]
+                        if head and self.engine.decode(point.prefix).startswith("\n"):
+                            # This tokenizer merges the line break into the tag's first token.
+                            head = head[:-1]
+                        ids = (*head, *point.prefix, point.answer)
                         found = len(ids) - 1, point
                 gap = 0.0
                 if found is not None:
                     gap = gapg.decision_gap(
                         rewards_PG[p, g].item() if isinstance(decision, Answer) else 0.0,
                         cloud_correct=cloud_correct_P[p],
-                        cloud_share=self._cloud_share(),
+                        cloud_share=cloud_share,
                         cloud_reward=config.reward.cloud,
                     )
                 if found is None or gap == 0:
@@ -384,11 +343,14 @@ class Trainer:
         device = model.device
         total_decision = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        shared = SharedPrompts(model, prompts, self.engine.pad)
+        # A group without a gradient has no row, and its prompt does not run either.
+        learning = sorted({row.problem for row in rows})
+        place = {problem: n for n, problem in enumerate(learning)}
+        shared = SharedPrompts(model, [prompts[problem] for problem in learning], self.engine.pad)
         for part in pack([row.token_ids for row in rows], config.micro_batch_tokens):
             chosen = [rows[i] for i in part]
             logits_BTV, targets_BT, mask_BT = shared.logits(
-                [row.problem for row in chosen], [row.token_ids for row in chosen]
+                [place[row.problem] for row in chosen], [row.token_ids for row in chosen]
             )
             loss = logits_BTV.new_zeros(())
             if any(row.advantage for row in chosen):
@@ -410,11 +372,32 @@ class Trainer:
                 raise TrainingError(f"the loss is {loss.item()} at step {step}: lower lr (now {config.lr:g})")
             loss.backward()
         shared.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        longest = config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
         if not math.isfinite(grad_norm):
             raise TrainingError(f"the gradient's norm is {grad_norm} at step {step}: lower lr (now {config.lr:g})")
+        progress = (step - 1) / max(1, config.steps - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * (1 - progress * (1 - config.lr_end))
         self.optimizer.step()
         return total_decision, grad_norm
+
+
+def _trackers(config: TrainConfig, out: Path) -> Any:
+    """accelerate's trackers, started.
+
+    Raises:
+        ConfigError: a tracker's package is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    missing = sorted(set(config.trackers) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:
+        raise ConfigError(f"trackers need their packages: pip install {' '.join(missing)}")
+    accelerator = Accelerator(log_with=list(config.trackers), project_dir=str(out))
+    accelerator.init_trackers("selfroute", config=flat(config.model_dump(mode="json")))
+    return accelerator
 
 
 class _Clock:

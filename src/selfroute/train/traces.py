@@ -64,7 +64,6 @@ class TraceStyle:
     """How traces search. Probabilities in [0, 1]; `max_value` bounds every step."""
 
     attempts_max: int
-    blind_probability: float
     solution_probability: float
     give_up_probability: float
     help_probability: float
@@ -75,15 +74,13 @@ def trace(numbers: Sequence[int], target: int, style: TraceStyle, rng: random.Ra
     """One response text: attempts until a hit, then an answer or, by a coin toss, a help call.
 
     After a miss the search gives up with `give_up_probability`, and after `attempts_max` at the latest. An attempt is
-    a random chain not tried before or, with `solution_probability`, a real solution; a blind search never knows one.
-    Without a hit the answer is the last attempt's expression, wrong.
+    a real solution with `solution_probability`, else a random chain not tried before. Without a hit the answer is the
+    last attempt's expression, wrong.
     """
     every = chains(tuple(numbers), style.max_value)
     hits = [c for c in every if c.value == target]
     untried = list(every)
     rng.shuffle(untried)
-    if rng.random() < style.blind_probability:
-        hits = []
     lines: list[str] = []
     chain = untried[-1]
     for attempt in range(1, style.attempts_max + 1):

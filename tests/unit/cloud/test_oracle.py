@@ -7,7 +7,7 @@ import pytest
 from selfroute.cloud.oracle import Oracle, OracleConfig
 from selfroute.errors import CloudError
 from selfroute.protocol import cloud_request, parse
-from selfroute.tasks.countdown import Countdown, CountdownConfig
+from selfroute.tasks.countdown import Countdown, CountdownConfig, verify
 from selfroute.types import Answer, CloudAnswer, CloudClient
 
 
@@ -81,6 +81,14 @@ def test_cancelling_the_caller_cancels_the_request() -> None:
 
     with pytest.raises(TimeoutError):
         asyncio.run(give_up())
+
+
+def test_a_problem_without_a_solution_gets_a_wrong_answer() -> None:
+    request = cloud_request(Countdown(CountdownConfig()).read("1, 1, 1; 99").question)
+    answer = asyncio.run(Oracle(OracleConfig(accuracy=1.0)).complete(request))
+    read = parse(answer.text)
+    assert isinstance(read, Answer)
+    assert not verify(read.text, [1, 1, 1], 99).correct
 
 
 def test_other_questions_are_an_error() -> None:

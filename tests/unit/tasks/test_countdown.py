@@ -194,9 +194,11 @@ def test_a_users_own_words(text: str) -> None:
     assert Countdown(CountdownConfig()).read(text) == problem([3, 7, 25], 46)
 
 
-@pytest.mark.parametrize("text", ["", "numbers 3, 7", "1 2 3 4 5 6 7 8 9"])
+@pytest.mark.parametrize(
+    "text", ["", "numbers 3, 7", "1 2 3 4 5 6 7 8 9", "1.5, 3, 7; 46", "-3, 7, 25; 46", "1234567890 3 7 5"]
+)
 def test_a_users_unreadable_words(text: str) -> None:
-    with pytest.raises(TaskError, match="3 to 6 numbers"):
+    with pytest.raises(TaskError, match="3 to 6 whole numbers"):
         Countdown(CountdownConfig()).read(text)
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from selfroute.config import validate
-from selfroute.errors import CloudError, ConfigError, RunError, TrainingError
+from selfroute.errors import CloudError, ConfigError, DeviceError, RunError, TrainingError
 from selfroute.protocol import chat, find_decision, parse
-from selfroute.records import read_records
-from selfroute.train.checkpoint import checkpoints
-from selfroute.train.loop import StepRecord, TrainConfig, Trainer, train
+from selfroute.records import checkpoints, read_records
+from selfroute.train.config import TrainConfig
+from selfroute.train.loop import StepRecord, Trainer, train
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
 SMALL = {
@@ -90,7 +90,8 @@ def test_a_run_is_the_same_twice_and_differs_by_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> None:
-    with trainer(run_dir, decision_weight=weight, problems_per_step=12) as made:
+    # Pairs often earn the same: such groups have no policy gradient.
+    with trainer(run_dir, decision_weight=weight, problems_per_step=24, num_responses=2) as made:
         counter = RowCounter(made)
         plan: list[Any] = []
         rows_of = made._rows
@@ -102,27 +103,31 @@ def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> 
         made._rows = remember  # type: ignore[method-assign]
         record = made.step(1)
     [(kept, groups, decisions, rewards, _)] = plan
-    expected = 0
+    expected = owners = 0
     for p in kept:
         mean = rewards[p].mean().item()
         equal = bool((rewards[p] == rewards[p, 0]).all())
+        mine = 0
         for response, decision, value in zip(groups[p], decisions[p], rewards[p].tolist(), strict=True):
             policy = not equal and value != mean
             learns = weight > 0 and (isinstance(decision, Answer) or not response.finished)
             # A cut response's decision is a row of its own: it ends elsewhere than its tokens.
-            expected += policy + learns if isinstance(decision, Undecided) else policy or learns
-    assert 0 < len(kept) < 12, "the batch must have something to leave out"
-    assert counter.prompts == len(kept)
+            entered = policy + learns if isinstance(decision, Undecided) else policy or learns
+            expected += entered
+            mine += entered
+        owners += mine > 0
+    assert 0 < len(kept) < 24, "the batch must have something to leave out"
+    assert counter.prompts == owners
     assert counter.rows == expected == record.rows
     if weight == 0:
-        # Groups without a policy gradient cost nothing at all.
-        assert expected < len(kept) * 4
+        # Groups without a policy gradient cost nothing at all, not even their prompt.
+        assert owners < len(kept)
 
 
 def test_the_two_weights_keep_different_rows(tmp_path: Path) -> None:
     rows = []
     for weight in (0.0, 1.0):
-        with trainer(tmp_path / str(weight), decision_weight=weight, problems_per_step=12) as made:
+        with trainer(tmp_path / str(weight), decision_weight=weight, problems_per_step=24, num_responses=2) as made:
             rows.append(made.step(1).rows)
     assert rows[0] < rows[1]
 
@@ -209,7 +214,7 @@ def test_the_update_is_the_formula(run_dir: Path) -> None:
         for name, parameter in engine.model.named_parameters():
             assert parameter.grad is not None
             # The architecture's norms compute in float32, whatever the weights.
-            assert (parameter.grad - got[name]).norm() <= 1e-5 * got[name].norm(), name
+            assert (parameter.grad - got[name]).norm() <= 1e-4 * got[name].norm(), name
 
 
 def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
@@ -267,6 +272,46 @@ def test_numbers_that_are_not_finite_stop_with_the_step(run_dir: Path) -> None:
         next(made.engine.model.parameters()).data[0, 0] = math.nan
         with pytest.raises(TrainingError, match=r"logits are not finite at step 7: lower lr \(now 0.0002\)"):
             made.step(7)
+
+
+def test_a_damaged_checkpoint_is_named(run_dir: Path) -> None:
+    train(config(steps=2), run_dir)
+    [saved] = checkpoints(run_dir)
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole[:100])
+        with pytest.raises((TrainingError, DeviceError), match=r"step-000002.*"):
+            train(config(steps=2), run_dir, resume=True)
+        (saved / name).write_bytes(whole)
+    assert train(config(steps=2), run_dir, resume=True) == saved
+
+
+def test_the_learning_rate_falls_in_a_straight_line(run_dir: Path) -> None:
+    with trainer(run_dir, lr=1e-4, lr_end=0.1, steps=3) as made:
+        rates = []
+        for step in (1, 2, 3):
+            made.step(step)
+            rates.append(made.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-4, 5.5e-5, 1e-5])
+
+
+def test_a_problem_twice_in_a_batch_gets_fresh_responses(run_dir: Path) -> None:
+    with trainer(run_dir, task={"name": "countdown", "train": 4, "calibration": 1, "test": 1}) as made:
+        streams = made._streams(1, made.batch(1))
+    assert len({name for group in streams for name in group}) == 6 * 4
+
+
+def test_the_mixed_rule_leaves_solved_problems_out(run_dir: Path) -> None:
+    with trainer(run_dir, d1="mixed", problems_per_step=12) as made:
+        strict = made.step(1)
+    with trainer(run_dir.with_name("any"), problems_per_step=12) as made:
+        loose = made.step(1)
+    assert strict.d1 <= loose.d1
+
+
+def test_a_missing_tracker_is_named(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        train(config(trackers=["wandb"]), run_dir)
 
 
 def test_an_existing_run_is_not_overwritten(run_dir: Path) -> None:

@@ -1,0 +1,67 @@
+"""The settings of a post-training run; without torch, so that reports can be read anywhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from selfroute.config import Choice, Config
+from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.train.reward import RewardConfig
+
+
+class TrainConfig(Config):
+    """One post-training run."""
+
+    task: Choice = Choice(name="countdown")
+    """Where problems come from and how answers are judged."""
+    device: DeviceConfig = DeviceConfig()
+    """The on-device model to start from."""
+    cloud: Choice = Choice(name="oracle")
+    """The cloud that answers help calls."""
+    reward: RewardConfig = RewardConfig()
+    """alpha_a, alpha_c, alpha_f."""
+    sampling: Sampling = Sampling(max_tokens=160)
+    """How training responses are drawn; the temperature must be 1."""
+    evaluation: Sampling = Sampling(max_tokens=160)
+    """How responses are drawn when the run is evaluated, calibrated and asked."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    steps: int = Field(100, ge=1)
+    """Updates."""
+    problems_per_step: int = Field(64, ge=1)
+    """P: problems in a batch."""
+    num_responses: int = Field(8, ge=2)
+    """G: responses sampled for each problem."""
+    budget: float = Field(0.3, ge=0, le=1)
+    """b: share of problems that may go to the cloud; |D2| <= b / (1 - b) * |D1|."""
+    d1: Literal["any_correct", "mixed"] = "any_correct"
+    """D1 holds problems with a correct local answer, or those with both correct and other responses."""
+    decision_weight: float = Field(1.0, ge=0)
+    """Weight of the decision loss; 0 gives the paper's method exactly."""
+    decision_cloud: Literal["estimate", "call"] = "estimate"
+    """Where the decision loss lacks the cloud's verdict: use the running share of correct ones, or buy it."""
+    lr: float = Field(2e-4, gt=0)
+    """AdamW's learning rate at the first step."""
+    lr_end: float = Field(1.0, ge=0, le=1)
+    """Share of `lr` that is left at the last step; it falls in a straight line."""
+    beta2: float = Field(0.95, gt=0, lt=1)
+    """AdamW's second beta; the first is 0.9. No weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """The gradient is scaled down to this norm where it is longer; 0 leaves it as it is."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Padded response tokens in one forward pass; changes speed and memory only."""
+    checkpoint_every: int = Field(25, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log each step there, through accelerate."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _own_distribution(cls, sampling: Sampling) -> Sampling:
+        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.forbid_help:
+            raise ValueError("training samples from the model itself: temperature 1, decide sample, help allowed")
+        return sampling

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfroute.errors import RunError
+from selfroute.evaluate.report import rows, show, write_report
+from selfroute.evaluate.run import Outcome, columns, write_outcomes
+from selfroute.evaluate.summary import describe, summarise
+from selfroute.records import append_record, write_json
+from selfroute.train.config import TrainConfig
+
+
+def outcome(n: int, **changes: Any) -> Outcome:
+    values: dict[str, Any] = {
+        "problem": f"p{n}", "question": "q", "response": "r", "route": "device", "score": -1.0, "correct": True,
+        "device_answer": "1", "device_correct": True, "device_reason": "makes 1", "device_solve_share": None,
+        "cloud_answer": "1", "cloud_correct": True, "cloud_reason": "makes 1", "device_tokens": 10, "cloud_tokens": 0,
+        "cost_usd": 0.0, "latency_s": 0.0,
+    }  # fmt: skip
+    return Outcome(**{**values, **changes})
+
+
+ASKED = {"route": "cloud", "score": 2.0, "cost_usd": 0.001, "cloud_tokens": 500, "latency_s": 2.0}
+# Ten problems: six answered (five right), three asked (two rescued, one wasted), one undecided.
+OUTCOMES = [
+    *(outcome(n) for n in range(5)),
+    outcome(5, correct=False, device_correct=False),
+    outcome(6, **ASKED, device_correct=False, device_solve_share=0.2),
+    outcome(7, **ASKED, device_correct=False, device_solve_share=0.4),
+    outcome(8, **ASKED, device_solve_share=1.0),
+    outcome(9, route="undecided", score=None, correct=False, device_correct=False, device_answer=None),
+]
+
+
+def test_the_decomposition_by_hand() -> None:
+    untrained = [outcome(n, device_correct=n < 4) for n in reversed(range(10))]
+    got = {k: v["value"] for k, v in describe(OUTCOMES, untrained=untrained, rate=0.3).items() if isinstance(v, dict)}
+    expected = {
+        "accuracy": 0.8,
+        "call_rate": 0.3,
+        "local_accuracy": 0.6,
+        "undecided": 0.1,
+        "accuracy_at_30": 0.8,
+        "accuracy_where_answered": 5 / 7,
+        "accuracy_where_asked": 1.0,
+        "calls_that_rescued": 2 / 3,
+        "calls_wasted": 1 / 3,
+        "device_tokens": 10,
+        "cloud_tokens": 150,
+        "usd_per_1k": 0.3,
+        "cloud_latency_s": 0.6,
+        # random 0.72, oracle 0.9
+        "routing_gain_captured": (0.8 - 0.72) / (0.9 - 0.72),
+        "pgr_vs_trained": 0.5,
+        "pgr_vs_untrained": (0.8 - 0.4) / (1 - 0.4),
+    }
+    assert {k: got[k] for k in expected} == pytest.approx(expected)
+
+
+def test_columns_keep_the_undecided_last() -> None:
+    c = columns(OUTCOMES)
+    assert c.score[-1] == float("-inf")
+    assert c.final.tolist() == [float(o.correct) for o in OUTCOMES]
+
+
+def make_run(run: Path) -> None:
+    write_json(
+        run / "run.json",
+        {"command": "train", "config": TrainConfig().model_dump(mode="json"), "git": None,
+         "versions": dict.fromkeys(("selfroute", "torch", "transformers"), "0")},
+    )  # fmt: skip
+    write_json(run / "checkpoints/step-000002/state.json", {})
+
+
+def add(run: Path, name: str, outcomes: list[Outcome], checkpoint: str | None) -> None:
+    write_outcomes(run / "evaluations" / name / "records.jsonl", outcomes)
+    write_json(run / "evaluations" / name / "evaluation.json", {"checkpoint": checkpoint, "sampling": {}})
+
+
+def test_evaluations_of_an_older_checkpoint_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(RunError, match="no evaluation yet"):
+        summarise(tmp_path)
+    add(tmp_path, "before", OUTCOMES, None)
+    add(tmp_path, "after", OUTCOMES, "step-000001")
+    add(tmp_path, "budget-0.125", OUTCOMES, "step-000002")
+    summary = summarise(tmp_path)
+    assert "before" in summary
+    assert "after" not in summary
+    assert "accuracy_at_12.5" in summary["at_budget_12.5"]
+    assert "random_at_12.5" in summary
+
+
+def test_the_page_escapes_what_models_write(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    hostile = [outcome(n, question=evil, response=evil, device_reason=evil) for n in range(3)]
+    add(tmp_path, "after", [*hostile, *OUTCOMES[3:]], "step-000002")
+    append_record(tmp_path / "metrics.jsonl", {"step": 1, **_step()})
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+    assert "default-src 'none'" in page
+    for name in ("curve.png", "curve.svg", "training.png", "training.svg", "summary.json"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def _step() -> dict[str, Any]:
+    return {
+        "reward": 0.5, "local_accuracy": 0.5, "help": 0.1, "wrong": 0.3, "undecided": 0.1, "d1": 3, "d2": 1,
+        "cloud_calls": 4, "cost_usd": 0.01, "cloud_tokens": 9, "device_tokens": 100,
+        "seconds": {"total": 1.0, "cpu": 2.0},
+    }  # fmt: skip
+
+
+def test_only_the_untrained_model_makes_a_page_too(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    add(tmp_path, "before", OUTCOMES, None)
+    summary = write_report(tmp_path)
+    labels = [label for label, _ in rows(summary)]
+    assert "untrained, own decision" in labels
+    assert not any(label.startswith("selfroute") for label in labels)
+
+
+def test_numbers_for_people() -> None:
+    assert show({"a": {"value": 0.5, "low": 0.41, "high": 0.6}}, "a", 100) == "50.0 [41.0, 60.0]"
+    assert show({"a": {"value": 0.3, "low": 0.3, "high": 0.3}}, "a", 100) == "30.0"
+    assert show({"a": {"value": 1234.5, "low": 1, "high": 2}}, "a", 1) == "1,234.5"
+    assert show({"a": None}, "a", 100) == show({}, "a", 100) == "–"
