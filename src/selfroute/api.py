@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from selfroute.device.base import Sampling
     from selfroute.device.hf import HFEngine
     from selfroute.evaluate.run import Outcome
-    from selfroute.train.loop import StepRecord
+    from selfroute.train.progress import StepRecord
     from selfroute.train.warmstart import WarmstartConfig
 
 Progress = Callable[[str, int, int], None]

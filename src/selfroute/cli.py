@@ -14,7 +14,7 @@ import typer
 from selfroute.errors import SelfrouteError
 
 if TYPE_CHECKING:
-    from selfroute.train.loop import StepRecord
+    from selfroute.train.progress import StepRecord
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -13,7 +13,7 @@ from selfroute import api
 from selfroute.records import open_run, read_json
 
 if TYPE_CHECKING:
-    from selfroute.train.loop import StepRecord
+    from selfroute.train.progress import StepRecord
 
 BUDGET = 0.3
 """The budget that the demo turns the dial to."""

@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import math
 import random
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,13 +24,14 @@ from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import ConfigError, DeviceError, TrainingError
+from selfroute.errors import DeviceError, TrainingError
 from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision, last_boundary, parse
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
 from selfroute.train import gapg
 from selfroute.train.checkpoint import load_checkpoint, save_checkpoint
 from selfroute.train.config import TrainConfig
+from selfroute.train.progress import Clock, StepRecord, flat, start_trackers, stop_signals
 from selfroute.train.reward import reward
 from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
 
@@ -54,29 +50,6 @@ class Row:
     gap: float = 0.0
     decision_index: int = 0
     point: DecisionPoint | None = None
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What a step did, as it stands in metrics.jsonl; shares are of the batch's responses."""
-
-    step: int
-    reward: float
-    local_accuracy: float
-    help: float
-    wrong: float
-    undecided: float
-    d1: int
-    d2: int
-    cloud_calls: int
-    cloud_tokens: int
-    cost_usd: float
-    cloud_share: float
-    device_tokens: int
-    rows: int
-    decision_loss: float
-    grad_norm: float
-    seconds: dict[str, float]
 
 
 def train(
@@ -128,11 +101,11 @@ class Trainer:
         else:
             write_records(metrics, [])
         self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite")
-        self.accelerator = _trackers(config, out) if config.trackers else None
+        self.accelerator = start_trackers(config, out) if config.trackers else None
 
     def run(self, report: Callable[[StepRecord], None]) -> Path:
         config = self.config
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             for step in range(self.finished + 1, config.steps + 1):
                 try:
                     record = self.step(step)
@@ -181,7 +154,7 @@ class Trainer:
 
     def step(self, step: int) -> StepRecord:
         config, engine = self.config, self.engine
-        clock = _Clock()
+        clock = Clock()
 
         # Score: sample, parse, judge.
         problems = self.batch(step)
@@ -383,73 +356,5 @@ class Trainer:
         return total_decision, grad_norm
 
 
-def _trackers(config: TrainConfig, out: Path) -> Any:
-    """accelerate's trackers, started.
-
-    Raises:
-        ConfigError: a tracker's package is not installed.
-    """
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-
-    missing = sorted(set(config.trackers) - {str(tracker) for tracker in get_available_trackers()})
-    if missing:
-        raise ConfigError(f"trackers need their packages: pip install {' '.join(missing)}")
-    accelerator = Accelerator(log_with=list(config.trackers), project_dir=str(out))
-    accelerator.init_trackers("selfroute", config=flat(config.model_dump(mode="json")))
-    return accelerator
-
-
-class _Clock:
-    """Seconds of each part of a step, and the processor's in all."""
-
-    def __init__(self) -> None:
-        self._last = self._start = time.perf_counter()
-        self._cpu = time.process_time()
-        self._parts: dict[str, float] = {}
-
-    def mark(self, part: str) -> None:
-        now = time.perf_counter()
-        self._parts[part] = now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        parts = {**self._parts, "total": time.perf_counter() - self._start, "cpu": time.process_time() - self._cpu}
-        return {name: round(value, 3) for name, value in parts.items()}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event, so that the step under way can finish; a second one kills."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def without_schema(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "schema"}
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots, for trackers that know no tables."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-    return result

@@ -15,7 +15,8 @@ from selfroute.errors import CloudError, ConfigError, DeviceError, RunError, Tra
 from selfroute.protocol import chat, find_decision, parse
 from selfroute.records import checkpoints, read_records
 from selfroute.train.config import TrainConfig
-from selfroute.train.loop import StepRecord, Trainer, train
+from selfroute.train.loop import Trainer, train
+from selfroute.train.progress import StepRecord
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
 SMALL = {
