@@ -73,10 +73,9 @@ class WarmstartConfig(Config):
     """Steps between progress lines."""
 
 
-# Qwen2 splits text this way, each digit by itself, and llama.cpp knows the rule as `qwen2`. Sums of digits are learned
-# many times faster than sums of whole-number tokens.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# Llama 3 splits text this way, numbers of up to three digits whole, and llama.cpp knows the rule as `llama-bpe`.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CHAT_TEMPLATE = (
@@ -86,8 +85,8 @@ _CHAT_TEMPLATE = (
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen2's pre-tokenizer.
+def train_tokenizer(max_value: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Llama 3's pre-tokenizer, in which numbers up to `max_value` are one token.
 
     The tags stay ordinary text of several tokens that share `<`, as in real vocabularies, because the training text
     has their words but not the tags.
@@ -95,7 +94,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -104,6 +103,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     words = INSTRUCTION.replace("<", " ").replace(">", " ").replace("/", " ") + " " + question
     texts = [words, "system\nuser\nassistant\nanswer\nunknown\n", "?\n!\n", "+(\n-(\n*(\n/(\n"] * 50
     texts += ["a</a"] * 50
+    texts += [f"{n}\n" for n in range(max_value + 1)] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=40,
@@ -144,7 +144,7 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
         raise TrainingError(f"{out} is not an empty folder: give another --out")
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(config.max_value)
     model = _model(config, tokenizer)
     report(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
     engine = HFEngine(model, tokenizer)
@@ -200,16 +200,9 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
 
 
 def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:
-    """Which tokens of a trace leave no choice: the digits after each `=`, and the mark after each attempt."""
+    """Which tokens of a trace leave no choice: the number after each `=`, and the mark after each attempt."""
     equals, hit, miss = tokenizer.convert_tokens_to_ids(["=", "!\u010a", "?\u010a"])
-    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    result: list[bool] = []
-    inside = False
-    for token in row:
-        inside = inside and token in digits
-        result.append(inside or token in (hit, miss))
-        inside = inside or token == equals
-    return result
+    return [token in (hit, miss) or (n > 0 and row[n - 1] == equals) for n, token in enumerate(row)]
 
 
 def _model(config: WarmstartConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

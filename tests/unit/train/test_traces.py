@@ -67,9 +67,9 @@ def test_a_trace_is_honest() -> None:
             assert verify(decision.text, numbers, target).correct == ("!" in text)
 
 
-def test_digits_are_tokens_and_results_are_marked() -> None:
-    tokenizer = train_tokenizer()
-    assert [tokenizer.decode([t]) for t in tokenizer.encode("907", add_special_tokens=False)] == ["9", "0", "7"]
+def test_numbers_are_one_token_and_results_are_marked() -> None:
+    tokenizer = train_tokenizer(199)
+    assert all(len(tokenizer.encode(str(n), add_special_tokens=False)) == 1 for n in range(200))
     ids = tokenizer.encode("1:19-7=12,3+12=15?\n2:3+12=15,15+4=19!\n", add_special_tokens=False)
     marked = [tokenizer.decode([i]) for i, d in zip(ids, determined(ids, tokenizer), strict=True) if d]
-    assert marked == ["1", "2", "1", "5", "?\n", "1", "5", "1", "9", "!\n"]
+    assert marked == ["12", "15", "?\n", "15", "19", "!\n"]
