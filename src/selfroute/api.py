@@ -64,6 +64,12 @@ def train(
     return loop.train(resolved, Path(out), resume=resume, report=report)
 
 
+def require_training() -> None:
+    """Stop early, naming the install command, where training's dependencies are missing."""
+    with _needs("train"):
+        from selfroute.train import loop  # noqa: F401
+
+
 def load_warmstart_config(name: str, overrides: Sequence[str] = ()) -> WarmstartConfig:
     """A warm start's config by package name or path, changed by `key=value` overrides."""
     with _needs("train"):

@@ -31,6 +31,7 @@ def demo(
     report: Callable[[StepRecord], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Run the main job into `out` and return its summary; parts that are already there are not done again."""
+    api.require_training()
     resolved = api.load_train_config(config, overrides)
     open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
 

@@ -264,7 +264,7 @@ def solve(numbers: Sequence[int], target: int) -> str | None:
     """An expression that makes the target, or None if there is none: exhaustive, over exact rationals.
 
     >>> solve([3, 7, 25], 46)
-    '25+(3*7)'
+    '(7*3)+25'
     """
     seen: set[tuple[Fraction, ...]] = set()
 

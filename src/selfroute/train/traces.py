@@ -29,7 +29,7 @@ def chains(numbers: tuple[int, ...], max_value: int) -> tuple[Chain, ...]:
     """Every chain over all numbers whose steps are whole, not negative and at most `max_value`.
 
     >>> len(chains((3, 7, 12), 199)), chains((3, 7, 12), 199)[0].steps
-    (36, '7+3=10,12+10=22')
+    (29, '7+3=10,12+10=22')
     """
     found: dict[str, Chain] = {}
 
