@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,7 +229,8 @@ def _table(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The console script: errors of selfroute are one message, not a traceback."""
+    """The console script: errors and warnings are one message, without a place in the code."""
+    warnings.formatwarning = lambda message, *_, **__: f"selfroute: {message}\n"
     try:
         app()
     except (SelfrouteError, OSError) as error:

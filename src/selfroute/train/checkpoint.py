@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +50,7 @@ def save_checkpoint(
                 else:
                     values[f"{index}.{name}"] = value
         save_file(tensors, building / "optimizer.safetensors")
-        write_json(building / "state.json", {"step": step, "optimizer": values, **state})
+        write_json(building / "state.json", {"step": step, "made_with": _made_with(), "optimizer": values, **state})
         for file in building.iterdir():
             _flush(file)
         _flush(building)
@@ -69,6 +71,8 @@ def save_checkpoint(
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put the optimizer back as it was and return the state that was saved with it.
 
+    Warns where other versions, another device or another thread count made it: the numbers will differ by rounding.
+
     Raises:
         TrainingError: the checkpoint is of another optimizer or is damaged.
     """
@@ -86,7 +90,21 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, A
         optimizer.load_state_dict({"state": entries, "param_groups": now["param_groups"]})
     except (ValueError, KeyError) as error:
         raise TrainingError(f"{path} does not fit this model: {error}") from error
+    made, now_with = state["made_with"], _made_with()
+    changed = [f"{name} {made.get(name)} is now {value}" for name, value in now_with.items() if made.get(name) != value]
+    if changed:
+        warnings.warn(f"{path.name} will not be continued bit for bit: {', '.join(changed)}", stacklevel=2)
     return state
+
+
+def _made_with() -> dict[str, str | int]:
+    """What decides how sums are rounded, besides the machine itself."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def _flush(path: Path) -> None:

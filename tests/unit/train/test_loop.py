@@ -287,6 +287,16 @@ def test_a_damaged_checkpoint_is_named(run_dir: Path) -> None:
     assert train(config(steps=2), run_dir, resume=True) == saved
 
 
+def test_another_thread_count_is_said_when_resuming(run_dir: Path) -> None:
+    train(config(steps=2), run_dir)
+    torch.set_num_threads(2)
+    try:
+        with pytest.warns(UserWarning, match=r"step-000002 will not be continued bit for bit: threads 1 is now 2"):
+            train(config(steps=2), run_dir, resume=True)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_learning_rate_falls_in_a_straight_line(run_dir: Path) -> None:
     with trainer(run_dir, lr=1e-4, lr_end=0.1, steps=3) as made:
         rates = []
