@@ -130,7 +130,7 @@ def evaluate(
 def calibrate(
     run: Run, budget: Annotated[float, typer.Option(help="Share of problems that may go to the cloud, such as 0.3.")]
 ) -> None:
-    """Find the dial's bias that spends a budget, on the calibration problems."""
+    """Find the dial's bias that keeps to a budget, on the calibration problems."""
     from selfroute import api
 
     found = api.calibrate(run, budget, progress=_Printer().progress)

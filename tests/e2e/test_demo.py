@@ -11,6 +11,7 @@ import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from selfroute import measures
@@ -27,14 +28,14 @@ from tests.e2e.test_cli import selfroute
 ROOT = Path(__file__).parents[2]
 
 
-def sampled(model: str, tmp_path: Path) -> Columns:
+def sampled(model: str, tmp_path: Path, seed: int = 0) -> Columns:
     """A model on the demo's test problems, its own decisions sampled."""
     config = load_train_config("countdown-tiny")
     cloud = Cloud(make_cloud(config.cloud), tmp_path / "cloud.sqlite")
     try:
         engine = HFEngine.load(DeviceConfig(model=model))
         task = make_task(config.task)
-        return columns(evaluate(engine, task, cloud, sampling=config.evaluation, seed=config.seed))
+        return columns(evaluate(engine, task, cloud, sampling=config.evaluation, seed=seed))
     finally:
         cloud.close()
 
@@ -77,11 +78,14 @@ def test_the_shipped_weights_are_those_that_their_provenance_names() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(4800)
 def test_the_warm_start_gives_the_shipped_accuracy(tmp_path: Path) -> None:
     warmstart("countdown-1m", tmp_path / "model")
-    fresh = sampled(str(tmp_path / "model"), tmp_path).device.mean()
-    shipped = sampled("countdown-1m", tmp_path).device.mean()
+    # Four draws a problem: on another processor the weights differ, and one draw alone is off by a point or two.
+    fresh, shipped = (
+        np.mean([sampled(model, tmp_path, seed).device.mean() for seed in range(4)])
+        for model in (str(tmp_path / "model"), "countdown-1m")
+    )
     assert abs(fresh - shipped) <= 0.03
 
 

@@ -109,13 +109,13 @@ def characters() -> PreTrainedTokenizerFast:
 
 def whole_tags() -> PreTrainedTokenizerFast:
     """Both tags are single added tokens."""
-    tokenizer = train_tokenizer(199)
+    tokenizer = train_tokenizer()
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (HELP_CALL, ANSWER_OPEN)])
     return tokenizer
 
 
 TOKENIZERS = {
-    "shipped": lambda: train_tokenizer(199),
+    "shipped": lambda: train_tokenizer(),
     "bytes only": lambda: byte_level(["zz"], split=False),
     "one tag merged": lambda: byte_level(["<unknown> I need external assistance </unknown>"], split=True),
     "answer merged": lambda: byte_level(["<answer>"], split=False),
@@ -147,13 +147,13 @@ def test_the_decision_point_is_where_the_tags_part(name: str, border: str, tag: 
 
 
 def test_tags_share_their_bracket_in_the_shipped_tokenizer() -> None:
-    tokenizer = train_tokenizer(199)
+    tokenizer = train_tokenizer()
     [point] = decision_points(tokenizer)
     assert [tokenizer.decode([t]) for t in (*point.prefix, point.help, point.answer)] == ["<", "unknown", "answer"]
 
 
 def test_the_last_decision_counts_and_a_missing_one_is_none() -> None:
-    tokenizer = train_tokenizer(199)
+    tokenizer = train_tokenizer()
     points = decision_points(tokenizer)
     text = f"the tag {HELP_CALL} asks\n<answer>1+2</answer>"
     ids = tokenizer.encode(text)
@@ -172,7 +172,7 @@ def test_a_tokenizer_without_the_tags_is_refused() -> None:
 
 
 def test_last_boundary_is_past_the_last_line_break() -> None:
-    tokenizer = train_tokenizer(199)
+    tokenizer = train_tokenizer()
     ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+")
     assert tokenizer.decode(ids[: last_boundary(ids, tokenizer)]) == "1:1+2=3,3+4=7?\n"
     assert last_boundary(tokenizer.encode("1:1+2"), tokenizer) == 0

@@ -29,11 +29,14 @@ class Calibration:
 
 
 def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: int) -> Calibration:
-    """The bias whose call rate on these responses comes closest to the budget without passing it.
+    """The bias that keeps other problems like these within a budget.
+
+    A budget is a ceiling, and a share measured on N problems is off by its standard error, sqrt(b (1 - b) / N). So the
+    call rate aimed at here is one standard error below the budget; the bias comes closest to it without passing it.
 
     Args:
         scores: l of one or more responses to each calibration problem, in nats; None where none decided.
-        budget: share of problems that may go to the cloud, in [0, 1]; 0 never asks, 1 always does.
+        budget: b, the share of problems that may go to the cloud, in [0, 1]; 0 never asks, 1 always does.
         num_problems: distinct problems behind the responses; the interval rests on them, not on the draws.
 
     Raises:
@@ -44,7 +47,8 @@ def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: in
     decided = np.sort(np.array([s for s in scores if s is not None], dtype=float))[::-1]
     if not len(decided):
         raise ConfigError("no calibration response reached a decision point: the dial has nothing to turn")
-    most = min(math.floor(budget * len(scores) + 1e-9), len(decided))
+    aim = max(0.0, budget - math.sqrt(budget * (1 - budget) / num_problems))
+    most = min(math.floor(aim * len(scores) + 1e-9), len(decided))
     # Halfway between the last score that asks and the first that does not; ties answer.
     if most == len(decided):
         threshold = -_BEYOND

@@ -25,11 +25,11 @@ class Chain:
 
 
 @lru_cache(maxsize=4096)
-def chains(numbers: tuple[int, ...], max_value: int) -> tuple[Chain, ...]:
+def chains(numbers: tuple[int, ...], max_value: int, operators: str) -> tuple[Chain, ...]:
     """Every chain over all numbers whose steps are whole, not negative and at most `max_value`.
 
-    >>> len(chains((3, 7, 12), 199)), chains((3, 7, 12), 199)[0].steps
-    (29, '7+3=10,12+10=22')
+    >>> len(chains((3, 7, 12), 199, "+-*")), chains((3, 7, 12), 199, "+-*")[0].steps
+    (27, '7+3=10,12+10=22')
     """
     found: dict[str, Chain] = {}
 
@@ -43,7 +43,7 @@ def chains(numbers: tuple[int, ...], max_value: int) -> tuple[Chain, ...]:
                 # Larger first: sums and products are written one way, differences stay whole.
                 (a, x), (b, y) = sorted((items[i], items[j]), key=lambda item: -item[0])
                 rest = tuple(item for n, item in enumerate(items) if n not in (i, j))
-                for op in "+-*/":
+                for op in operators:
                     if op == "/" and (b == 0 or a % b):
                         continue
                     value = apply(a, op, b)
@@ -61,13 +61,14 @@ def _group(expression: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TraceStyle:
-    """How traces search. Probabilities in [0, 1]; `max_value` bounds every step."""
+    """How traces search. Probabilities in [0, 1]; `max_value` bounds every step, which is one of `operators`."""
 
     attempts_max: int
     solution_probability: float
     give_up_probability: float
     help_probability: float
     max_value: int
+    operators: str
 
 
 def trace(numbers: Sequence[int], target: int, style: TraceStyle, rng: random.Random) -> str:
@@ -77,7 +78,7 @@ def trace(numbers: Sequence[int], target: int, style: TraceStyle, rng: random.Ra
     a real solution with `solution_probability`, else a random chain not tried before. Without a hit the answer is the
     last attempt's expression, wrong.
     """
-    every = chains(tuple(numbers), style.max_value)
+    every = chains(tuple(numbers), style.max_value, style.operators)
     hits = [c for c in every if c.value == target]
     untried = list(every)
     rng.shuffle(untried)

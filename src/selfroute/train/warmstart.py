@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +25,7 @@ from selfroute.config import Config
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import TrainingError
-from selfroute.protocol import INSTRUCTION, chat
+from selfroute.protocol import INSTRUCTION, DecisionPoint, chat, find_decision
 from selfroute.tasks.countdown import CountdownConfig, problem, random_value, split_of
 from selfroute.train.traces import TraceStyle, trace
 from selfroute.types import Problem
@@ -47,6 +48,8 @@ class WarmstartConfig(Config):
     """Chance that a trace ends in a help call, whatever came before."""
     max_value: int = Field(199, ge=1)
     """Largest value of a step in a trace."""
+    operators: str = Field("+-*", pattern=r"^[-+*/]+$")
+    """Operators that a trace uses."""
     hidden_size: int = 128
     """Width of the model."""
     num_layers: int = 4
@@ -67,15 +70,23 @@ class WarmstartConfig(Config):
     """Weight in the loss of tokens that follow from those before them (a step's result, an attempt's mark)."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate; 5 % warm-up, then a cosine to zero."""
+    settle_steps: int = Field(200, ge=1)
+    """Steps of the second phase, which settles the decision: it goes on with the traces, and with the toss's own
+    probability in place of its outcomes, so that l is left without a tilt towards success or failure."""
+    settle_weight: float = Field(1000.0, gt=0)
+    """Weight of the decision in the second phase's loss. Its gradient is next to nothing where l is right, so the rest
+    of the trace does not suffer."""
+    settle_lr: float = Field(3e-4, gt=0)
+    """Peak learning rate of the second phase, with the same schedule."""
     micro_batch_tokens: int = Field(2048, ge=1)
     """Padded response tokens in one forward pass; changes speed and memory only."""
     log_every: int = Field(50, ge=1)
     """Steps between progress lines."""
 
 
-# Llama 3 splits text this way, numbers of up to three digits whole, and llama.cpp knows the rule as `llama-bpe`.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# Qwen2 splits text this way, each digit by itself, and llama.cpp knows the rule as `qwen2`.
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CHAT_TEMPLATE = (
@@ -85,8 +96,8 @@ _CHAT_TEMPLATE = (
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def train_tokenizer(max_value: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Llama 3's pre-tokenizer, in which numbers up to `max_value` are one token.
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen2's pre-tokenizer, in which each digit is a token.
 
     The tags stay ordinary text of several tokens that share `<`, as in real vocabularies, because the training text
     has their words but not the tags.
@@ -94,7 +105,7 @@ def train_tokenizer(max_value: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -103,7 +114,6 @@ def train_tokenizer(max_value: int) -> PreTrainedTokenizerFast:
     words = INSTRUCTION.replace("<", " ").replace(">", " ").replace("/", " ") + " " + question
     texts = [words, "system\nuser\nassistant\nanswer\nunknown\n", "?\n!\n", "+(\n-(\n*(\n/(\n"] * 50
     texts += ["a</a"] * 50
-    texts += [f"{n}\n" for n in range(max_value + 1)] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=40,
@@ -144,28 +154,42 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
         raise TrainingError(f"{out} is not an empty folder: give another --out")
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer(config.max_value)
-    model = _model(config, tokenizer)
-    report(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
-    engine = HFEngine(model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, config.steps // 20)
+    tokenizer = train_tokenizer()
+    engine = HFEngine(_model(config, tokenizer), tokenizer)
+    report(f"{sum(p.numel() for p in engine.model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
+    _imitate(engine, config, settle=False, report=report)
+    # The second phase starts from the weights as they ship, so that it can be run by itself on any saved model.
+    engine.model.to(torch.float16).to(torch.float32)
+    _imitate(engine, config, settle=True, report=report)
+    _save(config, engine, out, command, time.perf_counter() - started)
+    return out
+
+
+def _imitate(engine: HFEngine, config: WarmstartConfig, *, settle: bool, report: Callable[[str], None]) -> None:
+    """One phase: learn the traces, or settle the decision while going on with them."""
+    name, steps, lr = (
+        ("settle", config.settle_steps, config.settle_lr) if settle else ("learn", config.steps, config.lr)
+    )
+    model, tokenizer = engine.model, engine.tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))),
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))),
     )
-    rng = random.Random(f"warmstart-{config.seed}")
+    rng = random.Random(f"{'settle' if settle else 'warmstart'}-{config.seed}")
     style = TraceStyle(
         config.attempts_max,
         config.solution_probability,
         config.give_up_probability,
         config.help_probability,
         config.max_value,
+        config.operators,
     )
     source = training_problems(config.task, rng)
-    end = tokenizer.eos_token_id
+    started, seen, wrong = time.perf_counter(), 0, 0
     model.train()
-    for step in range(1, config.steps + 1):
+    for step in range(1, steps + 1):
         problems = [next(source) for _ in range(config.problems_per_step)]
         prompts = [engine.encode(chat(p.question)) for p in problems]
         owners, rows = [], []
@@ -173,36 +197,74 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
             for _ in range(config.traces_per_problem):
                 text = trace(p.reference["numbers"], p.reference["target"], style, rng)
                 owners.append(number)
-                rows.append([*tokenizer.encode(text, add_special_tokens=False), end])
+                rows.append([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        forced = [determined(row, tokenizer) for row in rows]
+        decides = [_decides(row, engine) if settle else [False] * len(row) for row in rows]
+        total = sum(config.result_weight if f else 1.0 for row in forced for f in row)
+        loss = 0.0
         optimizer.zero_grad(set_to_none=True)
         shared = SharedPrompts(model, prompts, engine.pad)
-        weights = [[config.result_weight if w else 1.0 for w in determined(row, tokenizer)] for row in rows]
-        total = sum(map(sum, weights))
-        loss = 0.0
         for part in pack(rows, config.micro_batch_tokens):
             logits_BTV, targets_BT, mask_BT = shared.logits([owners[i] for i in part], [rows[i] for i in part])
-            weight_N = torch.tensor([w for i in part for w in weights[i]])
-            loss_N = cross_entropy(logits_BTV[mask_BT], targets_BT[mask_BT], reduction="none")
-            part_loss = (loss_N * weight_N).sum() / total
+            logits_NV, targets_N = logits_BTV[mask_BT], targets_BT[mask_BT]
+            forced_N = torch.tensor([f for i in part for f in forced[i]])
+            decides_N = torch.tensor([d for i in part for d in decides[i]])
+            part_loss = trace_loss(logits_NV, targets_N, forced_N, decides_N, engine.points[0], config) / total
             part_loss.backward()
             loss += part_loss.item()
+            seen += int(forced_N.sum())
+            wrong += int((forced_N & (logits_NV.argmax(-1) != targets_N)).sum())
         shared.backward()
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step}: lower lr (now {config.lr:g})")
+            raise TrainingError(f"the loss is {loss} at step {step} of {name}: lower its lr (now {lr:g})")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % config.log_every == 0 or step == config.steps:
-            report(f"step {step}/{config.steps}  loss {loss:.4f}  {time.perf_counter() - started:.0f} s")
+        if step % config.log_every == 0 or step == steps:
+            report(
+                f"{name} {step}/{steps}  loss {loss:.4f}  results and marks wrong {wrong / seen:.2%}  "
+                f"{time.perf_counter() - started:.0f} s"
+            )
+            seen, wrong = 0, 0
     model.eval()
-    _save(config, model, tokenizer, out, command, time.perf_counter() - started)
-    return out
+
+
+def trace_loss(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    forced_N: Tensor,
+    decides_N: Tensor,
+    point: DecisionPoint,
+    config: WarmstartConfig,
+) -> Tensor:
+    """The weighted cross-entropy of N tokens, summed, in nats.
+
+    `forced_N` marks those that follow from what stands before them, `decides_N` those that ask or answer and are to be
+    settled: their target is the toss's probability, not its outcome.
+    """
+    loss_N = cross_entropy(logits_NV, targets_N, reduction="none")
+    log_prob_DV = logits_NV[decides_N].log_softmax(-1)
+    asks, answers = config.help_probability, 1 - config.help_probability
+    toss_D = asks * log_prob_DV[:, point.help] + answers * log_prob_DV[:, point.answer]
+    loss_N = loss_N.masked_scatter(decides_N, -toss_D)
+    weight_N = torch.where(forced_N, config.result_weight, 1.0)
+    weight_N[decides_N] = config.settle_weight
+    return (loss_N * weight_N).sum()
 
 
 def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:
-    """Which tokens of a trace leave no choice: the number after each `=`, and the mark after each attempt."""
-    equals, hit, miss = tokenizer.convert_tokens_to_ids(["=", "!\u010a", "?\u010a"])
-    return [token in (hit, miss) or (n > 0 and row[n - 1] == equals) for n, token in enumerate(row)]
+    """Which tokens of a trace leave no choice: the digits after each `=`, and the mark after each attempt."""
+    found, result = [], False
+    for token in tokenizer.convert_ids_to_tokens(list(row)):
+        result = token == "=" or (result and token.isdigit())
+        found.append(token in ("!\u010a", "?\u010a") or (result and token.isdigit()))
+    return found
+
+
+def _decides(row: Sequence[int], engine: HFEngine) -> list[bool]:
+    """Which token of a trace asks or answers."""
+    found = find_decision(row, engine.points, engine.tokenizer)
+    return [found is not None and n == found[0] for n in range(len(row))]
 
 
 def _model(config: WarmstartConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -226,17 +288,10 @@ def _model(config: WarmstartConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
     return model
 
 
-def _save(
-    config: WarmstartConfig,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    command: str,
-    seconds: float,
-) -> None:
+def _save(config: WarmstartConfig, engine: HFEngine, out: Path, command: str, seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
-    model.to(torch.float16).save_pretrained(out)
+    engine.tokenizer.save_pretrained(out)
+    engine.model.to(torch.float16).save_pretrained(out)
     weights = (out / "model.safetensors").read_bytes()
     provenance = {
         "command": command,

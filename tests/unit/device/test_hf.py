@@ -35,7 +35,7 @@ def double(engine: HFEngine) -> HFEngine:
 def tiny(kind: str) -> HFEngine:
     """A random model of another architecture, in float64."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(30)
+    tokenizer = train_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

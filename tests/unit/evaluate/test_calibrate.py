@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +11,25 @@ from selfroute.evaluate.calibrate import calibrate
 SCORES = st.lists(st.none() | st.floats(-20, 20), min_size=1, max_size=60)
 
 
-def test_the_bias_spends_the_budget() -> None:
-    found = calibrate([float(s) for s in range(10)], 0.3, num_problems=10)
-    assert found.bias == -6.5
-    assert found.call_rate == pytest.approx(0.3)
-    assert found.low < 0.3 < found.high
+def test_the_bias_stays_one_standard_error_below_the_budget() -> None:
+    # sqrt(0.5 * 0.5 / 100) = 0.05: 45 of 100 are asked.
+    found = calibrate([float(s) for s in range(100)], 0.5, num_problems=100)
+    assert found.bias == -54.5
+    assert found.call_rate == pytest.approx(0.45)
+    assert found.low < 0.45 < found.high
+    # Twice the draws are not twice the problems.
+    twice = calibrate([float(s) for s in range(100) for _ in range(2)], 0.5, num_problems=100)
+    assert (twice.bias, twice.call_rate, twice.low, twice.high) == (-54.5, 0.45, found.low, found.high)
+
+
+def test_few_problems_do_not_overspend() -> None:
+    """Over many small calibration sets, the share that others are asked passes the budget in about one of six."""
+    rng = np.random.default_rng(0)
+    passed = 0
+    for _ in range(400):
+        found = calibrate(rng.normal(size=200).tolist(), 0.3, num_problems=200)
+        passed += float(np.mean(rng.normal(size=50_000) + found.bias > 0)) > 0.3
+    assert 0.10 < passed / 400 < 0.22
 
 
 @given(SCORES.filter(lambda s: any(x is not None for x in s)), st.floats(0, 1))

@@ -10,17 +10,18 @@ from selfroute.train.warmstart import determined, train_tokenizer, training_prob
 from selfroute.types import Answer, HelpCall
 
 STYLE = TraceStyle(
-    attempts_max=8,
-    solution_probability=0.4,
-    give_up_probability=0.35,
+    attempts_max=6,
+    solution_probability=0.3,
+    give_up_probability=0.2,
     help_probability=0.15,
-    max_value=199,
+    max_value=99,
+    operators="+-*",
 )
 
 
 def test_every_chain_is_a_right_expression_of_its_value() -> None:
     for numbers in ((3, 7, 12), (5, 5, 5), (1, 20, 20)):
-        for chain in chains(numbers, 199):
+        for chain in chains(numbers, 99, "+-*/"):
             assert verify(chain.expression, numbers, chain.value).correct
 
 
@@ -57,7 +58,7 @@ def test_a_trace_is_honest() -> None:
         text = trace(numbers, target, STYLE, rng)
         lines = text.splitlines()
         attempts = [re.fullmatch(r"(\d+):(.+)=(\d+)([!?])", line) for line in lines[:-1]]
-        assert 1 <= len(attempts) <= 8
+        assert 1 <= len(attempts) <= 6
         for n, match in enumerate(attempts, 1):
             assert match is not None
             assert int(match[1]) == n
@@ -67,9 +68,9 @@ def test_a_trace_is_honest() -> None:
             assert verify(decision.text, numbers, target).correct == ("!" in text)
 
 
-def test_numbers_are_one_token_and_results_are_marked() -> None:
-    tokenizer = train_tokenizer(199)
-    assert all(len(tokenizer.encode(str(n), add_special_tokens=False)) == 1 for n in range(200))
+def test_digits_are_tokens_and_results_are_marked() -> None:
+    tokenizer = train_tokenizer()
     ids = tokenizer.encode("1:19-7=12,3+12=15?\n2:3+12=15,15+4=19!\n", add_special_tokens=False)
+    assert len(ids) == len("1:19-7=12,3+12=15?2:3+12=15,15+4=19!")
     marked = [tokenizer.decode([i]) for i, d in zip(ids, determined(ids, tokenizer), strict=True) if d]
-    assert marked == ["12", "15", "?\n", "15", "19", "!\n"]
+    assert marked == ["1", "2", "1", "5", "?\n", "1", "5", "1", "9", "!\n"]
