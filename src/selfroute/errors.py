@@ -38,3 +38,7 @@ class TrainingError(SelfrouteError):
 
 class RunError(SelfrouteError):
     """A run directory is missing, belongs to other settings, or is damaged."""
+
+
+class ReproducibilityWarning(UserWarning):
+    """A run goes on under other conditions than it began, and its numbers will differ by rounding."""

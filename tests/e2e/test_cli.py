@@ -60,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     selfroute("evaluate", "run", "--before", cwd=cwd)
     selfroute("evaluate", "run", cwd=cwd)
     assert "95 % interval" in selfroute("calibrate", "run", "--budget", "0.3", cwd=cwd)
-    assert "dial at 30 %" in selfroute("evaluate", "run", "--budget", "0.3", cwd=cwd)
+    assert "budget 30 %" in selfroute("evaluate", "run", "--budget", "0.3", cwd=cwd)
     return cwd
 
 

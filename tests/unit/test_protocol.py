@@ -115,7 +115,7 @@ def whole_tags() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {
-    "shipped": lambda: train_tokenizer(),
+    "shipped": train_tokenizer,
     "bytes only": lambda: byte_level(["zz"], split=False),
     "one tag merged": lambda: byte_level(["<unknown> I need external assistance </unknown>"], split=True),
     "answer merged": lambda: byte_level(["<answer>"], split=False),

@@ -29,10 +29,11 @@ class Calibration:
 
 
 def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: int) -> Calibration:
-    """The bias that keeps other problems like these within a budget.
+    """The bias for a budget.
 
-    A budget is a ceiling, and a share measured on N problems is off by its standard error, sqrt(b (1 - b) / N). So the
-    call rate aimed at here is one standard error below the budget; the bias comes closest to it without passing it.
+    A budget is a ceiling, and a share measured on N problems has a standard error of up to sqrt(b (1 - b) / N). So the
+    bias aims one standard error below the budget, and about five dials in six stay within it on other problems like
+    these; of the biases it takes the one whose call rate comes closest to the aim without passing it.
 
     Args:
         scores: l of one or more responses to each calibration problem, in nats; None where none decided.
@@ -40,14 +41,20 @@ def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: in
         num_problems: distinct problems behind the responses; the interval rests on them, not on the draws.
 
     Raises:
-        ConfigError: the budget is not a share, or no response reached a decision.
+        ConfigError: the budget is not a share, the problems are too few for it, or no response reached a decision.
     """
     if not 0 <= budget <= 1:
         raise ConfigError(f"a budget is a share of problems between 0 and 1, such as 0.3; got {budget}")
+    if num_problems < 1:
+        raise ConfigError("there is no calibration problem: raise task.calibration")
     decided = np.sort(np.array([s for s in scores if s is not None], dtype=float))[::-1]
     if not len(decided):
         raise ConfigError("no calibration response reached a decision point: the dial has nothing to turn")
-    aim = max(0.0, budget - math.sqrt(budget * (1 - budget) / num_problems))
+    aim = budget - math.sqrt(budget * (1 - budget) / num_problems)
+    if budget > 0 and aim * num_problems < 1:
+        raise ConfigError(
+            f"{num_problems} calibration problems are too few for a budget of {budget:g}: raise task.calibration"
+        )
     most = min(math.floor(aim * len(scores) + 1e-9), len(decided))
     # Halfway between the last score that asks and the first that does not; ties answer.
     if most == len(decided):

@@ -78,7 +78,7 @@ def rows(summary: Mapping[str, Any]) -> list[Cells]:
         rate = exactly(float(percent) / 100)
         table.append((f"random offloading at {percent} %", {**summary[f"random_at_{percent}"], "call_rate": rate}))
         if f"at_budget_{percent}" in summary:
-            table.append((f"selfroute, dial at {percent} %", summary[f"at_budget_{percent}"]))
+            table.append((f"selfroute, budget {percent} %", summary[f"at_budget_{percent}"]))
         for bound in ("oracle", "clairvoyant"):
             table.append((f"{bound} at {percent} %", {**summary[f"{bound}_at_{percent}"], "call_rate": rate}))
     table.append(("cloud alone", {**summary["cloud"], "call_rate": exactly(1.0)}))
@@ -173,7 +173,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
             color=OURS,
             linestyle="none",
             capsize=3,
-            label="own decision" if budget is None else f"dial at {100 * budget:.0f} %",
+            label="own decision" if budget is None else f"budget {100 * budget:.0f} %",
         )
     axis.plot(
         100, 100 * summary["cloud"]["accuracy"]["value"], marker="s", color=INK, linestyle="none", label="cloud alone"

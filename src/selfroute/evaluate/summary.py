@@ -45,7 +45,9 @@ def summarise(run: Path) -> dict[str, Any]:
         raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}")
     summary: dict[str, Any] = {}
     for name, outcomes in found.items():
-        summary[key_of(name)] = describe(outcomes, untrained=found.get("before"), rate=budget_of(name) or 0.3)
+        budget = budget_of(name)
+        rate = 0.3 if budget is None else budget
+        summary[key_of(name)] = describe(outcomes, untrained=found.get("before"), rate=rate)
     reference = columns(found.get("after") or next(iter(found.values())))
     for rate in sorted({0.3, *(b for b in map(budget_of, found) if b is not None)}):
         for name, bound in BOUNDS.items():

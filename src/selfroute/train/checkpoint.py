@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfroute.errors import TrainingError
+from selfroute.errors import ReproducibilityWarning, TrainingError
 from selfroute.records import checkpoints, read_json, write_json
 
 
@@ -71,8 +71,6 @@ def save_checkpoint(
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put the optimizer back as it was and return the state that was saved with it.
 
-    Warns where other versions, another device or another thread count made it: the numbers will differ by rounding.
-
     Raises:
         TrainingError: the checkpoint is of another optimizer or is damaged.
     """
@@ -90,20 +88,29 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, A
         optimizer.load_state_dict({"state": entries, "param_groups": now["param_groups"]})
     except (ValueError, KeyError) as error:
         raise TrainingError(f"{path} does not fit this model: {error}") from error
-    made, now_with = state["made_with"], _made_with()
-    changed = [f"{name} {made.get(name)} is now {value}" for name, value in now_with.items() if made.get(name) != value]
-    if changed:
-        warnings.warn(f"{path.name} will not be continued bit for bit: {', '.join(changed)}", stacklevel=2)
     return state
 
 
+def warn_of_changes(path: Path, state: dict[str, Any]) -> None:
+    """Warn where what made a checkpoint has changed: going on from it, numbers will differ by rounding."""
+    made = state["made_with"]
+    changed = [
+        f"{name} {made.get(name)} is now {value}" for name, value in _made_with().items() if made.get(name) != value
+    ]
+    if changed:
+        warnings.warn(
+            f"{path.name} will not be continued bit for bit: {', '.join(changed)}", ReproducibilityWarning, stacklevel=2
+        )
+
+
 def _made_with() -> dict[str, str | int]:
-    """What decides how sums are rounded, besides the machine itself."""
+    """What decides how sums are rounded."""
+    cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
     }
 
 

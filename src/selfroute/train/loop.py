@@ -29,7 +29,7 @@ from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
 from selfroute.train import gapg
-from selfroute.train.checkpoint import load_checkpoint, save_checkpoint
+from selfroute.train.checkpoint import load_checkpoint, save_checkpoint, warn_of_changes
 from selfroute.train.config import TrainConfig
 from selfroute.train.progress import Clock, StepRecord, flat, start_trackers, stop_signals
 from selfroute.train.reward import reward
@@ -95,6 +95,8 @@ class Trainer:
         if saved:
             state = load_checkpoint(saved[-1], self.optimizer)
             self.finished = state["step"]
+            if self.finished < config.steps:
+                warn_of_changes(saved[-1], state)
             self.cloud_correct = state["cloud_correct"]
             # Steps past the checkpoint will be done again.
             write_records(metrics, [without_schema(r) for r in read_records(metrics) if r["step"] <= self.finished])

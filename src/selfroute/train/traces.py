@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pydantic import Field
+
+from selfroute.config import Config
+from selfroute.errors import TrainingError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL
 from selfroute.tasks.countdown import apply
 
@@ -26,7 +30,7 @@ class Chain:
 
 @lru_cache(maxsize=4096)
 def chains(numbers: tuple[int, ...], max_value: int, operators: str) -> tuple[Chain, ...]:
-    """Every chain over all numbers whose steps are whole, not negative and at most `max_value`.
+    """Every chain of `operators` over all numbers whose steps are whole, not negative and at most `max_value`.
 
     >>> len(chains((3, 7, 12), 199, "+-*")), chains((3, 7, 12), 199, "+-*")[0].steps
     (27, '7+3=10,12+10=22')
@@ -59,39 +63,52 @@ def _group(expression: str) -> str:
     return expression if expression.isdigit() else f"({expression})"
 
 
-@dataclass(frozen=True, slots=True)
-class TraceStyle:
-    """How traces search. Probabilities in [0, 1]; `max_value` bounds every step, which is one of `operators`."""
+class TraceConfig(Config):
+    """How traces search."""
 
-    attempts_max: int
-    solution_probability: float
-    give_up_probability: float
-    help_probability: float
-    max_value: int
-    operators: str
+    attempts_max: int = Field(8, ge=1)
+    """Most attempts in a trace."""
+    solution_probability: float = Field(0.25, ge=0, le=1)
+    """Chance that an attempt is a real solution; else it is a random chain."""
+    give_up_probability: float = Field(0.15, ge=0, le=1)
+    """Chance that a trace ends after a miss."""
+    help_probability: float = Field(0.15, ge=0, le=1)
+    """Chance that a trace ends in a help call, whatever came before."""
+    max_value: int = Field(99, ge=1)
+    """Largest value of a step."""
+    operators: str = Field("+-*", pattern=r"^[-+*/]+$")
+    """What a step may do."""
 
 
-def trace(numbers: Sequence[int], target: int, style: TraceStyle, rng: random.Random) -> str:
+def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.Random) -> str:
     """One response text: attempts until a hit, then an answer or, by a coin toss, a help call.
 
     After a miss the search gives up with `give_up_probability`, and after `attempts_max` at the latest. An attempt is
     a real solution with `solution_probability`, else a random chain not tried before. Without a hit the answer is the
     last attempt's expression, wrong.
+
+    Raises:
+        TrainingError: `operators` and `max_value` leave no chain over these numbers.
     """
-    every = chains(tuple(numbers), style.max_value, style.operators)
+    every = chains(tuple(numbers), config.max_value, config.operators)
+    if not every:
+        raise TrainingError(
+            f"no chain over {list(numbers)} with {config.operators!r} stays within {config.max_value}: "
+            "allow more operators or a larger max_value"
+        )
     hits = [c for c in every if c.value == target]
     untried = list(every)
     rng.shuffle(untried)
     lines: list[str] = []
     chain = untried[-1]
-    for attempt in range(1, style.attempts_max + 1):
-        if hits and rng.random() < style.solution_probability:
+    for attempt in range(1, config.attempts_max + 1):
+        if hits and rng.random() < config.solution_probability:
             chain = rng.choice(hits)
         elif untried:
             chain = untried.pop()
         hit = chain.value == target
         lines.append(f"{attempt}:{chain.steps}{'!' if hit else '?'}\n")
-        if hit or rng.random() < style.give_up_probability:
+        if hit or rng.random() < config.give_up_probability:
             break
-    asks = rng.random() < style.help_probability
+    asks = rng.random() < config.help_probability
     return "".join(lines) + (HELP_CALL if asks else f"{ANSWER_OPEN}{chain.expression}{ANSWER_CLOSE}")

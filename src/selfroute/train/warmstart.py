@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,35 +22,22 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfroute.config import Config
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import TrainingError
 from selfroute.protocol import INSTRUCTION, DecisionPoint, chat, find_decision
 from selfroute.tasks.countdown import CountdownConfig, problem, random_value, split_of
-from selfroute.train.traces import TraceStyle, trace
+from selfroute.train.traces import TraceConfig, trace
 from selfroute.types import Problem
 
 
-class WarmstartConfig(Config):
-    """One warm start: the shape of the model, the traces, and the optimizer."""
+class WarmstartConfig(TraceConfig):
+    """One warm start: the traces, the shape of the model, and the optimizer."""
 
     seed: int = 0
     """Seed of the weights and of the traces."""
     task: CountdownConfig = CountdownConfig()
     """The problems; only those whose hash falls into the training split are used."""
-    attempts_max: int = Field(8, ge=1)
-    """Most attempts in a trace."""
-    solution_probability: float = Field(0.25, ge=0, le=1)
-    """Chance that an attempt is a real solution; else it is a random chain."""
-    give_up_probability: float = Field(0.25, ge=0, le=1)
-    """Chance that a trace ends after a miss."""
-    help_probability: float = Field(0.15, ge=0, le=1)
-    """Chance that a trace ends in a help call, whatever came before."""
-    max_value: int = Field(199, ge=1)
-    """Largest value of a step in a trace."""
-    operators: str = Field("+-*", pattern=r"^[-+*/]+$")
-    """Operators that a trace uses."""
     hidden_size: int = 128
     """Width of the model."""
     num_layers: int = 4
@@ -60,22 +48,23 @@ class WarmstartConfig(Config):
     """Key-value heads."""
     mlp_size: int = 384
     """Width of the feed-forward layers."""
-    steps: int = Field(1500, ge=1)
-    """Optimizer steps."""
-    problems_per_step: int = Field(32, ge=1)
+    steps: int = Field(4000, ge=1)
+    """Optimizer steps of the first phase."""
+    problems_per_step: int = Field(16, ge=1)
     """Problems in a batch."""
     traces_per_problem: int = Field(4, ge=1)
     """Traces of each problem in a batch."""
-    result_weight: float = Field(4.0, gt=0)
-    """Weight in the loss of tokens that follow from those before them (a step's result, an attempt's mark)."""
+    result_weight: float = Field(6.0, gt=0)
+    """Weight in the loss of tokens that follow from those before them (a step's result, an attempt's mark); others
+    weigh 1."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate; 5 % warm-up, then a cosine to zero."""
     settle_steps: int = Field(200, ge=1)
     """Steps of the second phase, which settles the decision: it goes on with the traces, and with the toss's own
     probability in place of its outcomes, so that l is left without a tilt towards success or failure."""
     settle_weight: float = Field(1000.0, gt=0)
-    """Weight of the decision in the second phase's loss. Its gradient is next to nothing where l is right, so the rest
-    of the trace does not suffer."""
+    """Weight of the decision in the second phase's loss, where other tokens weigh 1 or `result_weight`. Its gradient is
+    next to nothing where l is right, so the rest of the trace does not suffer."""
     settle_lr: float = Field(3e-4, gt=0)
     """Peak learning rate of the second phase, with the same schedule."""
     micro_batch_tokens: int = Field(2048, ge=1)
@@ -157,19 +146,21 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
     tokenizer = train_tokenizer()
     engine = HFEngine(_model(config, tokenizer), tokenizer)
     report(f"{sum(p.numel() for p in engine.model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
-    _imitate(engine, config, settle=False, report=report)
-    # The second phase starts from the weights as they ship, so that it can be run by itself on any saved model.
-    engine.model.to(torch.float16).to(torch.float32)
-    _imitate(engine, config, settle=True, report=report)
+    _imitate(engine, config, "learn", config.steps, config.lr, report)
+    _imitate(engine, config, "settle", config.settle_steps, config.settle_lr, report)
     _save(config, engine, out, command, time.perf_counter() - started)
     return out
 
 
-def _imitate(engine: HFEngine, config: WarmstartConfig, *, settle: bool, report: Callable[[str], None]) -> None:
-    """One phase: learn the traces, or settle the decision while going on with them."""
-    name, steps, lr = (
-        ("settle", config.settle_steps, config.settle_lr) if settle else ("learn", config.steps, config.lr)
-    )
+def _imitate(
+    engine: HFEngine,
+    config: WarmstartConfig,
+    phase: Literal["learn", "settle"],
+    steps: int,
+    lr: float,
+    report: Callable[[str], None],
+) -> None:
+    """One phase: learn the traces; or go on with them and settle the decision, whose target is then the toss itself."""
     model, tokenizer = engine.model, engine.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
@@ -177,15 +168,7 @@ def _imitate(engine: HFEngine, config: WarmstartConfig, *, settle: bool, report:
         optimizer,
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))),
     )
-    rng = random.Random(f"{'settle' if settle else 'warmstart'}-{config.seed}")
-    style = TraceStyle(
-        config.attempts_max,
-        config.solution_probability,
-        config.give_up_probability,
-        config.help_probability,
-        config.max_value,
-        config.operators,
-    )
+    rng = random.Random(f"{'warmstart' if phase == 'learn' else phase}-{config.seed}")
     source = training_problems(config.task, rng)
     started, seen, wrong = time.perf_counter(), 0, 0
     model.train()
@@ -195,34 +178,35 @@ def _imitate(engine: HFEngine, config: WarmstartConfig, *, settle: bool, report:
         owners, rows = [], []
         for number, p in enumerate(problems):
             for _ in range(config.traces_per_problem):
-                text = trace(p.reference["numbers"], p.reference["target"], style, rng)
+                text = trace(p.reference["numbers"], p.reference["target"], config, rng)
                 owners.append(number)
                 rows.append([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
-        forced = [determined(row, tokenizer) for row in rows]
-        decides = [_decides(row, engine) if settle else [False] * len(row) for row in rows]
-        total = sum(config.result_weight if f else 1.0 for row in forced for f in row)
+        follows = [determined(row, tokenizer) for row in rows]
+        settles = [decides(row, engine) if phase == "settle" else [False] * len(row) for row in rows]
+        total = sum(config.result_weight if f else 1.0 for row in follows for f in row)
         loss = 0.0
         optimizer.zero_grad(set_to_none=True)
         shared = SharedPrompts(model, prompts, engine.pad)
         for part in pack(rows, config.micro_batch_tokens):
             logits_BTV, targets_BT, mask_BT = shared.logits([owners[i] for i in part], [rows[i] for i in part])
             logits_NV, targets_N = logits_BTV[mask_BT], targets_BT[mask_BT]
-            forced_N = torch.tensor([f for i in part for f in forced[i]])
-            decides_N = torch.tensor([d for i in part for d in decides[i]])
-            part_loss = trace_loss(logits_NV, targets_N, forced_N, decides_N, engine.points[0], config) / total
+            determined_N = torch.tensor([f for i in part for f in follows[i]])
+            settles_N = torch.tensor([d for i in part for d in settles[i]])
+            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config) / total
             part_loss.backward()
             loss += part_loss.item()
-            seen += int(forced_N.sum())
-            wrong += int((forced_N & (logits_NV.argmax(-1) != targets_N)).sum())
+            seen += int(determined_N.sum())
+            wrong += int((determined_N & (logits_NV.argmax(-1) != targets_N)).sum())
         shared.backward()
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step} of {name}: lower its lr (now {lr:g})")
+            key = "lr" if phase == "learn" else "settle_lr"
+            raise TrainingError(f"the loss is {loss} at step {step} of {phase}: lower {key} (now {lr:g})")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % config.log_every == 0 or step == steps:
             report(
-                f"{name} {step}/{steps}  loss {loss:.4f}  results and marks wrong {wrong / seen:.2%}  "
+                f"{phase} {step}/{steps}  loss {loss:.4f}  results and marks wrong {wrong / seen:.2%}  "
                 f"{time.perf_counter() - started:.0f} s"
             )
             seen, wrong = 0, 0
@@ -232,23 +216,23 @@ def _imitate(engine: HFEngine, config: WarmstartConfig, *, settle: bool, report:
 def trace_loss(
     logits_NV: Tensor,
     targets_N: Tensor,
-    forced_N: Tensor,
-    decides_N: Tensor,
+    determined_N: Tensor,
+    settles_N: Tensor,
     point: DecisionPoint,
     config: WarmstartConfig,
 ) -> Tensor:
     """The weighted cross-entropy of N tokens, summed, in nats.
 
-    `forced_N` marks those that follow from what stands before them, `decides_N` those that ask or answer and are to be
-    settled: their target is the toss's probability, not its outcome.
+    `determined_N` marks those that follow from what stands before them, `settles_N` the decisions whose target is the
+    toss's probability in place of its outcome.
     """
     loss_N = cross_entropy(logits_NV, targets_N, reduction="none")
-    log_prob_DV = logits_NV[decides_N].log_softmax(-1)
+    log_prob_DV = logits_NV[settles_N].log_softmax(-1)
     asks, answers = config.help_probability, 1 - config.help_probability
     toss_D = asks * log_prob_DV[:, point.help] + answers * log_prob_DV[:, point.answer]
-    loss_N = loss_N.masked_scatter(decides_N, -toss_D)
-    weight_N = torch.where(forced_N, config.result_weight, 1.0)
-    weight_N[decides_N] = config.settle_weight
+    loss_N = loss_N.masked_scatter(settles_N, -toss_D)
+    weight_N = torch.where(determined_N, config.result_weight, 1.0)
+    weight_N[settles_N] = config.settle_weight
     return (loss_N * weight_N).sum()
 
 
@@ -261,7 +245,7 @@ def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[b
     return found
 
 
-def _decides(row: Sequence[int], engine: HFEngine) -> list[bool]:
+def decides(row: Sequence[int], engine: HFEngine) -> list[bool]:
     """Which token of a trace asks or answers."""
     found = find_decision(row, engine.points, engine.tokenizer)
     return [found is not None and n == found[0] for n in range(len(row))]

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from selfroute.config import validate
-from selfroute.errors import CloudError, ConfigError, DeviceError, RunError, TrainingError
+from selfroute.errors import CloudError, ConfigError, DeviceError, ReproducibilityWarning, RunError, TrainingError
 from selfroute.protocol import chat, find_decision, parse
-from selfroute.records import checkpoints, read_records
+from selfroute.records import checkpoints, read_json, read_records, write_json
 from selfroute.train.config import TrainConfig
 from selfroute.train.loop import Trainer, train
 from selfroute.train.progress import StepRecord
@@ -287,14 +287,17 @@ def test_a_damaged_checkpoint_is_named(run_dir: Path) -> None:
     assert train(config(steps=2), run_dir, resume=True) == saved
 
 
-def test_another_thread_count_is_said_when_resuming(run_dir: Path) -> None:
+def test_another_thread_count_is_said_where_a_run_goes_on(run_dir: Path) -> None:
     train(config(steps=2), run_dir)
-    torch.set_num_threads(2)
-    try:
-        with pytest.warns(UserWarning, match=r"step-000002 will not be continued bit for bit: threads 1 is now 2"):
-            train(config(steps=2), run_dir, resume=True)
-    finally:
-        torch.set_num_threads(1)
+    state = read_json(run_dir / "checkpoints/step-000002/state.json")
+    state["made_with"]["threads"] = 64
+    write_json(run_dir / "checkpoints/step-000002/state.json", state)
+    # A finished run is not continued, and silent.
+    train(config(steps=2), run_dir, resume=True)
+    longer = config(steps=3)
+    write_json(run_dir / "run.json", {"config": longer.model_dump(mode="json")})
+    with pytest.warns(ReproducibilityWarning, match="not be continued bit for bit: threads 64 is now 1"):
+        train(longer, run_dir, resume=True)
 
 
 def test_the_learning_rate_falls_in_a_straight_line(run_dir: Path) -> None:

@@ -3,20 +3,17 @@ from __future__ import annotations
 import random
 import re
 
+import pytest
+
+from selfroute.api import load_train_config, load_warmstart_config
+from selfroute.errors import TrainingError
 from selfroute.protocol import parse
 from selfroute.tasks.countdown import Countdown, CountdownConfig, split_of, verify
-from selfroute.train.traces import TraceStyle, chains, trace
+from selfroute.train.traces import TraceConfig, chains, trace
 from selfroute.train.warmstart import determined, train_tokenizer, training_problems
 from selfroute.types import Answer, HelpCall
 
-STYLE = TraceStyle(
-    attempts_max=6,
-    solution_probability=0.3,
-    give_up_probability=0.2,
-    help_probability=0.15,
-    max_value=99,
-    operators="+-*",
-)
+CONFIG = load_warmstart_config("countdown-1m")
 
 
 def test_every_chain_is_a_right_expression_of_its_value() -> None:
@@ -40,7 +37,7 @@ def test_asking_is_a_coin_toss_that_looks_at_nothing() -> None:
     asked: dict[bool, list[bool]] = {True: [], False: []}
     for _ in range(20_000):
         p = next(source)
-        text = trace(p.reference["numbers"], p.reference["target"], STYLE, rng)
+        text = trace(p.reference["numbers"], p.reference["target"], CONFIG, rng)
         decision = parse(text)
         assert isinstance(decision, HelpCall) or (isinstance(decision, Answer) and decision.well_formed)
         asked["!" in text].append(isinstance(decision, HelpCall))
@@ -55,10 +52,10 @@ def test_a_trace_is_honest() -> None:
     for _ in range(500):
         p = next(source)
         numbers, target = p.reference["numbers"], p.reference["target"]
-        text = trace(numbers, target, STYLE, rng)
+        text = trace(numbers, target, CONFIG, rng)
         lines = text.splitlines()
         attempts = [re.fullmatch(r"(\d+):(.+)=(\d+)([!?])", line) for line in lines[:-1]]
-        assert 1 <= len(attempts) <= 6
+        assert 1 <= len(attempts) <= 8
         for n, match in enumerate(attempts, 1):
             assert match is not None
             assert int(match[1]) == n
@@ -74,3 +71,24 @@ def test_digits_are_tokens_and_results_are_marked() -> None:
     assert len(ids) == len("1:19-7=12,3+12=15?2:3+12=15,15+4=19!")
     marked = [tokenizer.decode([i]) for i, d in zip(ids, determined(ids, tokenizer), strict=True) if d]
     assert marked == ["1", "2", "1", "5", "?\n", "1", "5", "1", "9", "!\n"]
+
+
+def test_every_trace_fits_the_main_jobs_token_limit() -> None:
+    tokenizer, rng = train_tokenizer(), random.Random(2)
+    limit = load_train_config("countdown-tiny").sampling.max_tokens
+    long = CONFIG.model_copy(update={"solution_probability": 0.0, "give_up_probability": 0.0})
+    source = training_problems(CountdownConfig(), rng)
+    for _ in range(500):
+        p = next(source)
+        text = trace(p.reference["numbers"], p.reference["target"], long, rng)
+        assert len(tokenizer.encode(text, add_special_tokens=False)) < limit
+
+
+def test_numbers_without_a_chain_are_named() -> None:
+    with pytest.raises(TrainingError, match=r"no chain over \[20, 20, 20\] with '\*' stays within 99"):
+        trace((20, 20, 20), 60, TraceConfig(operators="*"), random.Random(0))
+
+
+def test_traces_use_the_operators_that_they_may() -> None:
+    assert {c for chain in chains((12, 6, 2), 99, "+-*") for c in chain.steps} <= set("0123456789+-*=,")
+    assert any("/" in chain.steps for chain in chains((12, 6, 2), 99, "+-*/"))

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfroute.protocol import DecisionPoint
-from selfroute.train.warmstart import WarmstartConfig, trace_loss, warmstart
+from selfroute.device.base import DeviceConfig
+from selfroute.device.hf import HFEngine
+from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, DecisionPoint, chat
+from selfroute.train.warmstart import WarmstartConfig, decides, trace_loss, warmstart
 
 CONFIG = WarmstartConfig(help_probability=0.25, result_weight=3.0, settle_weight=10.0)
 POINT = DecisionPoint((0,), help=1, answer=2)
 
 
 def loss(logits: torch.Tensor, targets: list[int]) -> torch.Tensor:
-    """Three tokens: a free one, one that is forced, one that decides."""
-    forced, decides = torch.tensor([False, True, False]), torch.tensor([False, False, True])
-    return trace_loss(logits, torch.tensor(targets), forced, decides, POINT, CONFIG)
+    """Three tokens: a free one, one that is determined, one that decides."""
+    determined, settles = torch.tensor([False, True, False]), torch.tensor([False, False, True])
+    return trace_loss(logits, torch.tensor(targets), determined, settles, POINT, CONFIG)
 
 
 def test_the_weighted_loss_by_hand() -> None:
@@ -36,6 +38,40 @@ def test_a_decision_learns_the_chance_of_asking_not_the_toss() -> None:
     assert torch.equal(*gradients)
     # weight * (softmax - target), the target 0.25 on asking and 0.75 on answering.
     assert gradients[0][2].tolist() == pytest.approx([2.5, 0.0, -5.0, 2.5])
+
+
+def test_the_token_that_decides_is_found_in_every_trace(engine: HFEngine) -> None:
+    for tag, first in ((HELP_CALL, "unknown"), (f"{ANSWER_OPEN}1+2{ANSWER_CLOSE}", "answer")):
+        ids = engine.tokenizer.encode("1:2+1=3?\n" + tag)
+        assert [engine.decode([i]) for i, d in zip(ids, decides(ids, engine), strict=True) if d] == [first]
+
+
+def test_the_second_phase_settles_l(tmp_path: Path) -> None:
+    """From nothing, l goes to the log-odds of the toss, on hits and on misses; with no weight on it, it does not."""
+    logits = []
+    small = {"steps": 1, "settle_steps": 40, "settle_lr": 2e-3, "problems_per_step": 2, "traces_per_problem": 2}
+    for weight in (1000.0, 1e-6):
+        config = WarmstartConfig(settle_weight=weight, **small)
+        folder = warmstart(config, tmp_path / str(weight), report=lambda line: None)
+        made = HFEngine.load(DeviceConfig(model=str(folder)))
+        [point] = made.points
+        for mark in "!?":
+            ids = [*made.tokenizer.encode(f"1:2+1=3,3+1=4{mark}\n"), *point.prefix]
+            with torch.no_grad():
+                last = made.model(torch.tensor([made.encode(chat("to make 4.")) + ids])).logits[0, -1]
+            logits.append((last[point.help] - last[point.answer]).item())
+    wanted = math.log(0.15 / 0.85)
+    assert all(abs(value - wanted) < 0.1 for value in logits[:2]), logits
+    assert all(abs(value - wanted) > 0.15 for value in logits[2:]), logits
+
+
+def test_a_seed_gives_the_same_weights_twice(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = WarmstartConfig(seed=seed, steps=2, settle_steps=2, problems_per_step=2, traces_per_problem=2)
+        warmstart(config, tmp_path / name, report=lambda line: None)
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_short_warm_start_reports_and_states_its_provenance(tmp_path: Path) -> None:
