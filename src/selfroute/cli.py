@@ -94,7 +94,8 @@ def train(
 ) -> None:
     """Post-train a device model with GAPG and the decision loss.
 
-    Ctrl-C finishes the step under way and saves; --resume goes on from there, bit for bit.
+    Ctrl-C finishes the step under way and saves; --resume goes on from there: bit for bit on the same machine,
+    versions and threads.
     """
     from selfroute import api
 

@@ -61,10 +61,11 @@ def test_the_quick_demo_does_every_part_and_continues(tmp_path: Path) -> None:
 
 
 def test_the_shipped_model_does_not_route(tmp_path: Path) -> None:
-    c = sampled("countdown-1m", tmp_path)
-    assert c.device.mean() < 0.50
-    assert 0.10 <= c.asked.mean() <= 0.20
-    assert 0.45 <= measures.decision_auc(c) <= 0.55
+    # One draw's AUC has a standard error of 0.02; three show the model rather than the draw.
+    draws = [sampled("countdown-1m", tmp_path, seed) for seed in range(3)]
+    assert np.mean([c.device.mean() for c in draws]) < 0.50
+    assert 0.10 <= np.mean([c.asked.mean() for c in draws]) <= 0.20
+    assert 0.45 <= np.mean([measures.decision_auc(c) for c in draws]) <= 0.55
 
 
 def test_the_shipped_weights_are_those_that_their_provenance_names() -> None:
