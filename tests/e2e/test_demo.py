@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from selfroute import measures
-from selfroute.api import load_train_config, load_warmstart_config, warmstart
+from selfroute.api import load_train_config, load_warmstart_config
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import DeviceConfig
@@ -38,6 +38,13 @@ def sampled(model: str, tmp_path: Path, seed: int = 0) -> Columns:
         return columns(evaluate(engine, task, cloud, sampling=config.evaluation, seed=seed))
     finally:
         cloud.close()
+
+
+def on_all_cores(*args: str, cwd: Path, timeout: float) -> None:
+    """The command line without the tests' limit of one thread, for what takes long."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    command = [str(Path(sys.executable).with_name("selfroute")), *args]
+    subprocess.run(command, cwd=cwd, check=True, env=environment, timeout=timeout)
 
 
 def calls_of(run: Path) -> list[tuple[str, str]]:
@@ -81,7 +88,7 @@ def test_the_shipped_weights_are_those_that_their_provenance_names() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(4800)
 def test_the_warm_start_gives_the_shipped_accuracy(tmp_path: Path) -> None:
-    warmstart("countdown-1m", tmp_path / "model")
+    on_all_cores("warmstart", "countdown-1m", "--out", "model", cwd=tmp_path, timeout=4500)
     # Four draws a problem: on another processor the weights differ, and one draw alone is off by a point or two.
     fresh, shipped = (
         np.mean([sampled(model, tmp_path, seed).device.mean() for seed in range(4)])
@@ -93,9 +100,7 @@ def test_the_warm_start_gives_the_shipped_accuracy(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_main_job_gives_its_numbers(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    command = [str(Path(sys.executable).with_name("selfroute")), "demo", "--out", "out"]
-    subprocess.run(command, cwd=tmp_path, check=True, env=environment, timeout=3000)
+    on_all_cores("demo", "--out", "out", cwd=tmp_path, timeout=3000)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["before"]["local_accuracy"]["value"] < 0.50
     at_30 = summary["at_budget_30"]
