@@ -111,7 +111,7 @@ def test_errors_name_the_cause_without_a_traceback(tmp_path: Path, args: list[st
 def test_the_run_reports(trained: Path) -> None:
     run = trained / "run"
     text = selfroute("report", "run", cwd=trained)
-    for row in ("untrained device model", "random offloading", "selfroute, dial", "oracle", "cloud alone"):
+    for row in ("untrained device model", "random offloading", "selfroute, budget", "oracle", "cloud alone"):
         assert row in text
     summary = json.loads((run / "summary.json").read_text())
     interval = {"value", "low", "high"}
