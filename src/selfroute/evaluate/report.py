@@ -206,5 +206,5 @@ def draw_training(steps: Sequence[Mapping[str, Any]]) -> Figure:
     problems.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=9)
     handles = [*right.get_lines(), *problems.get_lines()]
-    right.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=9)
+    right.legend(handles, [h.get_label() for h in handles], frameon=False, fontsize=9, loc="center right")
     return figure
