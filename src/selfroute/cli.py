@@ -228,8 +228,10 @@ def _table(summary: dict[str, Any]) -> None:
     from selfroute.evaluate.report import terminal_table
 
     console = Console()
-    # A pipe has no width of its own; the table needs about this much.
-    Console(width=max(console.width, 132) if not console.is_terminal else None).print(terminal_table(summary))
+    if not console.is_terminal:
+        # A pipe has no width of its own.
+        console = Console(width=max(console.width, 200))
+    console.print(terminal_table(summary, console))
 
 
 def main() -> None:

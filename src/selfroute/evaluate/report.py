@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from selfroute import measures
@@ -106,15 +108,35 @@ def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
     return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
 
 
-def terminal_table(summary: Mapping[str, Any]) -> Table:
-    """The table for the terminal."""
-    table = Table(title="test problems; percent, with 95 % intervals", title_justify="left")
-    table.add_column("", no_wrap=True, min_width=30)
+def terminal_table(summary: Mapping[str, Any], console: Console) -> Table:
+    """The table for a terminal; in one that is too narrow for the intervals, without them."""
+    table = _table(summary, intervals=True)
+    wanted = console.measure(table, options=console.options.update(width=1000)).maximum
+    return table if wanted <= console.width else _table(summary, intervals=False)
+
+
+def _table(summary: Mapping[str, Any], *, intervals: bool) -> Table:
+    if intervals:
+        table = Table(title="test problems, percent", title_justify="left")
+    else:
+        table = Table(
+            title="test problems, percent",
+            title_justify="left",
+            caption="95 % intervals: in a wider terminal, summary.json, report.html",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=0,
+            show_edge=False,
+        )
+    table.add_column("", no_wrap=True)
     for _, label, _ in COLUMNS:
-        table.add_column(label, justify="right", no_wrap=True)
+        table.add_column(label, justify="right", no_wrap=intervals)
     for label, cells in rows(summary):
         ours = label.startswith("selfroute")
-        table.add_row(label, *(show(cells, name, scale) for name, _, scale in COLUMNS), style="bold" if ours else None)
+        values = [show(cells, name, scale) for name, _, scale in COLUMNS]
+        if not intervals:
+            values = [value.partition(" ")[0] for value in values]
+        table.add_row(label, *values, style="bold" if ours else None)
     return table
 
 

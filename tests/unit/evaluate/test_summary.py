@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from selfroute.errors import RunError
-from selfroute.evaluate.report import rows, show, write_report
+from selfroute.evaluate.report import rows, show, terminal_table, write_report
 from selfroute.evaluate.run import Outcome, columns, write_outcomes
 from selfroute.evaluate.summary import describe, summarise
 from selfroute.records import append_record, write_json
@@ -125,6 +127,19 @@ def test_only_the_untrained_model_makes_a_page_too(tmp_path: Path) -> None:
     labels = [label for label, _ in rows(summary)]
     assert "untrained, own decision" in labels
     assert not any(label.startswith("selfroute") for label in labels)
+
+
+@pytest.mark.parametrize(("width", "intervals"), [(200, True), (100, False), (80, False)])
+def test_the_terminal_table_cuts_no_number(tmp_path: Path, width: int, intervals: bool) -> None:
+    make_run(tmp_path)
+    for name in ("before", "after"):
+        add(tmp_path, name, OUTCOMES, None if name == "before" else "step-000002")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(summarise(tmp_path), console))
+    text = console.export_text()
+    assert "…" not in text
+    assert "0.300" in text
+    assert ("80.0 [" in text) == intervals
 
 
 def test_numbers_for_people() -> None:
