@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from selfroute.cloud.oracle import Oracle, OracleConfig
 from selfroute.errors import CloudError
+from selfroute.protocol import ANSWER_CLOSE
 from selfroute.types import CloudAnswer, CloudRequest
 
 
@@ -33,3 +35,11 @@ class FlakyOracle(Oracle):
         if Path(self.flaky.broken).exists() and len(self.asked) > self.flaky.answers_first:
             raise CloudError("connection refused")
         return await super().complete(request)
+
+
+class CutOracle(Oracle):
+    """An oracle whose answers are right, and cut at the token limit before they say so."""
+
+    async def complete(self, request: CloudRequest) -> CloudAnswer:
+        answer = await super().complete(request)
+        return replace(answer, text=answer.text.removesuffix(ANSWER_CLOSE), finished=False)

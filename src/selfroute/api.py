@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from selfroute.cloud import CLOUDS
 from selfroute.config import load as load_config
-from selfroute.config import names, validate
+from selfroute.config import names, resolve, validate
 from selfroute.errors import ConfigError, RunError, SelfrouteError
 from selfroute.records import checkpoints, read_json, read_records, write_json, write_records
+from selfroute.tasks import TASKS
 from selfroute.train.config import TrainConfig
-from selfroute.types import HelpCall
+from selfroute.types import HelpCall, Progress, Route
 
 if TYPE_CHECKING:
     from selfroute.cloud.memory import Cloud
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from selfroute.evaluate.run import Outcome
     from selfroute.train.progress import StepRecord
     from selfroute.train.warmstart import WarmstartConfig
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done, and of how much."""
 
 CALIBRATION_DRAWS = 4
 """Responses sampled for each calibration problem: more draws steady the dial without more problems."""
@@ -46,8 +45,13 @@ def _needs(extra: str) -> Iterator[None]:
 
 
 def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A training config by package name or path, changed by `key=value` overrides."""
-    return load_config(TrainConfig, name, overrides)
+    """A training config by package name or path, changed by `key=value` overrides, with every default written out."""
+    return _resolved(load_config(TrainConfig, name, overrides))
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    choices = {"task": resolve(config.task, TASKS), "cloud": resolve(config.cloud, CLOUDS)}
+    return config.model_copy(update=choices)
 
 
 def train(
@@ -58,10 +62,11 @@ def train(
     report: Callable[[StepRecord], None] = lambda record: None,
 ) -> Path:
     """Post-train a device model into the run directory `out`; returns the last checkpoint."""
+    resolved = load_train_config(config) if isinstance(config, str) else _resolved(config)
     with _needs("train"):
         from selfroute.train import loop
-    resolved = load_train_config(config) if isinstance(config, str) else config
-    return loop.train(resolved, Path(out), resume=resume, report=report)
+
+        return loop.train(resolved, Path(out), resume=resume, report=report)
 
 
 def require_training() -> None:
@@ -102,7 +107,10 @@ def run_config(run: Path) -> TrainConfig:
     """
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run directory (make one with: selfroute train countdown-tiny --out {run})")
-    return validate(TrainConfig, read_json(run / "run.json")["config"], str(run / "run.json"))
+    origin = read_json(run / "run.json")
+    if not isinstance(origin, dict) or not isinstance(origin.get("config"), dict):
+        raise RunError(f"{run / 'run.json'} is damaged: it holds no config")
+    return validate(TrainConfig, origin["config"], str(run / "run.json"))
 
 
 def checkpoint_name(run: Path) -> str:
@@ -117,11 +125,11 @@ def checkpoint_name(run: Path) -> str:
     return saved[-1].name
 
 
-def _engine(run: Path, config: TrainConfig, *, untrained: bool = False) -> HFEngine:
-    """The device model of a run: its newest checkpoint, or the model that it started from."""
+def _engine(run: Path, config: TrainConfig, checkpoint: str | None) -> HFEngine:
+    """The device model of a run: a checkpoint by name, or (None) the model that it started from."""
     with _needs("local"):
         from selfroute.device.hf import HFEngine
-    model = config.device.model if untrained else str(run / "checkpoints" / checkpoint_name(run))
+    model = str(run / "checkpoints" / checkpoint) if checkpoint else config.device.model
     return HFEngine.load(config.device.model_copy(update={"model": model}))
 
 
@@ -155,7 +163,9 @@ def evaluate(
     config = run_config(run)
     name = evaluation_name(budget, untrained)
     sampling = config.evaluation if budget is None else turned(config.evaluation, run, budget)
-    engine = _engine(run, config, untrained=untrained)
+    # Read once: a training run may save another one meanwhile.
+    checkpoint = None if untrained else checkpoint_name(run)
+    engine = _engine(run, config, checkpoint)
     from selfroute.evaluate import run as evaluation
     from selfroute.tasks import make_task
 
@@ -169,7 +179,7 @@ def evaluate(
             sampling=sampling,
             seed=config.seed,
             solve_samples=SOLVE_SAMPLES,
-            progress=_counter(progress, f"evaluate {name}"),
+            progress=_under(f"evaluate {name}", progress),
         )
     finally:
         cloud.close()
@@ -177,26 +187,24 @@ def evaluate(
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(
         folder / "evaluation.json",
-        {"checkpoint": None if untrained else checkpoint_name(run), "sampling": sampling.model_dump(mode="json")},
+        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json")},
     )
     return outcomes
 
 
-def _counter(progress: Progress | None, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total) if progress else None
+def _under(name: str, progress: Progress | None) -> Progress:
+    return lambda what, done, total: progress(f"{name}, {what}", done, total) if progress else None
 
 
 def calibrate(run: str | Path, budget: float, *, progress: Progress | None = None) -> dict[str, Any]:
     """Find the dial's bias for a budget on the calibration split, without the cloud; kept in RUN/calibration.json."""
     run = Path(run)
-    if not 0 <= budget <= 1:
-        raise ConfigError(f"a budget is a share of problems between 0 and 1, such as 0.3; got {budget}")
     config = run_config(run)
     checkpoint = checkpoint_name(run)
     file, records = run / "calibration.json", run / "evaluations" / "calibration" / "records.jsonl"
     known = read_json(file) if file.is_file() else {}
     if known.get("checkpoint") != checkpoint or not records.is_file():
-        engine = _engine(run, config)
+        engine = _engine(run, config, checkpoint)
         from selfroute.evaluate.run import score
         from selfroute.tasks import make_task
 
@@ -206,7 +214,7 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
             sampling=config.evaluation,
             seed=config.seed,
             draws=CALIBRATION_DRAWS,
-            progress=_counter(progress, "calibrate"),
+            progress=_under("calibrate", progress),
         )
         write_records(records, ({"problem": problem, "score": value} for problem, value in scored))
         known = {"checkpoint": checkpoint, "budgets": {}}
@@ -239,7 +247,7 @@ class Reply:
 
     question: str
     reasoning: str
-    route: Literal["device", "cloud", "undecided"]
+    route: Route
     score: float | None
     answer: str | None
     correct: bool
@@ -309,11 +317,11 @@ def load(run: str | Path, *, budget: float | None = None) -> Pair:
         if budget is not None:
             raise ConfigError(f"{run} is an untrained model, which has no dial: give a run directory with --budget")
         config = load_train_config(str(run))
-        engine = _engine(path, config, untrained=True)
+        engine = _engine(path, config, None)
         return Pair(config, engine, _cloud(config, Path(":memory:")), config.evaluation)
     config = run_config(path)
     sampling = config.evaluation if budget is None else turned(config.evaluation, path, budget)
-    return Pair(config, _engine(path, config), _cloud(config, path / "cloud.sqlite"), sampling)
+    return Pair(config, _engine(path, config, checkpoint_name(path)), _cloud(config, path / "cloud.sqlite"), sampling)
 
 
 def report(run: str | Path) -> dict[str, Any]:

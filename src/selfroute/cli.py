@@ -47,13 +47,19 @@ class _Printer:
 
     def progress(self, what: str, done: int, total: int) -> None:
         if self.live:
-            typer.echo(f"\r{what}: {done}/{total} responses", nl=done == total, err=True)
+            typer.echo(f"\r{what}: {done}/{total}", nl=done == total, err=True)
         elif done == total:
-            typer.echo(f"{what}: {total} responses", err=True)
+            typer.echo(f"{what}: {total}", err=True)
 
     def step(self, total: int) -> Any:
+        shown = 0
+
         def show(r: StepRecord) -> None:
-            if r.step % 20 == 1:
+            nonlocal shown
+            shown += 1
+            if shown % 20 == 1:
+                if shown == 1 and r.step > 1:
+                    _echo(f"resumed after step {r.step - 1}")
                 _echo(
                     f"{'step':>9}  reward  solved  asked  wrong  undec.  |D1| |D2|  cloud calls      USD"
                     "   sample  cloud update  seconds"
@@ -94,7 +100,7 @@ def train(
 ) -> None:
     """Post-train a device model with GAPG and the decision loss.
 
-    Ctrl-C finishes the step under way and saves; --resume goes on from there: bit for bit on the same machine,
+    Ctrl-C finishes the step under way and saves; --resume goes on from there: bit for bit on the same processor,
     versions and threads.
     """
     from selfroute import api

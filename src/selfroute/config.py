@@ -48,6 +48,21 @@ def build(choice: Choice, known: Mapping[str, str]) -> Any:
     Raises:
         ConfigError: an unknown name, or settings that its Config refuses.
     """
+    made = _class(choice, known)
+    return made(validate(made.Config, choice.settings, choice.name))
+
+
+def resolve(choice: Choice, known: Mapping[str, str]) -> Choice:
+    """A choice with all of its settings, defaults written out, so that a record of it means the same for ever.
+
+    Raises:
+        ConfigError: as from `build`.
+    """
+    settings = validate(_class(choice, known).Config, choice.settings, choice.name)
+    return Choice(name=choice.name, **settings.model_dump(mode="json"))
+
+
+def _class(choice: Choice, known: Mapping[str, str]) -> Any:
     path = known.get(choice.name, choice.name)
     module, colon, name = path.partition(":")
     if not module or not colon:
@@ -56,10 +71,11 @@ def build(choice: Choice, known: Mapping[str, str]) -> Any:
         )
     try:
         made = getattr(importlib.import_module(module), name)
-        settings = made.Config
+        if not issubclass(made.Config, BaseModel):
+            raise ConfigError(f"{path!r} needs a `Config`, a pydantic class of its settings")
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cannot import {path!r}: {error}") from error
-    return made(validate(settings, choice.settings, choice.name))
+    return made
 
 
 def validate(kind: type[C], values: Mapping[str, Any], where: str) -> C:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute import api
-from selfroute.records import open_run, read_json
+from selfroute.records import lock_run, open_run, read_json
+from selfroute.types import Progress
 
 if TYPE_CHECKING:
     from selfroute.train.progress import StepRecord
-
-BUDGET = 0.3
-"""The budget that the demo turns the dial to."""
 
 QUICK = ("steps=6", "problems_per_step=32", "task.train=1000", "task.calibration=150", "task.test=200")
 """Overrides of `--quick`: every part of the job, in under a minute, learning little."""
@@ -27,13 +25,14 @@ def demo(
     *,
     config: str = "countdown-tiny",
     overrides: tuple[str, ...] = (),
-    progress: api.Progress | None = None,
+    progress: Progress | None = None,
     report: Callable[[StepRecord], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Run the main job into `out` and return its summary; parts that are already there are not done again."""
     api.require_training()
     resolved = api.load_train_config(config, overrides)
-    open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
+    with lock_run(out):
+        open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
 
     def missing(name: str, checkpoint: str | None) -> bool:
         file = out / "evaluations" / name / "evaluation.json"
@@ -44,7 +43,8 @@ def demo(
     trained = api.train(resolved, out, resume=True, report=report).name
     if missing(api.evaluation_name(None, untrained=False), trained):
         api.evaluate(out, progress=progress)
-    api.calibrate(out, BUDGET, progress=progress)
-    if missing(api.evaluation_name(BUDGET, untrained=False), trained):
-        api.evaluate(out, budget=BUDGET, progress=progress)
+    budget = resolved.budget
+    api.calibrate(out, budget, progress=progress)
+    if missing(api.evaluation_name(budget, untrained=False), trained):
+        api.evaluate(out, budget=budget, progress=progress)
     return api.report(out)

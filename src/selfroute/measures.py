@@ -83,12 +83,16 @@ def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resample
 
 
 def curve(columns: Columns) -> tuple[Floats, Floats]:
-    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
-    order = np.argsort(-columns.score, kind="stable")
-    device, cloud = columns.device[order], columns.cloud[order]
-    gain = np.concatenate([[0.0], np.cumsum(cloud - device)])
-    n = len(order)
-    return np.arange(n + 1) / n, (device.sum() + gain) / n
+    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first.
+
+    Problems that tie are asked in no order, so each of them counts as the mean of them all.
+    """
+    distinct, which, counts = np.unique(-columns.score, return_inverse=True, return_counts=True)
+    total = np.zeros(len(distinct))
+    np.add.at(total, which, columns.cloud - columns.device)
+    gain = np.concatenate([[0.0], np.cumsum(np.repeat(total / counts, counts))])
+    n = len(columns.score)
+    return np.arange(n + 1) / n, (columns.device.sum() + gain) / n
 
 
 def accuracy_at(columns: Columns, call_rate: float) -> float:

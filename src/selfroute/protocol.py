@@ -143,17 +143,22 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 def find_decision(
     token_ids: Sequence[int], points: Sequence[DecisionPoint], tokenizer: Tokenizer
 ) -> tuple[int, DecisionPoint] | None:
-    """Where a finished response decided: the index of the last token that chose between the tags, and its form.
+    """Where a finished response decided: the index of the token that chose the tag which `parse` goes by, and its form.
 
-    None when the response spelled its tag in an unusual way (then there is no clean pair of tokens to compare).
+    None when it decided nothing, or spelled its tag in an unusual way (then there is no clean pair of tokens to
+    compare).
     """
+    decision = parse(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    if isinstance(decision, Undecided):
+        return None
+    wanted = HELP_OPEN if isinstance(decision, HelpCall) else ANSWER_OPEN
     for index in range(len(token_ids) - 1, -1, -1):
         token = token_ids[index]
         for point in points:
-            if token not in (point.help, point.answer) or not point.ends(token_ids[:index]):
+            chosen = point.help if wanted == HELP_OPEN else point.answer
+            if token != chosen or not point.ends(token_ids[:index]):
                 continue
             tag = tokenizer.decode(list(token_ids[index - len(point.prefix) :]), skip_special_tokens=True)
-            wanted = HELP_OPEN if token == point.help else ANSWER_OPEN
             # A merged border leaves a character or two before the tag.
             if wanted in tag[: len(wanted) + 2]:
                 return index, point

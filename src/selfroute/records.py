@@ -75,7 +75,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file; a last line cut by a kill is left out.
+    """Read a JSONL file, the schema stamps taken off; a last line cut by a kill is left out.
 
     Raises:
         RunError: it is missing, damaged before its last line, or of another schema version.
@@ -90,8 +90,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise RunError(f"{path}:{number} is damaged: {error}") from error
-        if record.get("schema") != SCHEMA:
-            raise RunError(f"{path}:{number} has schema {record.get('schema')}; this version reads {SCHEMA}")
+        if not isinstance(record, dict):
+            raise RunError(f"{path}:{number} is damaged: not an object")
+        version = record.pop("schema", None)
+        if version != SCHEMA:
+            raise RunError(f"{path}:{number} has schema {version}; this version reads {SCHEMA}")
         records.append(record)
     return records
 
@@ -108,6 +111,8 @@ def lock_run(path: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, not a directory")
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
         try:
@@ -137,8 +142,8 @@ def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: boo
                 "resume with the same config, or give another --out"
             )
         return
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file, not a directory")
+    if begun:
+        raise RunError(f"{path} holds results but no run.json, so it is not clear whose: give another --out")
     write_json(
         file,
         {

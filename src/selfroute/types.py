@@ -5,7 +5,7 @@ Left out on purpose: behaviour. What a value means is said here; what is done wi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -128,5 +128,11 @@ class CloudClient(Protocol):
         ...
 
 
+Split = Literal["train", "calibration", "test"]
+"""What a problem is for: it belongs to one of them for ever."""
+
 Route = Literal["device", "cloud", "undecided"]
 """Where an answer came from. An undecided response was never sent anywhere and is wrong."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how many responses are done, and of how many."""

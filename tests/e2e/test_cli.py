@@ -83,6 +83,8 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
     out = selfroute("train", "countdown-tiny", "steps=7", "cloud.accuracy=0.5", "--dry-run", cwd=tmp_path)
     config = json.loads(out)
     assert (config["steps"], config["cloud"]["accuracy"], config["budget"]) == (7, 0.5, 0.3)
+    # Settings left alone are written out too.
+    assert (config["cloud"]["latency_s"], config["task"]["seed"]) == (2.0, 0)
     assert json.loads(selfroute("warmstart", "countdown-1m", "--dry-run", cwd=tmp_path))["hidden_size"] == 128
     assert list(tmp_path.iterdir()) == []
 
@@ -92,7 +94,9 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
     [
         (["train", "nope"], "no such config: 'nope'"),
         (["train", "countdown-tiny", "stesp=3"], "stesp: Extra inputs are not permitted"),
+        (["train", "countdown-tiny", "task.nubmer_max=3", "--dry-run"], "nubmer_max: Extra inputs are not permitted"),
         (["train", "countdown-tiny", "task.name=nope"], "known: countdown"),
+        (["evaluate", "damaged"], "run.json is damaged: it holds no config"),
         (["train", "countdown-tiny", "device.model=no/such-model", "steps=1"], "cannot load the device model"),
         (["evaluate", "nowhere"], "not a run directory"),
         (["report", "nowhere"], "not a run directory"),
@@ -103,6 +107,8 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
     ],
 )
 def test_errors_name_the_cause_without_a_traceback(tmp_path: Path, args: list[str], message: str) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/run.json").write_text("{}")
     text = selfroute(*args, cwd=tmp_path, code=1)
     assert message in text
     assert "Traceback" not in text
@@ -206,11 +212,14 @@ def test_ctrl_c_saves_the_step_and_resumes(tmp_path: Path, number: signal.Signal
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert "saving after this step" in text
     assert "run the same command with --resume" in text
     assert "Traceback" not in text
     done = len(steps_of(tmp_path / "run"))
     assert (tmp_path / f"run/checkpoints/step-{done:06d}").is_dir()
-    selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
+    text = selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
+    assert f"resumed after step {done}" in text
+    assert "reward" in text
     selfroute("train", "countdown-tiny", *settings, "--out", "whole", cwd=tmp_path)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
 

@@ -187,6 +187,15 @@ def test_the_filter_has_a_bias_which_is_printed(capsys: pytest.CaptureFixture[st
         return float(bool(pick([[CORRECT[a] for a in actions]], [True], 0.3).kept))
 
     filtered, exact = expected_gradient(gapg.advantages, keep), exact_gradient()
+
+    # Beside enough solved problems D2 takes every group that fails, and nothing is left out.
+    def keep_all(actions: tuple[int, ...]) -> float:
+        solved, last = [[True] * G] * 3, [CORRECT[a] for a in actions]
+        return float(3 in pick([*solved, last], [None] * 3 + [True], 0.5).kept)
+
+    whole = expected_gradient(gapg.advantages, keep_all)
     with capsys.disabled():
-        print(f"\nbias of the filtered gradient: {(filtered - exact).tolist()} (exact: {exact.tolist()})")
+        print(f"\nexact gradient: {exact.tolist()}")
+        print(f"bias with D1 alone: {(filtered - exact).tolist()}; with D1 and all of D2: {(whole - exact).tolist()}")
     assert not torch.allclose(filtered, exact, rtol=0, atol=1e-6)
+    assert torch.allclose(whole, exact, rtol=0, atol=1e-6)

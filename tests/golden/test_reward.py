@@ -37,7 +37,7 @@ def test_a_help_call_without_a_verdict_is_an_error_not_a_zero() -> None:
         reward(HelpCall(), correct=False, cloud_correct=None, weights=V1)
 
 
-@pytest.mark.parametrize("weights", [(1, 1, 0.1), (1, 0.25, 0.5), (0.2, 0.25, 0.1), (-1, -2, -3)])
+@pytest.mark.parametrize("weights", [(1, 1, 0.1), (1, 0.25, 0.25), (1, 0.25, 0.5), (0.2, 0.25, 0.1), (-1, -2, -3)])
 def test_the_weights_are_ordered(weights: tuple[float, float, float]) -> None:
     with pytest.raises(ValidationError):
         RewardConfig(answer=weights[0], cloud=weights[1], format=weights[2])

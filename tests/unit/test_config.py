@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from selfroute import config
-from selfroute.config import Choice, Config, build, load, names, override
+from selfroute.config import Choice, Config, build, load, names, override, resolve
 from selfroute.errors import ConfigError
 from selfroute.tasks import TASKS
+from selfroute.tasks.countdown import CountdownConfig
 from selfroute.train.config import TrainConfig
 from selfroute.train.warmstart import WarmstartConfig
 
@@ -70,6 +71,22 @@ def test_choices_are_named_or_dotted() -> None:
     for name, message in (("nope", "known: countdown"), ("nope:Nope", "cannot import"), ("json:Nope", "cannot import")):
         with pytest.raises(ConfigError, match=message):
             build(Choice(name=name), TASKS)
+
+
+def test_a_resolved_choice_writes_out_its_defaults() -> None:
+    resolved = resolve(Choice(name="countdown", number_max=9), TASKS)
+    assert resolved.settings == {**CountdownConfig(number_max=9).model_dump(mode="json")}
+    assert resolve(resolved, TASKS) == resolved
+    with pytest.raises(ConfigError, match="nubmer_max"):
+        resolve(Choice(name="countdown", nubmer_max=9), TASKS)
+    with pytest.raises(ConfigError, match="needs a `Config`"):
+        resolve(Choice(name="tests.unit.test_config:Plain"), TASKS)
+
+
+class Plain:
+    """A choice whose settings are no pydantic class."""
+
+    Config = dict
 
 
 def test_every_field_of_a_command_is_documented() -> None:

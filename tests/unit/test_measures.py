@@ -32,6 +32,14 @@ def test_the_curve_asks_the_highest_scores_first() -> None:
     assert m.accuracy_at(C, 0.35) == pytest.approx(0.85)
 
 
+def test_ties_are_asked_in_no_order() -> None:
+    # Four problems tie, two of them rescued by a call: each call in the tie is worth half of one.
+    tied = columns([5, 1, 1, 1, 1], [0] * 5, [0, 1, 0, 1, 0], [1] * 5)
+    assert m.curve(tied)[1].tolist() == pytest.approx([0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+    same = columns([0] * 10, [0] * 10, [1] * 4 + [0] * 6, [1] * 10)
+    assert m.accuracy_at(same, 0.3) == pytest.approx(m.random_accuracy(same, 0.3))
+
+
 def test_bounds_by_hand() -> None:
     assert m.random_accuracy(C, 0.3) == pytest.approx(0.7 * 0.6 + 0.3 * 0.9)
     # The cloud is right on 3 of the 4 problems that the device fails.

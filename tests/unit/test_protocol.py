@@ -164,6 +164,19 @@ def test_the_last_decision_counts_and_a_missing_one_is_none() -> None:
     assert find_decision([], points, tokenizer) is None
 
 
+def test_the_decision_is_the_one_that_parse_goes_by() -> None:
+    tokenizer = train_tokenizer()
+    points = decision_points(tokenizer)
+    quoted = "<answer>1+2</answer> <unknown> maybe"
+    assert parse(quoted) == Answer("1+2", well_formed=False)
+    ids = tokenizer.encode(quoted)
+    found = find_decision(ids, points, tokenizer)
+    assert found is not None
+    assert ids[found[0]] == found[1].answer
+    # A help tag that no help call follows decides nothing.
+    assert find_decision(tokenizer.encode("<unknown> maybe"), points, tokenizer) is None
+
+
 def test_a_tokenizer_without_the_tags_is_refused() -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,17 @@ def test_records_round_trip_and_a_cut_last_line_is_left_out(tmp_path: Path) -> N
     with path.open("a") as file:
         file.write('{"schema": 1, "step"')
     assert [r["step"] for r in read_records(path)] == [1, 2]
+    assert [json.loads(line)["schema"] for line in path.read_text().split("\n")[:2]] == [1, 1]
     assert read_records(path)[1]["text"] == "line\nbreak \u2028 é"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{broken\n{}\n", ":1 is damaged"), ('{"schema": 99}\n', "schema 99; this version reads 1")],
+    [
+        ("{broken\n{}\n", ":1 is damaged"),
+        ("[]\n", ":1 is damaged"),
+        ('{"schema": 99}\n', "schema 99; this version reads 1"),
+    ],
 )
 def test_damage_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "records.jsonl"
@@ -46,6 +52,9 @@ def test_a_run_directory_has_one_user_at_a_time(tmp_path: Path) -> None:
     with lock_run(tmp_path / "run"), pytest.raises(RunError, match="in use by another"), lock_run(tmp_path / "run"):
         pass
     with lock_run(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="not a directory"), lock_run(tmp_path / "file"):
         pass
 
 
@@ -74,10 +83,12 @@ def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
         open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
     with pytest.raises(RunError, match=r"other settings \(lr, steps\)"):
         open_run(run, "train", {"lr": 2, "seed": 0, "steps": 3}, resume=True)
-    file = tmp_path / "file"
-    file.touch()
-    with pytest.raises(RunError, match="not a directory"):
-        open_run(file, "train", {}, resume=False)
+    (foreign := tmp_path / "foreign").mkdir()
+    (foreign / "metrics.jsonl").write_text("somebody's\n")
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"holds results but no run\.json"):
+            open_run(foreign, "train", {}, resume=resume)
+    assert (foreign / "metrics.jsonl").read_text() == "somebody's\n"
     written = read_json(run / "run.json")
     assert written["config"] == {"lr": 1, "seed": 0}
     assert written["versions"]["torch"].startswith("2.")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from selfroute.errors import CloudError
 from selfroute.types import CloudAnswer, CloudClient, CloudRequest
@@ -123,20 +124,23 @@ class Cloud:
 
     def spent(self, phase: str | None = None, *, until_step: int | None = None) -> Spent:
         """The ledger's totals: of one phase or all, up to and including a step (the same after a resume) or all."""
-        with closing(
-            self._db.execute(
-                "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
-                "COALESCE(SUM(cost_usd), 0.0) FROM calls "
-                "WHERE (?1 IS NULL OR phase = ?1) AND (?2 IS NULL OR step <= ?2)",
-                (phase, until_step),
-            )
-        ) as rows:
-            return Spent(*rows.fetchone())
+        query = (
+            "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
+            "COALESCE(SUM(cost_usd), 0.0) FROM calls WHERE (?1 IS NULL OR phase = ?1) AND (?2 IS NULL OR step <= ?2)"
+        )
+        return Spent(*self._read(query, (phase, until_step)))
 
     def _find(self, key: str) -> CloudAnswer | None:
-        with closing(self._db.execute("SELECT answer FROM answers WHERE key = ?", (key,))) as rows:
-            row = rows.fetchone()
+        row = self._read("SELECT answer FROM answers WHERE key = ?", (key,))
         return None if row is None else CloudAnswer(**json.loads(row[0]))
+
+    def _read(self, query: str, values: tuple[str | int | None, ...]) -> Any:
+        """The first row that a query gives, or None."""
+        try:
+            with closing(self._db.execute(query, values)) as rows:
+                return rows.fetchone()
+        except sqlite3.Error as error:
+            raise CloudError(f"cannot read the cloud's cache and ledger {self.path}: {error}") from error
 
     def _remember(
         self, key: str, problem: str, request: CloudRequest, answer: CloudAnswer, phase: str, step: int

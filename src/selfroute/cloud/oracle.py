@@ -95,5 +95,6 @@ def _wrong(numbers: Sequence[int], target: int) -> str:
     for op in "+*-":
         expression = op.join(map(str, numbers))
         if not verify(expression, numbers, target).correct:
-            break
-    return expression
+            return expression
+    # Every way comes to the target (all numbers are 0): one is left out.
+    return "+".join(map(str, numbers[1:]))

@@ -26,7 +26,7 @@ class Sampling(Config):
     max_tokens: int = Field(256, ge=1)
     """Token limit of a response, the end token included."""
     batch_size: int = Field(512, ge=1)
-    """Responses decoded together; changes speed and memory only."""
+    """Responses decoded together; changes speed, memory and rounding only."""
     decide: Literal["sample", "threshold"] = "sample"
     """At the decision point: draw from the model's odds, or ask exactly when l + bias > 0."""
     bias: float = 0.0

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from selfroute import measures
 from selfroute.evaluate.run import Outcome, columns
-from selfroute.evaluate.summary import budget_of, evaluations, key_of, summarise
+from selfroute.evaluate.summary import budget_of, evaluations, key_of, reference, summarise
 from selfroute.records import read_json, read_records, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_report(run: Path) -> dict[str, Any]:
     for name, figure in figures.items():
         figure.savefig(run / f"{name}.png", dpi=160)
         write_atomic(run / f"{name}.svg", _svg(figure))
-    shown = found.get("after") or next(iter(found.values()))
+    shown = reference(found)
     page = Environment(
         loader=PackageLoader("selfroute.evaluate", "."), autoescape=True, undefined=StrictUndefined
     ).get_template("report.html.jinja")
@@ -167,11 +167,11 @@ def _svg(figure: Figure) -> str:
 def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any]) -> Figure:
     """Accuracy against call rate: the dial, its operating points, and the bounds."""
     figure, axis = _axes(7.2, 4.6)
-    reference = columns(found.get("after") or next(iter(found.values())))
+    stand = columns(reference(found))
     grid = np.linspace(0, 1, 201)
 
     def line(bound: Callable[[measures.Columns, float], float]) -> list[float]:
-        return [100 * bound(reference, float(rate)) for rate in grid]
+        return [100 * bound(stand, float(rate)) for rate in grid]
 
     axis.plot(100 * grid, line(measures.oracle_accuracy), color=MUTED, linestyle="--", label="oracle")
     axis.plot(100 * grid, line(measures.random_accuracy), color=MUTED, linestyle=":", label="random offloading")
@@ -179,7 +179,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
         rates, accuracy = measures.curve(columns(found["before"]))
         axis.plot(100 * rates, 100 * accuracy, color=CLOUD, linewidth=1.2, alpha=0.7, label="untrained, along its dial")
     if set(found) != {"before"}:
-        rates, accuracy = measures.curve(reference)
+        rates, accuracy = measures.curve(stand)
         axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
     for name in found:
         if name == "before":
@@ -200,7 +200,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
     axis.plot(
         100, 100 * summary["cloud"]["accuracy"]["value"], marker="s", color=INK, linestyle="none", label="cloud alone"
     )
-    axis.plot(0, 100 * reference.device.mean(), marker="^", color=INK, linestyle="none", label="device alone")
+    axis.plot(0, 100 * stand.device.mean(), marker="^", color=INK, linestyle="none", label="device alone")
     axis.set(xlabel="call rate (%)", ylabel="accuracy (%)", xlim=(-2, 102))
     axis.legend(frameon=False, loc="lower right", fontsize=9)
     return figure

@@ -23,7 +23,7 @@ from selfroute.measures import Columns
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task
-from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Route
+from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -65,7 +65,7 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     solve_samples: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """An outcome for each test problem.
 
@@ -76,8 +76,8 @@ def evaluate(
     problems = task.load("test")
     prompts, streams, groups = _respond(engine, problems, sampling, f"{seed}/test", 1, progress)
     responses = [group[0] for group in groups]
-    local = _local_answers(engine, prompts, streams, responses, sampling)
-    solve_shares = _solve_shares(engine, task, problems, prompts, streams, responses, sampling, solve_samples)
+    local = _local_answers(engine, prompts, streams, responses, sampling, progress)
+    solve_shares = _solve_shares(engine, task, problems, prompts, streams, responses, sampling, solve_samples, progress)
     answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
     outcomes = []
     for p, response, own, share, answer in zip(problems, responses, local, solve_shares, answers, strict=True):
@@ -116,7 +116,7 @@ def score(
     sampling: Sampling,
     seed: int,
     draws: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[tuple[str, float | None]]:
     """Problem id and l of `draws` responses to each calibration problem; the cloud is not asked."""
     problems = task.load("calibration")
@@ -130,20 +130,25 @@ def _respond(
     sampling: Sampling,
     stream: str,
     draws: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[list[list[int]], list[list[str]], list[list[Response]]]:
     """Prompts, stream names and `draws` responses of each problem."""
     prompts = [engine.encode(chat(p.question)) for p in problems]
     streams = [[f"{stream}/{p.id}/{i}" for i in range(draws)] for p in problems]
+    count = _counter(progress, "responses", len(problems) * draws)
+    return prompts, streams, engine.generate(prompts, streams, sampling, progress=count)
+
+
+def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
     done = 0
 
     def count(finished: int) -> None:
         nonlocal done
         done += finished
         if progress:
-            progress(done, len(problems) * draws)
+            progress(what, done, total)
 
-    return prompts, streams, engine.generate(prompts, streams, sampling, progress=count)
+    return count
 
 
 def route_of(decision: Decision) -> Route:
@@ -170,6 +175,7 @@ def _local_answers(
     streams: Sequence[Sequence[str]],
     responses: Sequence[Response],
     sampling: Sampling,
+    progress: Progress | None,
 ) -> list[Response]:
     """Each problem's local answer: the response itself, or for a help call its prefix continued without the tag."""
     local = list(responses)
@@ -180,6 +186,7 @@ def _local_answers(
             [streams[n] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
             starts=[responses[n].token_ids[: responses[n].decision_index or 0] for n in asked],
+            progress=_counter(progress, "local answers of asked problems", len(asked)),
         )
         for n, group in zip(asked, continued, strict=True):
             local[n] = group[0]
@@ -195,6 +202,7 @@ def _solve_shares(
     responses: Sequence[Response],
     sampling: Sampling,
     samples: int,
+    progress: Progress | None,
 ) -> list[float | None]:
     """For each asked problem, the share of fresh samples without help that solve it."""
     shares: list[float | None] = [None] * len(problems)
@@ -203,6 +211,7 @@ def _solve_shares(
         [prompts[n] for n in asked],
         [[f"{streams[n][0]}/solve/{i}" for i in range(samples)] for n in asked],
         sampling.model_copy(update={"forbid_help": True}),
+        progress=_counter(progress, "extra samples of asked problems", len(asked) * samples),
     )
     for n, group in zip(asked, groups, strict=True):
         solved = [judge(task, problems[n], r.text, r.finished)[1] for r in group]
@@ -223,7 +232,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
     """
     records: list[dict[str, Any]] = read_records(path)
     try:
-        return [Outcome(**{k: v for k, v in record.items() if k != "schema"}) for record in records]
+        return [Outcome(**record) for record in records]
     except TypeError as error:
         raise RunError(f"{path} is not an evaluation's records: {error}") from error
 

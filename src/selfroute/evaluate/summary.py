@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,12 @@ def evaluations(run: Path) -> dict[str, list[Outcome]]:
     }
 
 
+def reference(found: Mapping[str, Sequence[Outcome]]) -> Sequence[Outcome]:
+    """The evaluation that the bounds and the page stand on: the trained model's, if there is one."""
+    trained = [name for name in found if name != "before"]
+    return found["after" if "after" in found else trained[0] if trained else "before"]
+
+
 def summarise(run: Path) -> dict[str, Any]:
     """The content of summary.json; parts whose evaluation is missing are left out.
 
@@ -44,19 +50,23 @@ def summarise(run: Path) -> dict[str, Any]:
     if not found:
         raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}")
     summary: dict[str, Any] = {}
+    usual: float = read_json(run / "run.json")["config"]["budget"]
     for name, outcomes in found.items():
         budget = budget_of(name)
-        rate = 0.3 if budget is None else budget
+        rate = usual if budget is None else budget
         summary[key_of(name)] = describe(outcomes, untrained=found.get("before"), rate=rate)
-    reference = columns(found.get("after") or next(iter(found.values())))
-    for rate in sorted({0.3, *(b for b in map(budget_of, found) if b is not None)}):
+    stand = columns(reference(found))
+    for rate in sorted({usual, *(b for b in map(budget_of, found) if b is not None)}):
         for name, bound in BOUNDS.items():
-            accuracy = bootstrap(reference, partial(bound, call_rate=rate))
+            accuracy = bootstrap(stand, partial(bound, call_rate=rate))
             summary[f"{name}_at_{100 * rate:g}"] = {"accuracy": accuracy.json()}
-    summary["cloud"] = {"accuracy": proportion(reference.cloud).json()}
+    summary["cloud"] = {"accuracy": proportion(stand.cloud).json()}
     calibration = run / "calibration.json"
     if calibration.is_file():
-        summary["calibration"] = read_json(calibration)["budgets"]
+        known = read_json(calibration)
+        saved = checkpoints(run)
+        if saved and known["checkpoint"] == saved[-1].name:
+            summary["calibration"] = known["budgets"]
     summary["train"] = training(run)
     return summary
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from selfroute.config import Choice, build
-from selfroute.types import Problem, Verdict
+from selfroute.types import Problem, Split, Verdict
 
 TASKS = {"countdown": "selfroute.tasks.countdown:Countdown"}
 
@@ -15,7 +15,7 @@ class Task(Protocol):
 
     config: Any
 
-    def load(self, split: Literal["train", "calibration", "test"]) -> list[Problem]: ...
+    def load(self, split: Split) -> list[Problem]: ...
 
     def verify(self, answer: str, problem: Problem) -> Verdict: ...
 

@@ -51,7 +51,7 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(1.0, ge=0)
     """The gradient is scaled down to this norm where it is longer; 0 leaves it as it is."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Padded response tokens in one forward pass; changes speed and memory only."""
+    """Padded response tokens in one forward pass; changes speed, memory and rounding only."""
     checkpoint_every: int = Field(25, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -99,9 +99,10 @@ class Trainer:
                 warn_of_changes(saved[-1], state)
             self.cloud_correct = state["cloud_correct"]
             # Steps past the checkpoint will be done again.
-            write_records(metrics, [without_schema(r) for r in read_records(metrics) if r["step"] <= self.finished])
+            write_records(metrics, [r for r in read_records(metrics) if r["step"] <= self.finished])
         else:
             write_records(metrics, [])
+        self.noted = self.finished
         self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite")
         self.accelerator = start_trackers(config, out) if config.trackers else None
 
@@ -112,13 +113,13 @@ class Trainer:
                 try:
                     record = self.step(step)
                     values = {name: getattr(record, name) for name in StepRecord.__slots__}
-                    append_record(self.out / "metrics.jsonl", values)
+                    self._note(values)
                     if self.accelerator:
                         self.accelerator.log(flat(values), step=step)
                     report(record)
                 except Exception:
                     # The weights are those of the last finished step: `step` changes them last of all.
-                    if self.finished:
+                    if 0 < self.finished == self.noted and self._healthy():
                         self.save()
                     raise
                 if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
@@ -128,6 +129,21 @@ class Trainer:
         if self.accelerator:
             self.accelerator.end_training()
         return checkpoints(self.out)[-1]
+
+    def _note(self, values: dict[str, Any]) -> None:
+        """Add a step to metrics.jsonl. A step that is not there is never saved, so that a resumed run lacks no line."""
+        try:
+            append_record(self.out / "metrics.jsonl", values)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.out / 'metrics.jsonl'}: {error.strerror} (free some space, then continue with "
+                "--resume)"
+            ) from error
+        self.noted = self.finished
+
+    def _healthy(self) -> bool:
+        """Whether every weight is finite; a checkpoint of others would be of no use."""
+        return all(bool(torch.isfinite(p).all()) for p in self.engine.model.parameters())
 
     def save(self) -> None:
         if any(p.name == f"step-{self.finished:06d}" for p in checkpoints(self.out)):
@@ -165,7 +181,7 @@ class Trainer:
         try:
             groups = engine.generate(prompts, streams, config.sampling)
         except DeviceError as error:
-            raise TrainingError(f"{error} at step {step}: lower lr (now {config.lr:g})") from error
+            raise TrainingError(f"{error} at step {step}: {_start_again(config.lr)}") from error
         decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
         correct_PG = [
             [isinstance(d, Answer) and self.task.verify(d.text, p).correct for d in group]
@@ -252,7 +268,7 @@ class Trainer:
         fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_correct]
         answers = self.cloud.ask([(p.id, cloud_request(p.question)) for p in fresh], phase="train", step=step)
         for p, answer in zip(fresh, answers, strict=True):
-            read = parse(answer.text)
+            read = parse(answer.text, finished=answer.finished)
             self.cloud_correct[p.id] = isinstance(read, Answer) and self.task.verify(read.text, p).correct
         return [self.cloud_correct.get(p.id) for p in problems]
 
@@ -344,13 +360,13 @@ class Trainer:
                 total_decision += decision.item()
                 loss = loss + decision
             if not torch.isfinite(loss):
-                raise TrainingError(f"the loss is {loss.item()} at step {step}: lower lr (now {config.lr:g})")
+                raise TrainingError(f"the loss is {loss.item()} at step {step}: {_start_again(config.lr)}")
             loss.backward()
         shared.backward()
         longest = config.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
         if not math.isfinite(grad_norm):
-            raise TrainingError(f"the gradient's norm is {grad_norm} at step {step}: lower lr (now {config.lr:g})")
+            raise TrainingError(f"the gradient's norm is {grad_norm} at step {step}: {_start_again(config.lr)}")
         progress = (step - 1) / max(1, config.steps - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * (1 - progress * (1 - config.lr_end))
@@ -358,5 +374,5 @@ class Trainer:
         return total_decision, grad_norm
 
 
-def without_schema(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "schema"}
+def _start_again(lr: float) -> str:
+    return f"start again in another --out with a lower lr (now {lr:g})"

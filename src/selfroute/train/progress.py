@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -85,6 +86,8 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
+        # Not print: a signal may come in the middle of one.
+        os.write(2, b"\nsaving after this step (once more: stop at once, back to the last checkpoint)\n")
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

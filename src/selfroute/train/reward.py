@@ -20,8 +20,8 @@ class RewardConfig(Config):
 
     @model_validator(mode="after")
     def _order(self) -> RewardConfig:
-        if not self.answer > self.cloud >= self.format:
-            raise ValueError("need answer > cloud >= format (alpha_a > alpha_c > alpha_f)")
+        if not self.answer > self.cloud > self.format:
+            raise ValueError("need answer > cloud > format (alpha_a > alpha_c > alpha_f)")
         return self
 
 

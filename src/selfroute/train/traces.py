@@ -63,6 +63,10 @@ def _group(expression: str) -> str:
     return expression if expression.isdigit() else f"({expression})"
 
 
+HIT, MISS = "!", "?"
+"""The marks after an attempt."""
+
+
 class TraceConfig(Config):
     """How traces search."""
 
@@ -107,7 +111,7 @@ def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.
         elif untried:
             chain = untried.pop()
         hit = chain.value == target
-        lines.append(f"{attempt}:{chain.steps}{'!' if hit else '?'}\n")
+        lines.append(f"{attempt}:{chain.steps}{HIT if hit else MISS}\n")
         if hit or rng.random() < config.give_up_probability:
             break
     asks = rng.random() < config.help_probability

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,7 +27,7 @@ from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import TrainingError
 from selfroute.protocol import INSTRUCTION, DecisionPoint, chat, find_decision
 from selfroute.tasks.countdown import CountdownConfig, problem, random_value, split_of
-from selfroute.train.traces import TraceConfig, trace
+from selfroute.train.traces import HIT, MISS, TraceConfig, trace
 from selfroute.types import Problem
 
 
@@ -59,18 +59,25 @@ class WarmstartConfig(TraceConfig):
     weigh 1."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate; 5 % warm-up, then a cosine to zero."""
-    settle_steps: int = Field(200, ge=1)
-    """Steps of the second phase, which settles the decision: it goes on with the traces, and with the toss's own
-    probability in place of its outcomes, so that l is left without a tilt towards success or failure."""
+    settle_steps: int = Field(300, ge=1)
+    """Steps of the second phase, which settles the decision: it goes on with the traces, with the toss's own
+    probability in place of its outcomes, and levels l between hits and misses, so that l tells nothing of success."""
     settle_weight: float = Field(1000.0, gt=0)
     """Weight of the decision in the second phase's loss, where other tokens weigh 1 or `result_weight`. Its gradient is
     next to nothing where l is right, so the rest of the trace does not suffer."""
     settle_lr: float = Field(3e-4, gt=0)
     """Peak learning rate of the second phase, with the same schedule."""
     micro_batch_tokens: int = Field(2048, ge=1)
-    """Padded response tokens in one forward pass; changes speed and memory only."""
+    """Padded response tokens in one forward pass; changes speed, memory and rounding only."""
     log_every: int = Field(50, ge=1)
     """Steps between progress lines."""
+
+    @field_validator("task")
+    @classmethod
+    def _generated(cls, task: CountdownConfig) -> CountdownConfig:
+        if task.path is not None:
+            raise ValueError("the warm start makes its own training problems: leave task.path out")
+        return task
 
 
 # Qwen2 splits text this way, each digit by itself, and llama.cpp knows the rule as `qwen2`.
@@ -170,21 +177,23 @@ def _imitate(
     )
     rng = random.Random(f"{'warmstart' if phase == 'learn' else phase}-{config.seed}")
     source = training_problems(config.task, rng)
-    started, seen, wrong = time.perf_counter(), 0, 0
+    started, seen, wrong, tilt = time.perf_counter(), 0, 0, 0.0
     model.train()
     for step in range(1, steps + 1):
         problems = [next(source) for _ in range(config.problems_per_step)]
         prompts = [engine.encode(chat(p.question)) for p in problems]
-        owners, rows = [], []
+        owners, rows, hits = [], [], []
         for number, p in enumerate(problems):
             for _ in range(config.traces_per_problem):
                 text = trace(p.reference["numbers"], p.reference["target"], config, rng)
                 owners.append(number)
+                hits.append(HIT in text)
                 rows.append([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
         follows = [determined(row, tokenizer) for row in rows]
         settles = [decides(row, engine) if phase == "settle" else [False] * len(row) for row in rows]
+        shares = mean_difference(hits)
         total = sum(config.result_weight if f else 1.0 for row in follows for f in row)
-        loss = 0.0
+        loss, difference = 0.0, 0.0
         optimizer.zero_grad(set_to_none=True)
         shared = SharedPrompts(model, prompts, engine.pad)
         for part in pack(rows, config.micro_batch_tokens):
@@ -192,8 +201,12 @@ def _imitate(
             logits_NV, targets_N = logits_BTV[mask_BT], targets_BT[mask_BT]
             determined_N = torch.tensor([f for i in part for f in follows[i]])
             settles_N = torch.tensor([d for i in part for d in settles[i]])
-            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config) / total
+            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config)
+            share_D = torch.tensor([shares[i] for i in part for d in settles[i] if d])
+            difference_part = (share_D * log_odds(logits_NV[settles_N], engine.points[0])).sum()
+            part_loss = (part_loss + config.settle_weight * len(rows) * tilt * difference_part) / total
             part_loss.backward()
+            difference += difference_part.item()
             loss += part_loss.item()
             seen += int(determined_N.sum())
             wrong += int((determined_N & (logits_NV.argmax(-1) != targets_N)).sum())
@@ -201,6 +214,8 @@ def _imitate(
         if not math.isfinite(loss):
             key = "lr" if phase == "learn" else "settle_lr"
             raise TrainingError(f"the loss is {loss} at step {step} of {phase}: lower {key} (now {lr:g})")
+        # The gradient of tilt^2 / 2, with a running mean for the tilt: that of one batch is mostly chance.
+        tilt = 0.9 * tilt + 0.1 * difference
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -236,12 +251,29 @@ def trace_loss(
     return (loss_N * weight_N).sum()
 
 
+def mean_difference(hits: Sequence[bool]) -> list[float]:
+    """Weights under which a sum is the mean over hits less the mean over misses; zeros where one kind is missing.
+
+    >>> mean_difference([True, False, False])
+    [1.0, -0.5, -0.5]
+    """
+    hit, miss = sum(hits), len(hits) - sum(hits)
+    if not hit or not miss:
+        return [0.0] * len(hits)
+    return [1 / hit if h else -1 / miss for h in hits]
+
+
+def log_odds(logits_DV: Tensor, point: DecisionPoint) -> Tensor:
+    """l at D decisions, in nats."""
+    return logits_DV[:, point.help] - logits_DV[:, point.answer]
+
+
 def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:
     """Which tokens of a trace leave no choice: the digits after each `=`, and the mark after each attempt."""
     found, result = [], False
     for token in tokenizer.convert_ids_to_tokens(list(row)):
         result = token == "=" or (result and token.isdigit())
-        found.append(token in ("!\u010a", "?\u010a") or (result and token.isdigit()))
+        found.append(token in (f"{HIT}\u010a", f"{MISS}\u010a") or (result and token.isdigit()))
     return found
 
 

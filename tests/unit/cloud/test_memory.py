@@ -94,4 +94,6 @@ def test_a_damaged_store_is_an_error(tmp_path: Path) -> None:
         db.execute("DROP TABLE calls")
     with pytest.raises(CloudError, match="cannot write"):
         cloud.ask(QUESTIONS[:1], phase="train")
+    with pytest.raises(CloudError, match="cannot read"):
+        cloud.spent("train")
     cloud.close()

@@ -7,7 +7,7 @@ import pytest
 from selfroute.cloud.oracle import Oracle, OracleConfig
 from selfroute.errors import CloudError
 from selfroute.protocol import cloud_request, parse
-from selfroute.tasks.countdown import Countdown, CountdownConfig, verify
+from selfroute.tasks.countdown import Countdown, CountdownConfig, problem, verify
 from selfroute.types import Answer, CloudAnswer, CloudClient
 
 
@@ -89,6 +89,13 @@ def test_a_problem_without_a_solution_gets_a_wrong_answer() -> None:
     read = parse(answer.text)
     assert isinstance(read, Answer)
     assert not verify(read.text, [1, 1, 1], 99).correct
+
+
+def test_a_wrong_answer_is_wrong_even_where_every_way_comes_to_the_target() -> None:
+    request = cloud_request(problem([0, 0, 0], 0).question)
+    read = parse(asyncio.run(Oracle(OracleConfig(accuracy=0.0)).complete(request)).text)
+    assert isinstance(read, Answer)
+    assert not verify(read.text, [0, 0, 0], 0).correct
 
 
 def test_other_questions_are_an_error() -> None:

@@ -203,3 +203,6 @@ def test_a_model_without_a_chat_template_is_refused(engine: HFEngine) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DeviceError, match="no chat template"):
         HFEngine(engine.model, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DeviceError, match="chat template refuses the prompt: System role not supported"):
+        HFEngine(engine.model, tokenizer).encode(chat("1 + 1"))

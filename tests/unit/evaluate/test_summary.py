@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def test_columns_keep_the_undecided_last() -> None:
     assert c.final.tolist() == [float(o.correct) for o in OUTCOMES]
 
 
-def make_run(run: Path) -> None:
+def make_run(run: Path, **changes: Any) -> None:
     write_json(
         run / "run.json",
-        {"command": "train", "config": TrainConfig().model_dump(mode="json"), "git": None,
+        {"command": "train", "config": TrainConfig(**changes).model_dump(mode="json"), "git": None,
          "versions": dict.fromkeys(("selfroute", "torch", "transformers"), "0")},
     )  # fmt: skip
     write_json(run / "checkpoints/step-000002/state.json", {})
@@ -86,14 +87,30 @@ def test_evaluations_of_an_older_checkpoint_are_left_out(tmp_path: Path) -> None
     make_run(tmp_path)
     with pytest.raises(RunError, match="no evaluation yet"):
         summarise(tmp_path)
-    add(tmp_path, "before", OUTCOMES, None)
+    failing = [replace(o, device_correct=False) for o in OUTCOMES]
+    add(tmp_path, "before", failing, None)
     add(tmp_path, "after", OUTCOMES, "step-000001")
     add(tmp_path, "budget-0.125", OUTCOMES, "step-000002")
+    write_json(tmp_path / "calibration.json", {"checkpoint": "step-000001", "budgets": {"0.125": {}}})
     summary = summarise(tmp_path)
     assert "before" in summary
     assert "after" not in summary
     assert "accuracy_at_12.5" in summary["at_budget_12.5"]
-    assert "random_at_12.5" in summary
+    # The bounds stand on the trained model, of which 6 in 10 are right, not on the untrained one.
+    assert summary["random_at_12.5"]["accuracy"]["value"] == pytest.approx(0.875 * 0.6 + 0.125)
+    assert summary["random_at_30"]["accuracy"]["value"] == pytest.approx(0.7 * 0.6 + 0.3)
+    assert "calibration" not in summary
+    write_json(tmp_path / "calibration.json", {"checkpoint": "step-000002", "budgets": {"0.125": {}}})
+    assert summarise(tmp_path)["calibration"] == {"0.125": {}}
+
+
+def test_own_decisions_are_read_at_the_runs_own_budget(tmp_path: Path) -> None:
+    make_run(tmp_path, budget=0.2)
+    add(tmp_path, "after", OUTCOMES, "step-000002")
+    summary = summarise(tmp_path)
+    assert "accuracy_at_20" in summary["after"]
+    assert {"random_at_20", "oracle_at_20"} <= set(summary)
+    assert "random_at_30" not in summary
 
 
 def test_the_page_escapes_what_models_write(tmp_path: Path) -> None:

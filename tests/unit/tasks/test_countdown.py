@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
+import math
+import random
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +23,7 @@ from selfroute.tasks.countdown import (
     CountdownConfig,
     problem,
     read_question,
+    read_rows,
     solve,
     split_of,
     verify,
@@ -72,7 +77,8 @@ def test_too_many_problems_is_an_error() -> None:
         ({"num_numbers": 7}, "3 to 6"),
         ({"number_min": 9, "number_max": 3}, "number_min"),
         ({"target_min": 50, "target_max": 10}, "target_min"),
-        ({"train": -1}, "negative"),
+        ({"train": 0}, "train"),
+        ({"test": 0}, "test"),
         ({"nubmer_max": 3}, "nubmer_max"),
     ],
 )
@@ -163,20 +169,48 @@ def test_division_by_zero_is_wrong_with_the_right_numbers() -> None:
     assert verify("25/(3-3)", [3, 3, 25], 46).reason == "divides by zero"
 
 
-@given(st.text(alphabet="0123456789+-*/() .e_", max_size=60))
-def test_verify_agrees_with_exact_arithmetic(text: str) -> None:
-    numbers = [int(n) for n in "".join(c if c.isdigit() else " " for c in text).split()]
-    verdict = verify(text, numbers, 7)
-    if verdict.correct:
-        # What is accepted is also Python arithmetic, and equals the target exactly.
-        exact = eval("".join(f"Fraction({t})" if t.isdigit() else t for t in _tokens(text)), {"Fraction": Fraction})
-        assert exact == 7
+@st.composite
+def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction | None]:
+    """An expression with stray parentheses and spaces, its numbers, and its value (None: it divides by zero)."""
+
+    def build(depth: int) -> tuple[str, list[int], Fraction | None]:
+        if depth == 0 or draw(st.booleans()):
+            n = draw(st.integers(0, 30))
+            text, numbers, value = str(n), [n], Fraction(n)
+        else:
+            (a, left, x), (b, right, y) = build(depth - 1), build(depth - 1)
+            op = draw(st.sampled_from("+-*/"))
+            text, numbers = f"({a}{op}{b})", left + right
+            broken = x is None or y is None or (op == "/" and y == 0)
+            value = None if broken else eval("x" + op + "y", {"x": x, "y": y})
+        if draw(st.booleans()):
+            text = f"({text} )"
+        return text, numbers, value
+
+    return build(3)
 
 
-def _tokens(text: str) -> list[str]:
-    import re
+@given(expressions(), st.integers(-3, 3))
+def test_verify_agrees_with_exact_arithmetic(expression: tuple[str, list[int], Fraction | None], off: int) -> None:
+    text, numbers, value = expression
+    if value is None:
+        assert verify(text, numbers, 7).reason == "divides by zero"
+        return
+    # Targets that are no whole number cannot be asked for, and are never met.
+    target = math.floor(value) + off
+    assert verify(text, numbers, target).correct == (value == target)
+    assert not verify(text, [*numbers, 1], target).correct
 
-    return re.findall(r"[0-9]+|\S", text)
+
+@given(st.lists(st.tuples(st.sampled_from("+-*/"), st.integers(0, 20)), min_size=1, max_size=5), st.integers(0, 20))
+def test_verify_knows_precedence(rest: list[tuple[str, int]], first: int) -> None:
+    text = str(first) + "".join(f"{op}{n}" for op, n in rest)
+    try:
+        value = eval("".join([f"F({first})", *(f"{op}F({n})" for op, n in rest)]), {"F": Fraction})
+    except ZeroDivisionError:
+        value = None
+    target = 0 if value is None else math.floor(value)
+    assert verify(text, [first, *(n for _, n in rest)], target).correct == (value == target)
 
 
 @given(st.text())
@@ -189,7 +223,16 @@ def test_questions_read_back() -> None:
     assert read_question("What is the capital of France?") is None
 
 
-@pytest.mark.parametrize("text", ["numbers 3, 7, 25; target 46", "3 7 25 46", "make 46?? no: [3,7,25] -> 46"[14:]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "numbers 3, 7, 25; target 46",
+        "3 7 25 46",
+        "[3,7,25] -> 46",
+        "make 46 from 3, 7 and 25",
+        "Target: 46, numbers: 3 7 25",
+    ],
+)
 def test_a_users_own_words(text: str) -> None:
     assert Countdown(CountdownConfig()).read(text) == problem([3, 7, 25], 46)
 
@@ -231,7 +274,8 @@ def test_the_public_layout_loads_and_is_split_by_hash(tmp_path: Path, suffix: st
         ('{"nums": [1, true, 2], "target": 3}\n', "`nums` must be"),
         ('{"target": 3}\nnot json\n', "2 bad rows"),
         ("[" * 100_000, "1 bad rows"),
-        ('{"nums": [1, 2, 3], "target": 6}\n', "only"),
+        ('{"nums": [1, 2, 3], "target": 7}\n', "holds no train problem"),
+        ('{"nums": [1, 2, 3], "target": 6}\n{broken\n', "data.jsonl:2: is not JSON: Expecting"),
     ],
 )
 def test_bad_rows_are_all_named(tmp_path: Path, content: str, message: str) -> None:
@@ -254,3 +298,41 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"numbers": [[1, 2, 3]]}), tmp_path / "other.parquet")
     with pytest.raises(TaskError, match="no column nums and target"):
         Countdown(CountdownConfig(path=str(tmp_path / "other.parquet"))).load("train")
+    days = pa.array([[datetime.date(2020, 1, 1)]], pa.list_(pa.date32()))
+    for nums, target, message in (
+        (days, [3], "'nums' must hold a list of integers, not list<"),
+        ([[1, 2, 3]], ["6"], "'target' must hold integers, not string"),
+        ([[1, 2, 3]], pa.array([6], pa.timestamp("ns")), "'target' must hold integers, not timestamp"),
+    ):
+        pq.write_table(pa.table({"nums": nums, "target": target}), tmp_path / "typed.parquet")
+        with pytest.raises(TaskError, match=message):
+            Countdown(CountdownConfig(path=str(tmp_path / "typed.parquet"))).load("train")
+
+
+def test_a_damaged_parquet_file_is_an_error_or_reads(tmp_path: Path) -> None:
+    whole = bytearray(write(tmp_path / "whole.parquet", ROWS).read_bytes())
+    rng = random.Random(0)
+    path = tmp_path / "damaged.parquet"
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(TaskError):
+            assert Countdown(CountdownConfig(path=str(path))).load("train")
+
+
+def test_a_set_of_the_papers_size_is_used_as_it_is(tmp_path: Path) -> None:
+    """6,000 rows with the default counts: each split takes what it finds, up to its number."""
+    rows = [{"nums": [a, b, 9], "target": a * b + 9} for a in range(1, 76) for b in range(76, 156)]
+    task = Countdown(CountdownConfig(path=str(write(tmp_path / "data.jsonl", rows))))
+    sizes = {split: len(task.load(split)) for split in ("train", "calibration", "test")}
+    assert sizes["train"] == pytest.approx(4800, abs=100)
+    assert sizes["calibration"] == pytest.approx(480, abs=60)
+    assert sizes["test"] == pytest.approx(720, abs=80)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"nums": [1, 2, 3], "target": 6}\n', encoding="utf-8-sig")
+    assert len(list(read_rows(path))) == 1

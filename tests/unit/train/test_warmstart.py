@@ -10,7 +10,13 @@ import torch
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, DecisionPoint, chat
-from selfroute.train.warmstart import WarmstartConfig, decides, trace_loss, warmstart
+from selfroute.train.warmstart import (
+    WarmstartConfig,
+    decides,
+    mean_difference,
+    trace_loss,
+    warmstart,
+)
 
 CONFIG = WarmstartConfig(help_probability=0.25, result_weight=3.0, settle_weight=10.0)
 POINT = DecisionPoint((0,), help=1, answer=2)
@@ -63,6 +69,11 @@ def test_the_second_phase_settles_l(tmp_path: Path) -> None:
     wanted = math.log(0.15 / 0.85)
     assert all(abs(value - wanted) < 0.1 for value in logits[:2]), logits
     assert all(abs(value - wanted) > 0.15 for value in logits[2:]), logits
+
+
+def test_the_difference_of_means_by_hand() -> None:
+    assert mean_difference([True, True, False, True, False]) == pytest.approx([1 / 3, 1 / 3, -1 / 2, 1 / 3, -1 / 2])
+    assert mean_difference([True, True]) == mean_difference([False, False]) == [0.0, 0.0]
 
 
 def test_a_seed_gives_the_same_weights_twice(tmp_path: Path) -> None:
