@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,11 +87,21 @@ class SharedPrompts:
 
         `index[b]` is the prompt that row b continues.
         """
+        output, mask = self._forward(index, rows)
+        targets, _ = pad_right(rows, self.pad, self.model.device)
+        return output.logits, targets, mask.bool()
+
+    def hidden(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        """The last hidden states that predict each token of `rows`, (B, T, hidden size)."""
+        output, _ = self._forward(index, rows, output_hidden_states=True)
+        states: Tensor = output.hidden_states[-1]
+        return states
+
+    def _forward(self, index: Sequence[int], rows: Sequence[Sequence[int]], **kwargs: bool) -> tuple[Any, Tensor]:
         device = self.model.device
         which = torch.tensor(list(index), device=device)
         inputs = [[self.prompts[i][-1], *row[:-1]] for i, row in zip(index, rows, strict=True)]
         ids, mask = pad_right(inputs, self.pad, device)
-        targets, _ = pad_right(rows, self.pad, device)
         prompt_mask = self.mask.index_select(0, which)
         positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device)
         output = self.model(
@@ -99,8 +110,9 @@ class SharedPrompts:
             position_ids=positions,
             past_key_values=self.expand(which),
             use_cache=True,
+            **kwargs,
         )
-        return output.logits, targets, mask.bool()
+        return output, mask
 
     def backward(self) -> None:
         """The second stage: push the gradients that rows left on the shared caches through the prompts' pass."""

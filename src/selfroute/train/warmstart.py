@@ -59,9 +59,9 @@ class WarmstartConfig(TraceConfig):
     weigh 1."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate; 5 % warm-up, then a cosine to zero."""
-    settle_steps: int = Field(300, ge=1)
-    """Steps of the second phase, which settles the decision: it goes on with the traces, with the toss's own
-    probability in place of its outcomes, and levels l between hits and misses, so that l tells nothing of success."""
+    settle_steps: int = Field(200, ge=1)
+    """Steps of the second phase, which settles the decision: it goes on with the traces, and with the toss's own
+    probability in place of its outcomes."""
     settle_weight: float = Field(1000.0, gt=0)
     """Weight of the decision in the second phase's loss, where other tokens weigh 1 or `result_weight`. Its gradient is
     next to nothing where l is right, so the rest of the trace does not suffer."""
@@ -155,6 +155,8 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
     report(f"{sum(p.numel() for p in engine.model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
     _imitate(engine, config, "learn", config.steps, config.lr, report)
     _imitate(engine, config, "settle", config.settle_steps, config.settle_lr, report)
+    before, after = level(engine, config)
+    report(f"level    l after hits less l after misses: {before:+.5f} nats, now {after:+.5f}")
     _save(config, engine, out, command, time.perf_counter() - started)
     return out
 
@@ -177,23 +179,16 @@ def _imitate(
     )
     rng = random.Random(f"{'warmstart' if phase == 'learn' else phase}-{config.seed}")
     source = training_problems(config.task, rng)
-    started, seen, wrong, tilt = time.perf_counter(), 0, 0, 0.0
+    started, seen, wrong = time.perf_counter(), 0, 0
     model.train()
     for step in range(1, steps + 1):
         problems = [next(source) for _ in range(config.problems_per_step)]
         prompts = [engine.encode(chat(p.question)) for p in problems]
-        owners, rows, hits = [], [], []
-        for number, p in enumerate(problems):
-            for _ in range(config.traces_per_problem):
-                text = trace(p.reference["numbers"], p.reference["target"], config, rng)
-                owners.append(number)
-                hits.append(HIT in text)
-                rows.append([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        owners, rows, _ = _traces(engine, problems, config, rng)
         follows = [determined(row, tokenizer) for row in rows]
         settles = [decides(row, engine) if phase == "settle" else [False] * len(row) for row in rows]
-        shares = mean_difference(hits)
         total = sum(config.result_weight if f else 1.0 for row in follows for f in row)
-        loss, difference = 0.0, 0.0
+        loss = 0.0
         optimizer.zero_grad(set_to_none=True)
         shared = SharedPrompts(model, prompts, engine.pad)
         for part in pack(rows, config.micro_batch_tokens):
@@ -201,12 +196,8 @@ def _imitate(
             logits_NV, targets_N = logits_BTV[mask_BT], targets_BT[mask_BT]
             determined_N = torch.tensor([f for i in part for f in follows[i]])
             settles_N = torch.tensor([d for i in part for d in settles[i]])
-            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config)
-            share_D = torch.tensor([shares[i] for i in part for d in settles[i] if d])
-            difference_part = (share_D * log_odds(logits_NV[settles_N], engine.points[0])).sum()
-            part_loss = (part_loss + config.settle_weight * len(rows) * tilt * difference_part) / total
+            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config) / total
             part_loss.backward()
-            difference += difference_part.item()
             loss += part_loss.item()
             seen += int(determined_N.sum())
             wrong += int((determined_N & (logits_NV.argmax(-1) != targets_N)).sum())
@@ -214,8 +205,6 @@ def _imitate(
         if not math.isfinite(loss):
             key = "lr" if phase == "learn" else "settle_lr"
             raise TrainingError(f"the loss is {loss} at step {step} of {phase}: lower {key} (now {lr:g})")
-        # The gradient of tilt^2 / 2, with a running mean for the tilt: that of one batch is mostly chance.
-        tilt = 0.9 * tilt + 0.1 * difference
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -226,6 +215,20 @@ def _imitate(
             )
             seen, wrong = 0, 0
     model.eval()
+
+
+def _traces(
+    engine: HFEngine, problems: Sequence[Problem], config: WarmstartConfig, rng: random.Random
+) -> tuple[list[int], list[list[int]], list[bool]]:
+    """Traces of some problems: for each, its problem's place, its tokens with the end token, and whether it hits."""
+    owners, rows, hits = [], [], []
+    for number, p in enumerate(problems):
+        for _ in range(config.traces_per_problem):
+            text = trace(p.reference["numbers"], p.reference["target"], config, rng)
+            owners.append(number)
+            rows.append([*engine.tokenizer.encode(text, add_special_tokens=False), engine.tokenizer.eos_token_id])
+            hits.append(HIT in text)
+    return owners, rows, hits
 
 
 def trace_loss(
@@ -251,21 +254,42 @@ def trace_loss(
     return (loss_N * weight_N).sum()
 
 
-def mean_difference(hits: Sequence[bool]) -> list[float]:
-    """Weights under which a sum is the mean over hits less the mean over misses; zeros where one kind is missing.
+@torch.no_grad()
+def level(engine: HFEngine, config: WarmstartConfig) -> tuple[float, float]:
+    """Take out of l what tells hits from misses on average, by turning the two tags' embeddings a little.
 
-    >>> mean_difference([True, False, False])
-    [1.0, -0.5, -0.5]
+    l is linear in the last hidden state, l = (w_help - w_answer) h. With v the mean h after hits less the mean h after
+    misses, over traces of training problems, the part of w_help - w_answer along v goes, half from each side. What the
+    hidden state knows of success stays, for post-training to use. Traces that all hit, or all miss, leave all as it is.
+
+    Returns:
+        (w_help - w_answer) v in nats, before and after.
     """
-    hit, miss = sum(hits), len(hits) - sum(hits)
-    if not hit or not miss:
-        return [0.0] * len(hits)
-    return [1 / hit if h else -1 / miss for h in hits]
+    model, point = engine.model, engine.points[0]
+    rng = random.Random(f"level-{config.seed}")
+    source = training_problems(config.task, rng)
+    states: dict[bool, list[Tensor]] = {True: [], False: []}
+    for _ in range(_LEVEL_BATCHES):
+        problems = [next(source) for _ in range(config.problems_per_step)]
+        owners, rows, hits = _traces(engine, problems, config, rng)
+        shared = SharedPrompts(model, [engine.encode(chat(p.question)) for p in problems], engine.pad)
+        for part in pack(rows, config.micro_batch_tokens):
+            hidden_BTH = shared.hidden([owners[i] for i in part], [rows[i] for i in part])
+            for b, i in enumerate(part):
+                states[hits[i]].append(hidden_BTH[b, decides(rows[i], engine).index(True)])
+    if not states[True] or not states[False]:
+        return 0.0, 0.0
+    v = torch.stack(states[True]).mean(0) - torch.stack(states[False]).mean(0)
+    weight = model.get_output_embeddings().weight
+    tilt = ((weight[point.help] - weight[point.answer]) @ v).item()
+    turn = tilt / (v @ v).item() / 2 * v
+    weight[point.help] -= turn
+    weight[point.answer] += turn
+    return tilt, ((weight[point.help] - weight[point.answer]) @ v).item()
 
 
-def log_odds(logits_DV: Tensor, point: DecisionPoint) -> Tensor:
-    """l at D decisions, in nats."""
-    return logits_DV[:, point.help] - logits_DV[:, point.answer]
+_LEVEL_BATCHES = 50
+"""Batches of traces that `level` looks at."""
 
 
 def determined(row: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:

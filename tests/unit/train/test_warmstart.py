@@ -12,9 +12,12 @@ from selfroute.device.hf import HFEngine
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, DecisionPoint, chat
 from selfroute.train.warmstart import (
     WarmstartConfig,
+    _imitate,
+    _model,
     decides,
-    mean_difference,
+    level,
     trace_loss,
+    train_tokenizer,
     warmstart,
 )
 
@@ -52,14 +55,15 @@ def test_the_token_that_decides_is_found_in_every_trace(engine: HFEngine) -> Non
         assert [engine.decode([i]) for i, d in zip(ids, decides(ids, engine), strict=True) if d] == [first]
 
 
-def test_the_second_phase_settles_l(tmp_path: Path) -> None:
+def test_the_second_phase_settles_l() -> None:
     """From nothing, l goes to the log-odds of the toss, on hits and on misses; with no weight on it, it does not."""
     logits = []
-    small = {"steps": 1, "settle_steps": 40, "settle_lr": 2e-3, "problems_per_step": 2, "traces_per_problem": 2}
+    tokenizer = train_tokenizer()
     for weight in (1000.0, 1e-6):
-        config = WarmstartConfig(settle_weight=weight, **small)
-        folder = warmstart(config, tmp_path / str(weight), report=lambda line: None)
-        made = HFEngine.load(DeviceConfig(model=str(folder)))
+        config = WarmstartConfig(settle_weight=weight, problems_per_step=2, traces_per_problem=2)
+        torch.manual_seed(0)
+        made = HFEngine(_model(config, tokenizer), tokenizer)
+        _imitate(made, config, "settle", 40, 2e-3, lambda line: None)
         [point] = made.points
         for mark in "!?":
             ids = [*made.tokenizer.encode(f"1:2+1=3,3+1=4{mark}\n"), *point.prefix]
@@ -71,9 +75,31 @@ def test_the_second_phase_settles_l(tmp_path: Path) -> None:
     assert all(abs(value - wanted) > 0.15 for value in logits[2:]), logits
 
 
-def test_the_difference_of_means_by_hand() -> None:
-    assert mean_difference([True, True, False, True, False]) == pytest.approx([1 / 3, 1 / 3, -1 / 2, 1 / 3, -1 / 2])
-    assert mean_difference([True, True]) == mean_difference([False, False]) == [0.0, 0.0]
+def test_levelling_takes_the_tilt_out_and_touches_the_two_tags_alone() -> None:
+    made = HFEngine.load(DeviceConfig(model="countdown-1m"))
+    config = WarmstartConfig(problems_per_step=2)
+    [point] = made.points
+    weight = made.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight[point.help] += 0.5 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    start = weight.detach().clone()
+    before, after = level(made, config)
+    assert abs(before) > 0.01
+    assert abs(after) < 1e-6
+    # Not quite zero: the embeddings are tied, so the prompt, which holds both words, has changed a little too.
+    assert abs(level(made, config)[0]) < 0.02 * abs(before)
+    moved = (weight != start).any(dim=1).nonzero()[:, 0].tolist()
+    assert moved == sorted((point.help, point.answer))
+    # Each side takes half.
+    assert torch.allclose(weight[point.help] - start[point.help], start[point.answer] - weight[point.answer], atol=1e-6)
+
+
+def test_levelling_without_misses_changes_nothing() -> None:
+    made = HFEngine.load(DeviceConfig(model="countdown-1m"))
+    start = made.model.get_output_embeddings().weight.detach().clone()
+    hits = WarmstartConfig(problems_per_step=2, solution_probability=1.0, operators="+-*/", max_value=10**6)
+    assert level(made, hits) == (0.0, 0.0)
+    assert torch.equal(made.model.get_output_embeddings().weight, start)
 
 
 def test_a_seed_gives_the_same_weights_twice(tmp_path: Path) -> None:
@@ -89,8 +115,9 @@ def test_a_short_warm_start_reports_and_states_its_provenance(tmp_path: Path) ->
     lines: list[str] = []
     config = WarmstartConfig(steps=2, settle_steps=2, problems_per_step=2, traces_per_problem=2, log_every=1)
     warmstart(config, tmp_path / "model", command="the command", report=lines.append)
-    assert len(lines) == 5
-    assert "results and marks wrong" in lines[-1]
+    assert len(lines) == 6
+    assert "results and marks wrong" in lines[-2]
+    assert "now +0.00000" in lines[-1]
     provenance = json.loads((tmp_path / "model/warmstart.json").read_text())
     assert provenance["command"] == "the command"
     assert provenance["config"] == config.model_dump(mode="json")
