@@ -41,7 +41,8 @@ class Row:
     """One token sequence of the update.
 
     `advantage` weighs the sum of its log-probabilities; `gap` is Delta at token `decision_index`. A row with advantage
-    0 ends at its decision.
+    0 ends at its decision. In a row made of a cut response the tokens from `boundary` on are the help call that it did
+    not make.
     """
 
     problem: int
@@ -50,6 +51,7 @@ class Row:
     gap: float = 0.0
     decision_index: int = 0
     point: DecisionPoint | None = None
+    boundary: int | None = None
 
 
 def train(
@@ -292,18 +294,19 @@ class Trainer:
         for number, p in enumerate(kept):
             for g, (response, decision) in enumerate(zip(groups[p], decisions[p], strict=True)):
                 advantage = advantages_PG[p, g].item()
-                found, ids = None, response.token_ids
+                found, ids, boundary = None, response.token_ids, None
                 if config.decision_weight > 0 and not isinstance(decision, HelpCall):
                     if isinstance(decision, Answer):
                         found = find_decision(ids, self.engine.points, self.engine.tokenizer)
                     elif not response.finished:
-                        # A cut response has not decided: its last line break counts as its decision point.
+                        # A cut response has not decided: at its last line break it could have asked.
                         point = self.engine.points[0]
                         head = ids[: last_boundary(ids, self.engine.tokenizer)]
                         if head and self.engine.decode(point.prefix).startswith("\n"):
                             # This tokenizer merges the line break into the tag's first token.
                             head = head[:-1]
-                        ids = (*head, *point.prefix, point.answer)
+                        boundary = len(head)
+                        ids = (*head, *point.prefix, point.help)
                         found = len(ids) - 1, point
                 gap = 0.0
                 if found is not None:
@@ -321,7 +324,7 @@ class Trainer:
                 else:
                     if advantage:
                         rows.append(Row(number, response.token_ids, advantage))
-                    rows.append(Row(number, ids[: found[0] + 1], 0.0, gap, *found))
+                    rows.append(Row(number, ids[: found[0] + 1], 0.0, gap, *found, boundary))
         return rows
 
     def _update(
@@ -350,13 +353,9 @@ class Trainer:
                 loss = loss + gapg.policy_loss((log_prob_BT * mask_BT).sum(1), advantage_B, count)
             deciding = [(b, row, row.point) for b, row in enumerate(chosen) if row.point is not None]
             if deciding:
-                places = ([b for b, _, _ in deciding], [row.decision_index for _, row, _ in deciding])
-                at_BV = logits_BTV[places].float()
-                index_B = torch.arange(len(deciding), device=device)
-                help_B = at_BV[index_B, torch.tensor([point.help for _, _, point in deciding], device=device)]
-                answer_B = at_BV[index_B, torch.tensor([point.answer for _, _, point in deciding], device=device)]
+                log_odds_B = torch.stack([_log_odds(logits_BTV[b], row, point) for b, row, point in deciding])
                 gap_B = torch.tensor([row.gap for _, row, _ in deciding], device=device)
-                decision = gapg.decision_loss(help_B - answer_B, gap_B, config.decision_weight, count)
+                decision = gapg.decision_loss(log_odds_B, gap_B, config.decision_weight, count)
                 total_decision += decision.item()
                 loss = loss + decision
             if not torch.isfinite(loss):
@@ -372,6 +371,17 @@ class Trainer:
             group["lr"] = config.lr * (1 - progress * (1 - config.lr_end))
         self.optimizer.step()
         return total_decision, grad_norm
+
+
+def _log_odds(logits_TV: torch.Tensor, row: Row, point: DecisionPoint) -> torch.Tensor:
+    """l of a row: asking against answering; in a cut response, asking at `boundary` against all that could have come."""
+    if row.boundary is None:
+        at_V = logits_TV[row.decision_index].float()
+        return at_V[point.help] - at_V[point.answer]
+    path = slice(row.boundary, row.decision_index + 1)
+    target_T = torch.tensor(row.token_ids[path], device=logits_TV.device)
+    log_prob = -cross_entropy(logits_TV[path].float(), target_T, reduction="sum")
+    return log_prob - torch.log(-torch.expm1(log_prob.clamp_max(-1e-6)))
 
 
 def _start_again(lr: float) -> str:

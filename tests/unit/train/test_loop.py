@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from selfroute.config import validate
 from selfroute.errors import CloudError, ConfigError, DeviceError, ReproducibilityWarning, RunError, TrainingError
-from selfroute.protocol import chat, find_decision, parse
+from selfroute.protocol import DecisionPoint, chat, find_decision, parse
 from selfroute.records import checkpoints, read_json, read_records, write_json
 from selfroute.train.config import TrainConfig
-from selfroute.train.loop import Trainer, train
+from selfroute.train.loop import Row, Trainer, _log_odds, train
 from selfroute.train.progress import StepRecord
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
@@ -226,8 +226,35 @@ def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
         cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
         rewards = torch.zeros(1, 2, dtype=torch.float64)
         rows = made._rows([0], [[cut, cut]], [[Undecided(), Undecided()]], rewards, [True])
-    assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<answer"] * 2
+    assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<unknown"] * 2
     assert all(r.gap == 0.25 and r.advantage == 0 and r.decision_index == len(r.token_ids) - 1 for r in rows)
+    assert [tokenizer.decode(list(r.token_ids[r.boundary :])) for r in rows] == ["<unknown"] * 2
+
+
+def test_the_odds_of_a_decision_by_hand() -> None:
+    # Four tokens of probability 1/8, 1/2, 1/4, 1/8 at each of three places.
+    logits_TV = torch.tensor([0.125, 0.5, 0.25, 0.125]).log().repeat(3, 1).requires_grad_()
+    point = DecisionPoint((1,), help=2, answer=3)
+    answered = _log_odds(logits_TV, Row(0, (0, 1, 3), 0.0, 0.1, 2, point), point)
+    assert answered.item() == pytest.approx(math.log(0.25 / 0.125))
+    # Cut after token 0: asking there takes tokens 1 and 2, of probability 1/2 * 1/4, against everything else.
+    cut = _log_odds(logits_TV, Row(0, (0, 1, 2), 0.0, 0.1, 2, point, boundary=1), point)
+    assert cut.item() == pytest.approx(math.log(0.125 / 0.875))
+    cut.backward()
+    assert logits_TV.grad is not None
+    # d log(p / (1 - p)) = d log p / (1 - p): the place before the boundary is not touched.
+    expected = [[0.0] * 4, [-0.125, 0.5, -0.25, -0.125], [-0.125, -0.5, 0.75, -0.125]]
+    assert torch.allclose(logits_TV.grad * 0.875, torch.tensor(expected))
+
+
+def test_the_odds_of_a_certain_help_call_are_finite() -> None:
+    logits_TV = torch.tensor([[0.0, 200.0], [0.0, 200.0]]).requires_grad_()
+    point = DecisionPoint((1,), help=1, answer=0)
+    odds = _log_odds(logits_TV, Row(0, (1, 1), 0.0, 0.1, 1, point, boundary=0), point)
+    odds.backward()
+    assert math.isfinite(odds.item())
+    assert logits_TV.grad is not None
+    assert torch.isfinite(logits_TV.grad).all()
 
 
 def test_a_failing_cloud_stops_the_run_and_is_not_paid_twice(tmp_path: Path) -> None:
