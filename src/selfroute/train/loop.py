@@ -374,7 +374,7 @@ class Trainer:
 
 
 def _log_odds(logits_TV: torch.Tensor, row: Row, point: DecisionPoint) -> torch.Tensor:
-    """l of a row: asking against answering; in a cut response, asking at `boundary` against all that could have come."""
+    """l of a row: asking against answering; in a cut response, asking at `boundary` against all else there."""
     if row.boundary is None:
         at_V = logits_TV[row.decision_index].float()
         return at_V[point.help] - at_V[point.answer]
