@@ -198,7 +198,11 @@ def _under(name: str, progress: Progress | None) -> Progress:
 
 def calibrate(run: str | Path, budget: float, *, progress: Progress | None = None) -> dict[str, Any]:
     """Find the dial's bias for a budget on the calibration split, without the cloud; kept in RUN/calibration.json."""
+    from selfroute.evaluate.calibrate import calibrate as find
+    from selfroute.evaluate.calibrate import check_budget
+
     run = Path(run)
+    check_budget(budget)
     config = run_config(run)
     checkpoint = checkpoint_name(run)
     file, records = run / "calibration.json", run / "evaluations" / "calibration" / "records.jsonl"
@@ -218,8 +222,6 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
         )
         write_records(records, ({"problem": problem, "score": value} for problem, value in scored))
         known = {"checkpoint": checkpoint, "budgets": {}}
-    from selfroute.evaluate.calibrate import calibrate as find
-
     rows = read_records(records)
     setting = asdict(find([r["score"] for r in rows], budget, num_problems=len({r["problem"] for r in rows})))
     known["budgets"][f"{budget:g}"] = setting

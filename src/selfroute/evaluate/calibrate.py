@@ -43,8 +43,7 @@ def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: in
     Raises:
         ConfigError: the budget is not a share, the problems are too few for it, or no response reached a decision.
     """
-    if not 0 <= budget <= 1:
-        raise ConfigError(f"a budget is a share of problems between 0 and 1, such as 0.3; got {budget}")
+    check_budget(budget)
     if num_problems < 1:
         raise ConfigError("there is no calibration problem: raise task.calibration")
     decided = np.sort(np.array([s for s in scores if s is not None], dtype=float))[::-1]
@@ -66,6 +65,16 @@ def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: in
     rate = float((decided > threshold).sum()) / len(scores)
     spread = proportion(np.full(num_problems, rate))
     return Calibration(budget, -threshold, rate, spread.low, spread.high, num_problems)
+
+
+def check_budget(budget: float) -> None:
+    """Refuse a budget that is no share, such as 30 for 0.3.
+
+    Raises:
+        ConfigError: it is not in [0, 1].
+    """
+    if not 0 <= budget <= 1:
+        raise ConfigError(f"a budget is a share of problems between 0 and 1, such as 0.3; got {budget}")
 
 
 _BEYOND = 1e4
