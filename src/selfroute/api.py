@@ -40,7 +40,9 @@ def _needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("torch", "transformers", "accelerate", "safetensors", "tokenizers"):
-            raise SelfrouteError(f"this needs {error.name}: pip install 'selfroute[{extra}]'") from error
+            raise SelfrouteError(
+                f"this needs {error.name}: pip install 'selfroute[{extra}]' (in a checkout: pip install '.[{extra}]')"
+            ) from error
         raise
 
 
@@ -50,7 +52,7 @@ def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    choices = {"task": resolve(config.task, TASKS), "cloud": resolve(config.cloud, CLOUDS)}
+    choices = {"task": resolve(config.task, TASKS, "task"), "cloud": resolve(config.cloud, CLOUDS, "cloud")}
     return config.model_copy(update=choices)
 
 

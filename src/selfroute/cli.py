@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfroute.errors import ReproducibilityWarning, SelfrouteError
+from selfroute.records import checkpoints
 
 if TYPE_CHECKING:
     from selfroute.train.progress import StepRecord
@@ -53,6 +56,8 @@ class _Printer:
 
     def step(self, total: int) -> Any:
         shown = 0
+        # A terminal that is too narrow for the parts of a step's time goes without.
+        parts = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 112
 
         def show(r: StepRecord) -> None:
             nonlocal shown
@@ -61,14 +66,16 @@ class _Printer:
                 if shown == 1 and r.step > 1:
                     _echo(f"resumed after step {r.step - 1}")
                 _echo(
-                    f"{'step':>9}  reward  solved  asked  wrong  undec.  |D1| |D2|  cloud calls      USD"
-                    "   sample  cloud update  seconds"
+                    f"{'step':>9}  reward  solved  asked  wrong undec. |D1| |D2|  calls      USD"
+                    + ("   sample  cloud update" if parts else "")
+                    + "  seconds"
                 )
             s = r.seconds
             _echo(
                 f"{r.step:4d}/{total:<4d}  {r.reward:6.3f}  {r.local_accuracy:6.1%} {r.help:6.1%} {r.wrong:6.1%}"
-                f"  {r.undecided:6.1%}  {r.d1:4d} {r.d2:4d}  {r.cloud_calls:11d} {r.cost_usd:8.4f}"
-                f"   {s['sample']:6.2f} {s['cloud']:6.2f} {s['update']:6.2f}  {s['total']:7.2f}"
+                f" {r.undecided:6.1%} {r.d1:4d} {r.d2:4d}  {r.cloud_calls:5d} {r.cost_usd:8.4f}"
+                + (f"   {s['sample']:6.2f} {s['cloud']:6.2f} {s['update']:6.2f}" if parts else "")
+                + f"  {s['total']:7.2f}"
             )
 
         return show
@@ -79,7 +86,8 @@ def _stopping(run: Path, again: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SelfrouteError(f"stopped; {run} holds what is done: run the same command {again}") from None
+        done = f"{run} holds what is done: run the same command {again}"
+        raise SelfrouteError(f"stopped; {done if (run / 'run.json').is_file() else 'nothing was done yet'}") from None
 
 
 def _dry_run(config: Any) -> None:
@@ -110,6 +118,8 @@ def train(
         _dry_run(resolved)
         return
     run = out or Path("runs") / Path(config).stem
+    if resume and not checkpoints(run):
+        _echo(f"no checkpoint in {run} yet: starting from the first step")
     with _stopping(run, "with --resume"):
         saved = api.train(resolved, run, resume=resume, report=_Printer().step(resolved.steps))
     _echo(f"\ntrained: {saved}\nnext: selfroute evaluate {run}   or   selfroute calibrate {run} --budget 0.3")
@@ -234,7 +244,7 @@ def _table(summary: dict[str, Any]) -> None:
     from selfroute.evaluate.report import terminal_table
 
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         # A pipe has no width of its own.
         console = Console(width=max(console.width, 200))
     console.print(terminal_table(summary, console))

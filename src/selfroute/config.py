@@ -10,6 +10,7 @@ import importlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,13 +53,15 @@ def build(choice: Choice, known: Mapping[str, str]) -> Any:
     return made(validate(made.Config, choice.settings, choice.name))
 
 
-def resolve(choice: Choice, known: Mapping[str, str]) -> Choice:
+def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
     """A choice with all of its settings, defaults written out, so that a record of it means the same for ever.
+
+    `key` is where it stands in its config.
 
     Raises:
         ConfigError: as from `build`.
     """
-    settings = validate(_class(choice, known).Config, choice.settings, choice.name)
+    settings = validate(_class(choice, known).Config, choice.settings, f"{key} {choice.name!r}", under=f"{key}.")
     return Choice(name=choice.name, **settings.model_dump(mode="json"))
 
 
@@ -78,8 +81,8 @@ def _class(choice: Choice, known: Mapping[str, str]) -> Any:
     return made
 
 
-def validate(kind: type[C], values: Mapping[str, Any], where: str) -> C:
-    """`kind(**values)`, with every fault on a line of its own.
+def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str = "") -> C:
+    """`kind(**values)`, with every fault on a line of its own, its key written with `under` before it.
 
     Raises:
         ConfigError: naming each bad key, its value and what was expected.
@@ -90,8 +93,13 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str) -> C:
         lines = []
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"])) or "(whole)"
+            if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+                near = get_close_matches(key, kind.model_fields, n=1)
+                fault["msg"] += (
+                    f"; did you mean {under}{near[0]}?" if near else f"; known: {', '.join(kind.model_fields)}"
+                )
             got = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
-            lines.append(f"  {key}: {fault['msg']}{got}")
+            lines.append(f"  {under}{key}: {fault['msg']}{got}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def _timed(call: Any) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def test_the_readmes_python_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [snippet] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    small = [*SMALL, "task.calibration=60", "steps=2"]
+    assert '["steps=50"]' in snippet
+    done = subprocess.run(
+        [sys.executable, "-c", snippet.replace('["steps=50"]', repr(small))],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Reply(question=" in done.stdout
 
 
 def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> None:
@@ -188,7 +202,8 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_six_steps_equal_three_then_kill_then_three(tmp_path: Path) -> None:
-    selfroute("train", "countdown-tiny", *RESUMED, "--out", "whole", cwd=tmp_path)
+    text = selfroute("train", "countdown-tiny", *RESUMED, "--out", "whole", "--resume", cwd=tmp_path)
+    assert "no checkpoint in whole yet: starting from the first step" in text
     # Killed in the middle of step 5: steps 4 and 5 are past the checkpoint and are done again.
     process = start("train", "countdown-tiny", *RESUMED, "--out", "killed", cwd=tmp_path)
     wait_for_step(process, tmp_path / "killed", 4)
@@ -218,6 +233,7 @@ def test_ctrl_c_saves_the_step_and_resumes(tmp_path: Path, number: signal.Signal
     done = len(steps_of(tmp_path / "run"))
     assert (tmp_path / f"run/checkpoints/step-{done:06d}").is_dir()
     text = selfroute("train", "countdown-tiny", *settings, "--out", "run", "--resume", cwd=tmp_path)
+    assert "no checkpoint" not in text
     assert f"resumed after step {done}" in text
     assert "reward" in text
     selfroute("train", "countdown-tiny", *settings, "--out", "whole", cwd=tmp_path)

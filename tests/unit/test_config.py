@@ -74,13 +74,15 @@ def test_choices_are_named_or_dotted() -> None:
 
 
 def test_a_resolved_choice_writes_out_its_defaults() -> None:
-    resolved = resolve(Choice(name="countdown", number_max=9), TASKS)
+    resolved = resolve(Choice(name="countdown", number_max=9), TASKS, "task")
     assert resolved.settings == {**CountdownConfig(number_max=9).model_dump(mode="json")}
-    assert resolve(resolved, TASKS) == resolved
-    with pytest.raises(ConfigError, match="nubmer_max"):
-        resolve(Choice(name="countdown", nubmer_max=9), TASKS)
+    assert resolve(resolved, TASKS, "task") == resolved
+    with pytest.raises(ConfigError, match=r"task.nubmer_max: .*did you mean task.number_max\?"):
+        resolve(Choice(name="countdown", nubmer_max=9), TASKS, "task")
+    with pytest.raises(ConfigError, match=r"task.zzz: .*known: num_numbers, "):
+        resolve(Choice(name="countdown", zzz=9), TASKS, "task")
     with pytest.raises(ConfigError, match="needs a `Config`"):
-        resolve(Choice(name="tests.unit.test_config:Plain"), TASKS)
+        resolve(Choice(name="tests.unit.test_config:Plain"), TASKS, "task")
 
 
 class Plain:

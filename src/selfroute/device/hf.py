@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +53,8 @@ class HFEngine:
             DeviceError: nothing by that name can be loaded.
         """
         where = model_path(config.model)
+        if where.startswith((".", "/", "~")) and not Path(where).is_dir():
+            raise DeviceError(f"cannot load the device model {config.model!r}: no such folder")
         hf_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)

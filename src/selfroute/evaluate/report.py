@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
     if set(found) != {"before"}:
         rates, accuracy = measures.curve(stand)
         axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
+    markers = itertools.cycle("DvPX*")
     for name in found:
         if name == "before":
             continue
@@ -191,7 +193,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
             100 * x,
             100 * y["value"],
             yerr=[[100 * (y["value"] - y["low"])], [100 * (y["high"] - y["value"])]],
-            marker="o" if budget is None else "D",
+            marker="o" if budget is None else next(markers),
             color=OURS,
             linestyle="none",
             capsize=3,

@@ -122,9 +122,8 @@ class Countdown:
         """
         number = r"[-+]?[0-9.]*[0-9]"
         named = re.search(rf"\b(?:target|make)\b[ :=]*(?:is |of )?({number})", text, re.IGNORECASE)
-        if named:
-            text = f"{text[: named.start(1)]} {text[named.end(1) :]} {named[1]}"
-        found = re.findall(number, text)
+        last = f"{text[: named.start(1)]} {text[named.end(1) :]} {named[1]}" if named else text
+        found = re.findall(number, last)
         if not 4 <= len(found) <= 7 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in found):
             raise TaskError(
                 f'need 3 to 6 whole numbers and a target, such as "numbers 3, 7, 25; target 46"; got {text!r:.200}'

@@ -196,6 +196,8 @@ def test_packing_bounds_the_padded_size() -> None:
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="countdown-1m"):
         HFEngine.load(DeviceConfig(model=str(tmp_path)))
+    with pytest.raises(DeviceError, match="no such folder"):
+        HFEngine.load(DeviceConfig(model=str(tmp_path / "none")))
 
 
 def test_a_model_without_a_chat_template_is_refused(engine: HFEngine) -> None:
