@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfroute.api import load
+from selfroute import api
 from selfroute.records import read_records
 
 SELFROUTE = str(Path(sys.executable).with_name("selfroute"))
@@ -165,7 +165,7 @@ def test_records_hold_what_the_measures_need(trained: Path) -> None:
 
 def test_ask_shows_the_decision_and_its_price(trained: Path) -> None:
     question = "numbers 13, 17, 19; target 97"
-    with load(trained / "run") as pair:
+    with api.load(trained / "run") as pair:
         routes = {pair.answer(question, seed=seed).route: seed for seed in range(40)}
     for route, says in (("device", "answers itself"), ("cloud", "asks the cloud")):
         text = selfroute("ask", "run", question, "--seed", str(routes[route]), cwd=trained)
@@ -178,13 +178,11 @@ def test_ask_shows_the_decision_and_its_price(trained: Path) -> None:
 
 
 def test_the_python_api_does_the_same(trained: Path) -> None:
-    import selfroute as package
-
-    with package.load(trained / "run", budget=0.3) as pair:
+    with api.load(trained / "run", budget=0.3) as pair:
         reply = pair.answer("numbers 3, 7, 25; target 46")
     assert reply.route in ("device", "cloud", "undecided")
     assert reply.score is not None
-    summary = package.report(trained / "run")
+    summary = api.report(trained / "run")
     assert summary["train"]["steps"] == 2
 
 
