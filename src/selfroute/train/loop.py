@@ -104,7 +104,8 @@ class Trainer:
             write_records(metrics, [r for r in read_records(metrics) if r["step"] <= self.finished])
         else:
             write_records(metrics, [])
-        self.noted = self.finished
+        # Whether weights, optimizer and metrics.jsonl all stand at `finished`, so that a checkpoint may be made.
+        self.whole = True
         self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite")
         self.accelerator = start_trackers(config, out) if config.trackers else None
 
@@ -120,8 +121,7 @@ class Trainer:
                         self.accelerator.log(flat(values), step=step)
                     report(record)
                 except Exception:
-                    # The weights are those of the last finished step: `step` changes them last of all.
-                    if 0 < self.finished == self.noted and self._healthy():
+                    if self.finished and self.whole and self._healthy():
                         self.save()
                     raise
                 if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
@@ -141,7 +141,7 @@ class Trainer:
                 f"cannot write {self.out / 'metrics.jsonl'}: {error.strerror} (free some space, then continue with "
                 "--resume)"
             ) from error
-        self.noted = self.finished
+        self.whole = True
 
     def _healthy(self) -> bool:
         """Whether every weight is finite; a checkpoint of others would be of no use."""
@@ -228,7 +228,7 @@ class Trainer:
         rows = self._rows(selection.kept, groups, decisions, rewards_PG, cloud_correct_P)
         kept_prompts = [prompts[p] for p in selection.kept]
         decision_loss, grad_norm = self._update(step, kept_prompts, rows, len(selection.kept) * config.num_responses)
-        self.finished = step
+        self.finished, self.whole = step, False
         clock.mark("update")
 
         everyone = [
@@ -369,6 +369,8 @@ class Trainer:
         progress = (step - 1) / max(1, config.steps - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * (1 - progress * (1 - config.lr_end))
+        # Out of memory in the middle of it would leave weights of no step.
+        self.whole = False
         self.optimizer.step()
         return total_decision, grad_norm
 

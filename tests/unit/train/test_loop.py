@@ -311,6 +311,18 @@ def test_a_step_that_could_not_be_written_down_is_not_saved(run_dir: Path) -> No
     assert [r["step"] for r in metrics(run_dir)] == [1, 2, 3]
 
 
+def test_an_update_that_broke_off_is_never_saved(run_dir: Path) -> None:
+    def break_off(*_: object) -> None:
+        if made.finished == 1:
+            raise MemoryError("in the middle of the update")
+
+    with trainer(run_dir, checkpoint_every=10) as made:
+        made.optimizer.register_step_post_hook(break_off)
+        with pytest.raises(MemoryError):
+            made.run(lambda record: None)
+    assert checkpoints(run_dir) == []
+
+
 def test_weights_that_are_not_finite_are_never_saved(run_dir: Path) -> None:
     with trainer(run_dir, checkpoint_every=10) as made:
 
