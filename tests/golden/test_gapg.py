@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from selfroute.train import gapg
+from selfroute.train.algorithms import ALGORITHMS
 from selfroute.train.reward import RewardConfig, reward
 from selfroute.types import Answer, HelpCall
 
@@ -47,8 +48,8 @@ def pick(
 def test_d1_and_d2_under_both_rules() -> None:
     correct = [YES, MIXED, NO, NO, MIXED, YES, MIXED]
     cloud = [None, True, True, False, None, None, None]
-    assert pick(correct, cloud, 0.3) == gapg.Selection((0, 1, 4, 5, 6), (2,))
-    assert pick(correct, cloud, 0.3, "mixed") == gapg.Selection((1, 4, 6), (2,))
+    assert pick(correct, cloud, 0.3) == gapg.Selection((0, 1, 4, 5, 6), (2,), (0, 1, 2, 4, 5, 6))
+    assert pick(correct, cloud, 0.3, "mixed") == gapg.Selection((1, 4, 6), (2,), (1, 2, 4, 6))
     assert pick(correct, cloud, 0.3).kept == (0, 1, 2, 4, 5, 6)
 
 
@@ -63,9 +64,9 @@ def test_the_floor_is_exact() -> None:
 
 
 def test_empty_d1_leaves_nothing_and_empty_d2_leaves_d1() -> None:
-    assert pick([NO, NO], [True, True], 0.3) == gapg.Selection((), ())
-    assert pick([YES, NO], [None, False], 0.3) == gapg.Selection((0,), ())
-    assert pick([NO], [None], 0.3) == gapg.Selection((), ())
+    assert pick([NO, NO], [True, True], 0.3) == gapg.Selection((), (), ())
+    assert pick([YES, NO], [None, False], 0.3) == gapg.Selection((0,), (), (0,))
+    assert pick([NO], [None], 0.3) == gapg.Selection((), (), ())
     assert pick([], [], 0.3).kept == ()
 
 
@@ -165,9 +166,7 @@ def exact_gradient() -> Tensor:
 
 
 def grpo(rewards_PG: Tensor) -> Tensor:
-    """GRPO's advantage: divided by the group's standard deviation."""
-    spread = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    return spread / (rewards_PG.std(1, keepdim=True) + 1e-4)
+    return ALGORITHMS["grpo"].advantages(rewards_PG, torch.zeros_like(rewards_PG), 0.0)
 
 
 def test_the_estimator_is_unbiased() -> None:

@@ -41,3 +41,10 @@ def test_a_help_call_without_a_verdict_is_an_error_not_a_zero() -> None:
 def test_the_weights_are_ordered(weights: tuple[float, float, float]) -> None:
     with pytest.raises(ValidationError):
         RewardConfig(answer=weights[0], cloud=weights[1], format=weights[2])
+
+
+def test_accuracy_alone_needs_no_cloud() -> None:
+    alone = RewardConfig(answer=1.0, cloud=0.0, format=0.0)
+    assert reward(HelpCall(), correct=False, cloud_correct=None, weights=alone) == 0
+    assert reward(GOOD, correct=True, cloud_correct=None, weights=alone) == 1
+    assert reward(GOOD, correct=False, cloud_correct=None, weights=alone) == 0

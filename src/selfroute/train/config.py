@@ -36,8 +36,12 @@ class TrainConfig(Config):
     """G: responses sampled for each problem."""
     budget: float = Field(0.3, ge=0, le=1)
     """b: share of problems that may go to the cloud; |D2| <= b / (1 - b) * |D1|."""
+    algorithm: Literal["gapg", "rloo", "dr_grpo", "grpo", "da_grpo", "lagrangian_gapg"] = "gapg"
+    """The advantage rule and the problems learned from; all but `gapg` are there to be compared with."""
     d1: Literal["any_correct", "mixed"] = "any_correct"
     """D1 holds problems with a correct local answer, or those with both correct and other responses."""
+    dual_rate: float = Field(0.2, gt=0)
+    """`da_grpo` and `lagrangian_gapg`: how fast lambda follows the call rate in excess of the budget."""
     decision_weight: float = Field(1.0, ge=0)
     """Weight of the decision loss; 0 gives the paper's method exactly."""
     decision_cloud: Literal["estimate", "call"] = "estimate"

@@ -1,6 +1,7 @@
 """Group-adaptive policy gradient (arXiv:2509.24050, sections 3.3 and 3.3.2) and the decision loss: pure tensor maths.
 
-Nothing here samples, calls a cloud or touches a model, so that a test can enumerate it.
+Nothing here samples, calls a cloud or touches a model, so that a test can enumerate it. The methods that it is compared
+with differ from it in an advantage rule and a selection rule alone (`algorithms`).
 
 Axes: P problems, G responses a problem, B rows.
 """
@@ -36,14 +37,14 @@ def advantages(rewards_PG: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The problems that an update learns from, as sorted indices: `d1` teaches solving, `d2` teaches asking."""
+    """The problems that an update learns from, as sorted indices.
+
+    Of `kept`, `d1` teaches solving and `d2` teaches asking.
+    """
 
     d1: tuple[int, ...]
     d2: tuple[int, ...]
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        return tuple(sorted(self.d1 + self.d2))
+    kept: tuple[int, ...]
 
 
 def select(
@@ -75,7 +76,7 @@ def select(
         most = math.floor(share / (1 - share) * len(d1))
         if len(d2) > most:
             d2 = sorted(rng.sample(d2, most))
-    return Selection(tuple(d1), tuple(d2))
+    return Selection(tuple(d1), tuple(d2), tuple(sorted(d1 + d2)))
 
 
 def decision_gap(answer_reward: float, *, cloud_correct: bool | None, cloud_share: float, cloud_reward: float) -> float:

@@ -13,7 +13,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,17 @@ from selfroute.cloud.memory import Cloud
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import DeviceError, TrainingError
-from selfroute.protocol import DecisionPoint, chat, cloud_request, find_decision, last_boundary, parse
+from selfroute.protocol import chat, cloud_request, find_decision, last_boundary, parse
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
 from selfroute.train import gapg
+from selfroute.train.algorithms import ALGORITHMS, next_dual
 from selfroute.train.checkpoint import load_checkpoint, save_checkpoint, warn_of_changes
 from selfroute.train.config import TrainConfig
 from selfroute.train.progress import Clock, StepRecord, flat, start_trackers, stop_signals
 from selfroute.train.reward import reward
+from selfroute.train.rows import Row, log_odds
 from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One token sequence of the update.
-
-    `advantage` weighs the sum of its log-probabilities; `gap` is Delta at token `decision_index`. A row with advantage
-    0 ends at its decision. In a row made of a cut response the tokens from `boundary` on are the help call that it did
-    not make.
-    """
-
-    problem: int
-    token_ids: Sequence[int]
-    advantage: float
-    gap: float = 0.0
-    decision_index: int = 0
-    point: DecisionPoint | None = None
-    boundary: int | None = None
 
 
 def train(
@@ -91,15 +75,17 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.engine.model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0
         )
+        self.algorithm = ALGORITHMS[config.algorithm]
         self.finished = 0
         self.cloud_correct: dict[str, bool] = {}
+        self.dual = 0.0
         metrics = out / "metrics.jsonl"
         if saved:
             state = load_checkpoint(saved[-1], self.optimizer)
             self.finished = state["step"]
             if self.finished < config.steps:
                 warn_of_changes(saved[-1], state)
-            self.cloud_correct = state["cloud_correct"]
+            self.cloud_correct, self.dual = state["cloud_correct"], state["dual"]
             # Steps past the checkpoint will be done again.
             write_records(metrics, [r for r in read_records(metrics) if r["step"] <= self.finished])
         else:
@@ -156,7 +142,7 @@ class Trainer:
             self.engine.model,
             self.engine.tokenizer,
             self.optimizer,
-            {"cloud_correct": self.cloud_correct},
+            {"cloud_correct": self.cloud_correct, "dual": self.dual},
             keep=self.config.keep_checkpoints,
         )
 
@@ -191,15 +177,8 @@ class Trainer:
         ]
         clock.mark("sample")
 
-        # Ask the cloud where someone asked, or where nobody solved it.
-        needed = [
-            i
-            for i, (group, correct_G) in enumerate(zip(decisions, correct_PG, strict=True))
-            if not any(correct_G)
-            or any(isinstance(d, HelpCall) for d in group)
-            or (config.decision_cloud == "call" and config.decision_weight > 0)
-        ]
-        cloud_correct_P = self._ask_cloud(step, problems, needed)
+        asked_PG = [[isinstance(d, HelpCall) for d in group] for group in decisions]
+        cloud_correct_P = self._ask_cloud(step, problems, self._needed(correct_PG, asked_PG))
         clock.mark("cloud")
 
         # Reward and filter.
@@ -223,11 +202,19 @@ class Trainer:
             rng=random.Random(f"{config.seed}/{step}/d2"),
         )
 
-        # Update, on D1 u D2 alone. Nothing that can fail comes after it.
+        if not self.algorithm.filters:
+            selection = replace(selection, kept=tuple(range(len(problems))))
+        asks_PG = torch.tensor(asked_PG, dtype=torch.float64)
+        advantages_PG = self.algorithm.advantages(rewards_PG, asks_PG, self.dual)
+
+        # Update, on the kept problems alone. Nothing that can fail comes after it.
         spent = self.cloud.spent("train", until_step=step)
-        rows = self._rows(selection.kept, groups, decisions, rewards_PG, cloud_correct_P)
+        rows = self._rows(selection.kept, groups, decisions, rewards_PG, advantages_PG, cloud_correct_P)
         kept_prompts = [prompts[p] for p in selection.kept]
         decision_loss, grad_norm = self._update(step, kept_prompts, rows, len(selection.kept) * config.num_responses)
+        dual, call_rate = self.dual, asks_PG.mean().item()
+        if self.algorithm.dual:
+            self.dual = next_dual(dual, call_rate=call_rate, budget=config.budget, rate=config.dual_rate)
         self.finished, self.whole = step, False
         clock.mark("update")
 
@@ -239,11 +226,12 @@ class Trainer:
             step=step,
             reward=rewards_PG.mean().item(),
             local_accuracy=sum(ok for _, ok in everyone) * share,
-            help=sum(isinstance(d, HelpCall) for d, _ in everyone) * share,
+            help=call_rate,
             wrong=sum(isinstance(d, Answer) and not ok for d, ok in everyone) * share,
             undecided=sum(isinstance(d, Undecided) for d, _ in everyone) * share,
             d1=len(selection.d1),
             d2=len(selection.d2),
+            dual=dual,
             cloud_calls=spent.calls,
             cloud_tokens=spent.prompt_tokens + spent.completion_tokens,
             cost_usd=round(spent.cost_usd, 9),
@@ -265,6 +253,19 @@ class Trainer:
             seen[p.id] += 1
         return streams
 
+    def _needed(self, correct_PG: Sequence[Sequence[bool]], asked_PG: Sequence[Sequence[bool]]) -> list[int]:
+        """The problems whose reward, selection or decision loss rests on the cloud's verdict."""
+        config = self.config
+        if config.reward.cloud == 0:
+            return []
+        if config.decision_cloud == "call" and config.decision_weight > 0:
+            return list(range(len(correct_PG)))
+        return [
+            i
+            for i, (correct_G, asked_G) in enumerate(zip(correct_PG, asked_PG, strict=True))
+            if any(asked_G) or (self.algorithm.filters and not any(correct_G))
+        ]
+
     def _ask_cloud(self, step: int, problems: Sequence[Problem], needed: Sequence[int]) -> list[bool | None]:
         """The cloud's verdict on each problem of the batch; None where it was never needed."""
         fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_correct]
@@ -284,11 +285,11 @@ class Trainer:
         groups: Sequence[Sequence[Response]],
         decisions: Sequence[Sequence[Decision]],
         rewards_PG: torch.Tensor,
+        advantages_PG: torch.Tensor,
         cloud_correct_P: Sequence[bool | None],
     ) -> list[Row]:
         """The sequences with a gradient: those with an advantage, and those with a decision to learn from."""
         config = self.config
-        advantages_PG = gapg.advantages(rewards_PG)
         cloud_share = self._cloud_share()
         rows: list[Row] = []
         for number, p in enumerate(kept):
@@ -353,7 +354,7 @@ class Trainer:
                 loss = loss + gapg.policy_loss((log_prob_BT * mask_BT).sum(1), advantage_B, count)
             deciding = [(b, row, row.point) for b, row in enumerate(chosen) if row.point is not None]
             if deciding:
-                log_odds_B = torch.stack([_log_odds(logits_BTV[b], row, point) for b, row, point in deciding])
+                log_odds_B = torch.stack([log_odds(logits_BTV[b], row, point) for b, row, point in deciding])
                 gap_B = torch.tensor([row.gap for _, row, _ in deciding], device=device)
                 decision = gapg.decision_loss(log_odds_B, gap_B, config.decision_weight, count)
                 total_decision += decision.item()
@@ -373,17 +374,6 @@ class Trainer:
         self.whole = False
         self.optimizer.step()
         return total_decision, grad_norm
-
-
-def _log_odds(logits_TV: torch.Tensor, row: Row, point: DecisionPoint) -> torch.Tensor:
-    """l of a row: asking against answering; in a cut response, asking at `boundary` against all else there."""
-    if row.boundary is None:
-        at_V = logits_TV[row.decision_index].float()
-        return at_V[point.help] - at_V[point.answer]
-    path = slice(row.boundary, row.decision_index + 1)
-    target_T = torch.tensor(row.token_ids[path], device=logits_TV.device)
-    log_prob = -cross_entropy(logits_TV[path].float(), target_T, reduction="sum")
-    return log_prob - torch.log(-torch.expm1(log_prob.clamp_max(-1e-6)))
 
 
 def _start_again(lr: float) -> str:

@@ -29,6 +29,7 @@ class StepRecord:
     undecided: float
     d1: int
     d2: int
+    dual: float
     cloud_calls: int
     cloud_tokens: int
     cost_usd: float

@@ -132,7 +132,7 @@ def test_the_page_escapes_what_models_write(tmp_path: Path) -> None:
 def _step() -> dict[str, Any]:
     return {
         "reward": 0.5, "local_accuracy": 0.5, "help": 0.1, "wrong": 0.3, "undecided": 0.1, "d1": 3, "d2": 1,
-        "cloud_calls": 4, "cost_usd": 0.01, "cloud_tokens": 9, "device_tokens": 100,
+        "dual": 0.0,        "cloud_calls": 4, "cost_usd": 0.01, "cloud_tokens": 9, "device_tokens": 100,
         "seconds": {"total": 1.0, "cpu": 2.0},
     }  # fmt: skip
 

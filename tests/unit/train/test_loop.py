@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from selfroute.config import validate
 from selfroute.errors import CloudError, ConfigError, DeviceError, ReproducibilityWarning, RunError, TrainingError
 from selfroute.protocol import DecisionPoint, chat, find_decision, parse
 from selfroute.records import checkpoints, read_json, read_records, write_json
+from selfroute.train.algorithms import ALGORITHMS
 from selfroute.train.config import TrainConfig
-from selfroute.train.loop import Row, Trainer, _log_odds, train
+from selfroute.train.loop import Trainer, train
 from selfroute.train.progress import StepRecord
+from selfroute.train.rows import Row, log_odds
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
 SMALL = {
@@ -104,7 +107,7 @@ def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> 
 
         made._rows = remember  # type: ignore[method-assign]
         record = made.step(1)
-    [(kept, groups, decisions, rewards, _)] = plan
+    [(kept, groups, decisions, rewards, _, _)] = plan
     expected = owners = 0
     for p in kept:
         mean = rewards[p].mean().item()
@@ -150,7 +153,7 @@ def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
         rows_of = made._rows
         made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
         record = made.step(1)
-        [(_, _, decisions, rewards, cloud_correct)] = plan
+        [(_, _, decisions, rewards, _, cloud_correct)] = plan
         asked = [c is not None for c in cloud_correct]
         for group, was_asked, values in zip(decisions, asked, rewards, strict=True):
             solved = bool((values >= 1).any())
@@ -159,6 +162,46 @@ def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
         assert 0 < sum(asked) < 12
     with trainer(run_dir.with_name("call"), problems_per_step=12, decision_cloud="call") as made:
         assert made.step(1).cloud_calls == 12
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "dr_grpo", "grpo", "da_grpo", "lagrangian_gapg"])
+def test_without_the_filter_every_problem_counts_and_failures_need_no_cloud(run_dir: Path, algorithm: str) -> None:
+    with trainer(run_dir, algorithm=algorithm, decision_weight=0.0, problems_per_step=12) as made:
+        made.dual = 0.5
+        plan: list[Any] = []
+        rows_of = made._rows
+        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        record = made.step(1)
+    [(kept, _, decisions, rewards, advantages, cloud_correct)] = plan
+    assert kept == tuple(range(12))
+    asks = torch.tensor([[isinstance(d, HelpCall) for d in group] for group in decisions], dtype=torch.float64)
+    assert [c is not None for c in cloud_correct] == asks.any(1).tolist()
+    assert torch.equal(advantages, ALGORITHMS[algorithm].advantages(rewards, asks, 0.5))
+    assert record.rows == int((advantages != 0).sum())
+    assert record.dual == 0.5
+    moves = algorithm in ("da_grpo", "lagrangian_gapg")
+    assert made.dual == pytest.approx(0.5 + 0.2 * (record.help - 0.3) if moves else 0.5)
+
+
+def test_accuracy_alone_never_asks_the_cloud(run_dir: Path) -> None:
+    alone = {"answer": 1.0, "cloud": 0.0, "format": 0.0}
+    with trainer(run_dir, algorithm="rloo", decision_weight=0.0, reward=alone, problems_per_step=12) as made:
+        record = made.step(1)
+        assert record.help > 0
+        assert record.reward == pytest.approx(record.local_accuracy)
+        assert record.cloud_calls == made.cloud.spent().calls == 0
+
+
+def test_lambda_survives_a_resume(tmp_path: Path) -> None:
+    # No problem may go to the cloud, so lambda grows with every help call.
+    settings = {"algorithm": "da_grpo", "decision_weight": 0.0, "budget": 0.0}
+    train(config(**settings, steps=4), tmp_path / "whole")
+    train(config(**settings, steps=4), tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-000004")
+    train(config(**settings, steps=4), tmp_path / "parts", resume=True)
+    duals = [r["dual"] for r in read_records(tmp_path / "whole/metrics.jsonl")]
+    assert duals[0] == 0 < duals[1] <= duals[2]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
 def test_at_most_one_call_a_problem_over_many_passes(run_dir: Path) -> None:
@@ -186,7 +229,7 @@ def test_the_update_is_the_formula(run_dir: Path) -> None:
         made.step(1)
         got = {n: p.grad.clone() for n, p in made.engine.model.named_parameters() if p.grad is not None}
         made.engine.model.load_state_dict(before)
-        [(kept, groups, decisions, rewards, cloud_correct)] = plan
+        [(kept, groups, decisions, rewards, _, cloud_correct)] = plan
         engine, problems = made.engine, made.batch(1)
         total = torch.zeros((), dtype=torch.float64)
         for p in kept:
@@ -225,7 +268,7 @@ def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
         ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+4=5,", add_special_tokens=False)
         cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
         rewards = torch.zeros(1, 2, dtype=torch.float64)
-        rows = made._rows([0], [[cut, cut]], [[Undecided(), Undecided()]], rewards, [True])
+        rows = made._rows([0], [[cut, cut]], [[Undecided(), Undecided()]], rewards, rewards, [True])
     assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<unknown"] * 2
     assert all(r.gap == 0.25 and r.advantage == 0 and r.decision_index == len(r.token_ids) - 1 for r in rows)
     assert [tokenizer.decode(list(r.token_ids[r.boundary :])) for r in rows] == ["<unknown"] * 2
@@ -235,10 +278,10 @@ def test_the_odds_of_a_decision_by_hand() -> None:
     # Four tokens of probability 1/8, 1/2, 1/4, 1/8 at each of three places.
     logits_TV = torch.tensor([0.125, 0.5, 0.25, 0.125]).log().repeat(3, 1).requires_grad_()
     point = DecisionPoint((1,), help=2, answer=3)
-    answered = _log_odds(logits_TV, Row(0, (0, 1, 3), 0.0, 0.1, 2, point), point)
+    answered = log_odds(logits_TV, Row(0, (0, 1, 3), 0.0, 0.1, 2, point), point)
     assert answered.item() == pytest.approx(math.log(0.25 / 0.125))
     # Cut after token 0: asking there takes tokens 1 and 2, of probability 1/2 * 1/4, against everything else.
-    cut = _log_odds(logits_TV, Row(0, (0, 1, 2), 0.0, 0.1, 2, point, boundary=1), point)
+    cut = log_odds(logits_TV, Row(0, (0, 1, 2), 0.0, 0.1, 2, point, boundary=1), point)
     assert cut.item() == pytest.approx(math.log(0.125 / 0.875))
     cut.backward()
     assert logits_TV.grad is not None
@@ -250,7 +293,7 @@ def test_the_odds_of_a_decision_by_hand() -> None:
 def test_the_odds_of_a_certain_help_call_are_finite() -> None:
     logits_TV = torch.tensor([[0.0, 200.0], [0.0, 200.0]]).requires_grad_()
     point = DecisionPoint((1,), help=1, answer=0)
-    odds = _log_odds(logits_TV, Row(0, (1, 1), 0.0, 0.1, 1, point, boundary=0), point)
+    odds = log_odds(logits_TV, Row(0, (1, 1), 0.0, 0.1, 1, point, boundary=0), point)
     odds.backward()
     assert math.isfinite(odds.item())
     assert logits_TV.grad is not None
