@@ -81,7 +81,8 @@ def load_warmstart_config(name: str, overrides: Sequence[str] = ()) -> Warmstart
     """A warm start's config by package name or path, changed by `key=value` overrides."""
     with _needs("train"):
         from selfroute.train.warmstart import WarmstartConfig
-    return load_config(WarmstartConfig, name, overrides)
+    config = load_config(WarmstartConfig, name, overrides)
+    return config.model_copy(update={"task": resolve(config.task, TASKS, "task")})
 
 
 def warmstart(

@@ -31,6 +31,15 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Solved:
+    """What an exact solver makes of a question: a key of its own, a right answer if there is one, and a wrong one."""
+
+    key: str
+    right: Callable[[], str | None]
+    wrong: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The device answered; `well_formed` means one closed answer tag, and nothing after it."""
 

@@ -1,14 +1,14 @@
-"""An exact Countdown solver as a cloud provider: everything runs with no key and no network.
+"""Exact solvers as a cloud provider: everything runs with no key and no network.
 
 It is right on a stated share of problems, the same ones each time, with a stated latency and price. Left out on
-purpose: any other task.
+purpose: tasks without an exact solver.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from pydantic import Field
 from selfroute.config import Config
 from selfroute.errors import CloudError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
-from selfroute.tasks.countdown import read_question, solve, verify
+from selfroute.tasks import addition, countdown
 from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
 
 
@@ -52,10 +52,10 @@ class Oracle:
         return {"provider": "oracle", **self.config.model_dump()}
 
     async def complete(self, request: CloudRequest) -> CloudAnswer:
-        """The answer to the last message's Countdown question.
+        """The answer to the last message's question.
 
         Raises:
-            CloudError: the message holds no Countdown question.
+            CloudError: the message holds no question of a task that it can solve.
         """
         if self.config.wait:
             await asyncio.sleep(self.config.latency_s)
@@ -80,21 +80,13 @@ class Oracle:
         """Nothing is held open."""
 
     def _text(self, question: str) -> str:
-        read = read_question(question)
-        if read is None:
-            raise CloudError(f"the oracle cloud answers Countdown questions only, not {question[:80]!r}")
-        numbers, target = read
-        digest = hashlib.sha256(f"{self.config.seed}/{sorted(numbers)}/{target}".encode()).digest()
+        solved = next((found for answer in SOLVERS if (found := answer(question))), None)
+        if solved is None:
+            raise CloudError(f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}")
+        digest = hashlib.sha256(f"{self.config.seed}/{solved.key}".encode()).digest()
         right = int.from_bytes(digest[:8], "big") / 2**64 < self.config.accuracy
-        # A problem without a solution gets a wrong answer, as from any LLM.
-        expression = (solve(numbers, target) if right else None) or _wrong(numbers, target)
-        return f"{ANSWER_OPEN}{expression}{ANSWER_CLOSE}"
+        return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"
 
 
-def _wrong(numbers: Sequence[int], target: int) -> str:
-    for op in "+*-":
-        expression = op.join(map(str, numbers))
-        if not verify(expression, numbers, target).correct:
-            return expression
-    # Every way comes to the target (all numbers are 0): one is left out.
-    return "+".join(map(str, numbers[1:]))
+SOLVERS = (countdown.answer_question, addition.answer_question)
+"""Each gives the answers to a question of its task, None for any other text."""

@@ -1,13 +1,13 @@
-"""Synthetic search traces for Countdown: what the shipped device model imitates before any post-training.
+"""Synthetic traces: what the shipped device models imitate before any post-training.
 
-A trace is a few numbered attempts, each a chain of whole-number steps and a mark (`!` hit, `?` miss), then an answer or
-a help call. Which of the two is a coin toss that looks at nothing, so that no routing is taught here.
+A Countdown trace is a few numbered attempts, each a chain of whole-number steps and a mark (`!` hit, `?` miss), then an
+answer or a help call. Which of the two is a coin toss that looks at nothing, so that no routing is taught here (unless
+`help_probability_after_hit` says otherwise). An addition trace is the sum written out, then the same toss.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from selfroute.config import Config
 from selfroute.errors import TrainingError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL
 from selfroute.tasks.countdown import apply
+from selfroute.types import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,39 @@ class TraceConfig(Config):
     """Chance that a trace ends after a miss."""
     help_probability: float = Field(0.15, ge=0, le=1)
     """Chance that a trace ends in a help call, whatever came before."""
+    help_probability_after_hit: float | None = Field(None, ge=0, le=1)
+    """Another chance after a hit; the start then knows something of when to ask, as an instruction-tuned LLM does."""
     max_value: int = Field(99, ge=1)
     """Largest value of a step."""
     operators: str = Field("+-*", pattern=r"^[-+*/]+$")
     """What a step may do."""
 
 
-def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.Random) -> str:
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A response to imitate, whether it reached the target, and the chance that the toss asked."""
+
+    text: str
+    hit: bool
+    help_chance: float
+
+
+def help_chance(config: TraceConfig, hit: bool) -> float:
+    """The chance that a trace asks."""
+    after_hit = config.help_probability_after_hit
+    return config.help_probability if after_hit is None or not hit else after_hit
+
+
+def addition_trace(problem: Problem, config: TraceConfig, rng: random.Random) -> Trace:
+    """The sum on a line, then an answer or, by a coin toss, a help call."""
+    (a, b), total = problem.reference["numbers"], problem.reference["sum"]
+    chance = help_chance(config, True)
+    asks = rng.random() < chance
+    end = HELP_CALL if asks else f"{ANSWER_OPEN}{total}{ANSWER_CLOSE}"
+    return Trace(f"{a}+{b}={total}\n{end}", True, chance)
+
+
+def countdown_trace(problem: Problem, config: TraceConfig, rng: random.Random) -> Trace:
     """One response text: attempts until a hit, then an answer or, by a coin toss, a help call.
 
     After a miss the search gives up with `give_up_probability`, and after `attempts_max` at the latest. An attempt is
@@ -94,6 +121,7 @@ def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.
     Raises:
         TrainingError: `operators` and `max_value` leave no chain over these numbers.
     """
+    numbers, target = problem.reference["numbers"], problem.reference["target"]
     every = chains(tuple(numbers), config.max_value, config.operators)
     if not every:
         raise TrainingError(
@@ -104,7 +132,7 @@ def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.
     untried = list(every)
     rng.shuffle(untried)
     lines: list[str] = []
-    chain = untried[-1]
+    chain, hit = untried[-1], False
     for attempt in range(1, config.attempts_max + 1):
         if hits and rng.random() < config.solution_probability:
             chain = rng.choice(hits)
@@ -114,5 +142,11 @@ def trace(numbers: Sequence[int], target: int, config: TraceConfig, rng: random.
         lines.append(f"{attempt}:{chain.steps}{HIT if hit else MISS}\n")
         if hit or rng.random() < config.give_up_probability:
             break
-    asks = rng.random() < config.help_probability
-    return "".join(lines) + (HELP_CALL if asks else f"{ANSWER_OPEN}{chain.expression}{ANSWER_CLOSE}")
+    chance = help_chance(config, hit)
+    asks = rng.random() < chance
+    end = HELP_CALL if asks else f"{ANSWER_OPEN}{chain.expression}{ANSWER_CLOSE}"
+    return Trace("".join(lines) + end, hit, chance)
+
+
+TRACES = {"countdown": countdown_trace, "addition": addition_trace}
+"""How a trace of each task is made, by the task's name."""

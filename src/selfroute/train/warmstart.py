@@ -1,4 +1,4 @@
-"""The warm start: a small Llama learns the form of a Countdown search, and nothing about when to ask.
+"""The warm start: a small Llama learns the form of a search, and nothing about when to ask.
 
 It trains the tokenizer, then the model, on synthetic traces of training problems (never of calibration or test
 problems), and writes a model folder like any checkpoint's. Post-training starts from there.
@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +22,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfroute.config import Choice
+from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import TrainingError
 from selfroute.protocol import INSTRUCTION, DecisionPoint, chat, find_decision
-from selfroute.tasks.countdown import CountdownConfig, problem, random_value, split_of
-from selfroute.train.traces import HIT, MISS, TraceConfig, trace
+from selfroute.tasks import make_task
+from selfroute.tasks.countdown import problem
+from selfroute.train.traces import HIT, MISS, TRACES, Trace, TraceConfig
 from selfroute.types import Problem
 
 
@@ -36,8 +39,10 @@ class WarmstartConfig(TraceConfig):
 
     seed: int = 0
     """Seed of the weights and of the traces."""
-    task: CountdownConfig = CountdownConfig()
+    task: Choice = Choice(name="countdown")
     """The problems; only those whose hash falls into the training split are used."""
+    start: str | None = None
+    """A model to go on from, with its shape and tokenizer: a shipped one or a folder. Without it, from nothing."""
     hidden_size: int = 128
     """Width of the model."""
     num_layers: int = 4
@@ -74,9 +79,11 @@ class WarmstartConfig(TraceConfig):
 
     @field_validator("task")
     @classmethod
-    def _generated(cls, task: CountdownConfig) -> CountdownConfig:
-        if task.path is not None:
+    def _generated(cls, task: Choice) -> Choice:
+        if task.settings.get("path") is not None:
             raise ValueError("the warm start makes its own training problems: leave task.path out")
+        if task.name not in TRACES:
+            raise ValueError(f"there are no traces of it (known: {', '.join(TRACES)})")
         return task
 
 
@@ -127,17 +134,6 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def training_problems(config: CountdownConfig, rng: random.Random) -> Iterator[Problem]:
-    """Solvable problems of the training split, without end; never one of calibration or test."""
-    while True:
-        numbers = tuple(rng.randint(config.number_min, config.number_max) for _ in range(config.num_numbers))
-        target = random_value(numbers, rng)
-        if target is None or not config.target_min <= target <= config.target_max:
-            continue
-        if split_of(numbers, target) == "train":
-            yield problem(numbers, target)
-
-
 def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: Callable[[str], None] = print) -> Path:
     """Train and write a model folder: weights (fp16 safetensors), tokenizer, and `warmstart.json`, its provenance.
 
@@ -150,13 +146,18 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
         raise TrainingError(f"{out} is not an empty folder: give another --out")
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer()
-    engine = HFEngine(_model(config, tokenizer), tokenizer)
-    report(f"{sum(p.numel() for p in engine.model.parameters()):,} parameters, vocabulary {len(tokenizer):,}")
+    if config.start is None:
+        tokenizer = train_tokenizer()
+        engine = HFEngine(_model(config, tokenizer), tokenizer)
+    else:
+        engine = HFEngine.load(DeviceConfig(model=config.start))
+    count = sum(p.numel() for p in engine.model.parameters())
+    report(f"{count:,} parameters, vocabulary {len(engine.tokenizer):,}")
     _imitate(engine, config, "learn", config.steps, config.lr, report)
     _imitate(engine, config, "settle", config.settle_steps, config.settle_lr, report)
-    before, after = level(engine, config)
-    report(f"level    l after hits less l after misses: {before:+.5f} nats, now {after:+.5f}")
+    if config.help_probability_after_hit is None:
+        before, after = level(engine, config)
+        report(f"level    l after hits less l after misses: {before:+.5f} nats, now {after:+.5f}")
     _save(config, engine, out, command, time.perf_counter() - started)
     return out
 
@@ -178,15 +179,18 @@ def _imitate(
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))),
     )
     rng = random.Random(f"{'warmstart' if phase == 'learn' else phase}-{config.seed}")
-    source = training_problems(config.task, rng)
+    source = make_task(config.task).training_problems(rng)
     started, seen, wrong = time.perf_counter(), 0, 0
     model.train()
     for step in range(1, steps + 1):
         problems = [next(source) for _ in range(config.problems_per_step)]
         prompts = [engine.encode(chat(p.question)) for p in problems]
-        owners, rows, _ = _traces(engine, problems, config, rng)
+        owners, rows, traces = _traces(engine, problems, config, rng)
         follows = [determined(row, tokenizer) for row in rows]
-        settles = [decides(row, engine) if phase == "settle" else [False] * len(row) for row in rows]
+        chances = [
+            [t.help_chance if phase == "settle" and d else math.nan for d in decides(row, engine)]
+            for row, t in zip(rows, traces, strict=True)
+        ]
         total = sum(config.result_weight if f else 1.0 for row in follows for f in row)
         loss = 0.0
         optimizer.zero_grad(set_to_none=True)
@@ -195,8 +199,8 @@ def _imitate(
             logits_BTV, targets_BT, mask_BT = shared.logits([owners[i] for i in part], [rows[i] for i in part])
             logits_NV, targets_N = logits_BTV[mask_BT], targets_BT[mask_BT]
             determined_N = torch.tensor([f for i in part for f in follows[i]])
-            settles_N = torch.tensor([d for i in part for d in settles[i]])
-            part_loss = trace_loss(logits_NV, targets_N, determined_N, settles_N, engine.points[0], config) / total
+            chance_N = torch.tensor([c for i in part for c in chances[i]], dtype=torch.float64)
+            part_loss = trace_loss(logits_NV, targets_N, determined_N, chance_N, engine.points[0], config) / total
             part_loss.backward()
             loss += part_loss.item()
             seen += int(determined_N.sum())
@@ -210,7 +214,7 @@ def _imitate(
         schedule.step()
         if step % config.log_every == 0 or step == steps:
             report(
-                f"{phase} {step}/{steps}  loss {loss:.4f}  results and marks wrong {wrong / seen:.2%}  "
+                f"{phase} {step}/{steps}  loss {loss:.4f}  results and marks wrong {wrong / max(1, seen):.2%}  "
                 f"{time.perf_counter() - started:.0f} s"
             )
             seen, wrong = 0, 0
@@ -219,35 +223,36 @@ def _imitate(
 
 def _traces(
     engine: HFEngine, problems: Sequence[Problem], config: WarmstartConfig, rng: random.Random
-) -> tuple[list[int], list[list[int]], list[bool]]:
-    """Traces of some problems: for each, its problem's place, its tokens with the end token, and whether it hits."""
-    owners, rows, hits = [], [], []
+) -> tuple[list[int], list[list[int]], list[Trace]]:
+    """Traces of some problems: for each, its problem's place, its tokens with the end token, and the trace."""
+    owners, rows, traces = [], [], []
     for number, p in enumerate(problems):
         for _ in range(config.traces_per_problem):
-            text = trace(p.reference["numbers"], p.reference["target"], config, rng)
+            made = TRACES[config.task.name](p, config, rng)
             owners.append(number)
-            rows.append([*engine.tokenizer.encode(text, add_special_tokens=False), engine.tokenizer.eos_token_id])
-            hits.append(HIT in text)
-    return owners, rows, hits
+            rows.append([*engine.tokenizer.encode(made.text, add_special_tokens=False), engine.tokenizer.eos_token_id])
+            traces.append(made)
+    return owners, rows, traces
 
 
 def trace_loss(
     logits_NV: Tensor,
     targets_N: Tensor,
     determined_N: Tensor,
-    settles_N: Tensor,
+    chance_N: Tensor,
     point: DecisionPoint,
     config: WarmstartConfig,
 ) -> Tensor:
     """The weighted cross-entropy of N tokens, summed, in nats.
 
-    `determined_N` marks those that follow from what stands before them, `settles_N` the decisions whose target is the
-    toss's probability in place of its outcome.
+    `determined_N` marks those that follow from what stands before them. `chance_N` (float64) is NaN but for the
+    decisions whose target is the toss's probability, which it holds, in place of the toss's outcome.
     """
     loss_N = cross_entropy(logits_NV, targets_N, reduction="none")
-    log_prob_DV = logits_NV[settles_N].log_softmax(-1)
-    asks, answers = config.help_probability, 1 - config.help_probability
-    toss_D = asks * log_prob_DV[:, point.help] + answers * log_prob_DV[:, point.answer]
+    settles_N = ~chance_N.isnan()
+    log_prob_DV, chance_D = logits_NV[settles_N].log_softmax(-1), chance_N[settles_N]
+    asks_D, answers_D = chance_D.to(log_prob_DV), (1 - chance_D).to(log_prob_DV)
+    toss_D = asks_D * log_prob_DV[:, point.help] + answers_D * log_prob_DV[:, point.answer]
     loss_N = loss_N.masked_scatter(settles_N, -toss_D)
     weight_N = torch.where(determined_N, config.result_weight, 1.0)
     weight_N[settles_N] = config.settle_weight
@@ -267,16 +272,16 @@ def level(engine: HFEngine, config: WarmstartConfig) -> tuple[float, float]:
     """
     model, point = engine.model, engine.points[0]
     rng = random.Random(f"level-{config.seed}")
-    source = training_problems(config.task, rng)
+    source = make_task(config.task).training_problems(rng)
     states: dict[bool, list[Tensor]] = {True: [], False: []}
     for _ in range(_LEVEL_BATCHES):
         problems = [next(source) for _ in range(config.problems_per_step)]
-        owners, rows, hits = _traces(engine, problems, config, rng)
+        owners, rows, traces = _traces(engine, problems, config, rng)
         shared = SharedPrompts(model, [engine.encode(chat(p.question)) for p in problems], engine.pad)
         for part in pack(rows, config.micro_batch_tokens):
             hidden_BTH = shared.hidden([owners[i] for i in part], [rows[i] for i in part])
             for b, i in enumerate(part):
-                states[hits[i]].append(hidden_BTH[b, decides(rows[i], engine).index(True)])
+                states[traces[i].hit].append(hidden_BTH[b, decides(rows[i], engine).index(True)])
     if not states[True] or not states[False]:
         return 0.0, 0.0
     v = torch.stack(states[True]).mean(0) - torch.stack(states[False]).mean(0)

@@ -99,5 +99,5 @@ def test_a_wrong_answer_is_wrong_even_where_every_way_comes_to_the_target() -> N
 
 
 def test_other_questions_are_an_error() -> None:
-    with pytest.raises(CloudError, match="Countdown questions only"):
+    with pytest.raises(CloudError, match="Countdown and addition questions only"):
         asyncio.run(Oracle(OracleConfig()).complete(cloud_request("What is the capital of France?")))

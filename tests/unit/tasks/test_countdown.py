@@ -23,11 +23,11 @@ from selfroute.tasks.countdown import (
     CountdownConfig,
     problem,
     read_question,
-    read_rows,
     solve,
     split_of,
     verify,
 )
+from selfroute.tasks.files import read_rows
 
 
 @pytest.mark.parametrize("k", [3, 4, 5, 6])

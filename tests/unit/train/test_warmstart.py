@@ -21,14 +21,15 @@ from selfroute.train.warmstart import (
     warmstart,
 )
 
-CONFIG = WarmstartConfig(help_probability=0.25, result_weight=3.0, settle_weight=10.0)
+CONFIG = WarmstartConfig(result_weight=3.0, settle_weight=10.0)
 POINT = DecisionPoint((0,), help=1, answer=2)
 
 
 def loss(logits: torch.Tensor, targets: list[int]) -> torch.Tensor:
     """Three tokens: a free one, one that is determined, one that decides."""
-    determined, settles = torch.tensor([False, True, False]), torch.tensor([False, False, True])
-    return trace_loss(logits, torch.tensor(targets), determined, settles, POINT, CONFIG)
+    determined = torch.tensor([False, True, False])
+    chance = torch.tensor([math.nan, math.nan, 0.25], dtype=torch.float64)
+    return trace_loss(logits, torch.tensor(targets), determined, chance, POINT, CONFIG)
 
 
 def test_the_weighted_loss_by_hand() -> None:
