@@ -91,11 +91,11 @@ class SharedPrompts:
         targets, _ = pad_right(rows, self.pad, self.model.device)
         return output.logits, targets, mask.bool()
 
-    def hidden(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-        """The last hidden states that predict each token of `rows`, (B, T, hidden size)."""
-        output, _ = self._forward(index, rows, output_hidden_states=True)
-        states: Tensor = output.hidden_states[-1]
-        return states
+    def states(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `logits` gives, with the last hidden states (B, T, hidden size) after the logits."""
+        output, mask = self._forward(index, rows, output_hidden_states=True)
+        targets, _ = pad_right(rows, self.pad, self.model.device)
+        return output.logits, output.hidden_states[-1], targets, mask.bool()
 
     def _forward(self, index: Sequence[int], rows: Sequence[Sequence[int]], **kwargs: bool) -> tuple[Any, Tensor]:
         device = self.model.device

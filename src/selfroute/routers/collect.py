@@ -1,0 +1,88 @@
+"""Attempts: the device's responses to problems, with what a router may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from selfroute.device.base import Sampling
+from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts, pack
+from selfroute.protocol import chat, last_boundary
+from selfroute.routers.base import Attempt
+from selfroute.types import Problem, Response
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """How many more responses an attempt gets: to the same prompt, and to prompts that ask the same in other words."""
+
+    samples: int = 0
+    variants: int = 0
+
+
+def collect(
+    engine: HFEngine,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    stream: str,
+    *,
+    extra: Extra = Extra(),
+    variants_of: Callable[[Problem, int], list[str]] = lambda problem, count: [],
+    progress: Callable[[int], None] | None = None,
+) -> list[Attempt]:
+    """An attempt at each problem, help forbidden.
+
+    Args:
+        engine: the device.
+        problems: what to attempt.
+        sampling: how responses are drawn; help is forbidden whatever it says.
+        stream: names the responses' randomness, with each problem's id.
+        extra: how many more responses.
+        variants_of: the task's questions in other words.
+        progress: called with the number of responses that finished since the last call.
+    """
+    alone = sampling.model_copy(update={"forbid_help": True, "decide": "sample"})
+    prompts = [engine.encode(chat(p.question)) for p in problems]
+    streams = [[f"{stream}/{p.id}/{i}" for i in range(1 + extra.samples)] for p in problems]
+    groups = engine.generate(prompts, streams, alone, progress=progress)
+    others = [[engine.encode(chat(q)) for q in variants_of(p, extra.variants)] for p in problems]
+    flat = [prompt for group in others for prompt in group]
+    names = [[f"{stream}/{p.id}/variant/{i}"] for p, g in zip(problems, others, strict=True) for i in range(len(g))]
+    varied = iter(engine.generate(flat, names, alone, progress=progress))
+    variants = [tuple(next(varied)[0] for _ in group) for group in others]
+    seen = _read(engine, prompts, [group[0] for group in groups])
+    return [
+        Attempt(p, group[0], confidence, state, tuple(group[1:]), varied_group)
+        for p, group, (confidence, state), varied_group in zip(problems, groups, seen, variants, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _read(
+    engine: HFEngine, prompts: Sequence[Sequence[int]], responses: Sequence[Response]
+) -> list[tuple[float, np.ndarray]]:
+    """For each response, exp(mean log-probability) and the hidden state where it chose to answer."""
+    found: list[tuple[float, np.ndarray]] = [(0.0, np.zeros(0))] * len(responses)
+    for begin in range(0, len(responses), 256):
+        batch = range(begin, min(begin + 256, len(responses)))
+        shared = SharedPrompts(engine.model, [prompts[i] for i in batch], engine.pad)
+        rows = [responses[i].token_ids for i in batch]
+        for part in pack(rows, 8192):
+            logits_BTV, hidden_BTH, targets_BT, mask_BT = shared.states(part, [rows[b] for b in part])
+            log_prob_BT = -cross_entropy(logits_BTV.transpose(1, 2).float(), targets_BT, reduction="none") * mask_BT
+            mean_B = log_prob_BT.sum(1) / mask_BT.sum(1)
+            for n, b in enumerate(part):
+                at = _decision(engine, responses[begin + b])
+                found[begin + b] = mean_B[n].exp().item(), hidden_BTH[n, at].float().cpu().numpy()
+    return found
+
+
+def _decision(engine: HFEngine, response: Response) -> int:
+    if response.decision_index is not None:
+        return response.decision_index
+    return min(last_boundary(response.token_ids, engine.tokenizer), len(response.token_ids) - 1)
