@@ -27,12 +27,17 @@ SCHEMA = 1
 
 
 def write_atomic(path: Path, text: str) -> None:
+    """Write a whole text file or nothing: a kill leaves the old one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: a kill leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -144,18 +149,18 @@ def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: boo
         return
     if begun:
         raise RunError(f"{path} holds results but no run.json, so it is not clear whose: give another --out")
-    write_json(
-        file,
-        {
-            "command": command,
-            "config": config,
-            "git": _git_commit(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: _version(name) for name in ("selfroute", "torch", "transformers", "accelerate")},
-            },
+    write_json(file, {"command": command, "config": config, **origin()})
+
+
+def origin() -> dict[str, Any]:
+    """What code made something: the git commit, and the versions that matter to its numbers."""
+    return {
+        "git": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("selfroute", "torch", "transformers", "accelerate")},
         },
-    )
+    }
 
 
 def _version(name: str) -> str | None:

@@ -23,7 +23,7 @@ from selfroute.measures import Columns
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task
-from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route
+from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route, Split
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class Outcome:
     """What one problem came to. `score` is l in nats, None where the device never decided.
 
-    `device_*` is the local answer (of an asked problem: what it would have been), `cloud_*` the cloud's. `cost_usd` is
-    what this problem's own route cost; the answers bought for comparison are in the ledger. `device_solve_share` is
-    the share of extra samples, help forbidden, that solved an asked problem (None where the device answered).
+    `device_*` is the local answer (of an asked problem: what it would have been), `cloud_*` the cloud's, whether it was
+    asked or not. `device_solve_share` is the share of extra samples, help forbidden, that solved an asked problem (None
+    where the device answered).
     """
 
     problem: str
@@ -53,8 +53,13 @@ class Outcome:
     cloud_reason: str
     device_tokens: int
     cloud_tokens: int
-    cost_usd: float
-    latency_s: float
+    cloud_cost_usd: float
+    cloud_latency_s: float
+
+    @property
+    def cost_usd(self) -> float:
+        """What this problem's own route cost; the answers bought for comparison are in the ledger."""
+        return self.cloud_cost_usd if self.route == "cloud" else 0.0
 
 
 def evaluate(
@@ -64,23 +69,25 @@ def evaluate(
     *,
     sampling: Sampling,
     seed: int,
+    split: Split = "test",
     solve_samples: int = 0,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """An outcome for each test problem.
+    """An outcome for each problem of a split.
 
     `solve_samples` extra responses, help forbidden, tell how often the device solves the problems that it asked about.
 
     The same seed gives the same reasoning whatever the dial, so that dial settings compare like with like.
     """
-    problems = task.load("test")
-    prompts, streams, groups = _respond(engine, problems, sampling, f"{seed}/test", 1, progress)
+    problems = task.load(split)
+    prompts, streams, groups = _respond(engine, problems, sampling, f"{seed}/{split}", 1, progress)
     responses = [group[0] for group in groups]
     local = _local_answers(engine, prompts, streams, responses, sampling, progress)
-    solve_shares = _solve_shares(engine, task, problems, prompts, streams, responses, sampling, solve_samples, progress)
+    asked_about = [problems[n] for n in _asked(responses)] if solve_samples else []
+    shares = solve_shares(engine, task, asked_about, sampling, f"{seed}/{split}", solve_samples, progress)
     answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
     outcomes = []
-    for p, response, own, share, answer in zip(problems, responses, local, solve_shares, answers, strict=True):
+    for p, response, own, answer in zip(problems, responses, local, answers, strict=True):
         decision = parse(response.text, finished=response.finished)
         asked = isinstance(decision, HelpCall)
         device_answer, device_correct, device_reason = judge(task, p, own.text, own.finished)
@@ -96,14 +103,14 @@ def evaluate(
                 device_answer=device_answer,
                 device_correct=device_correct,
                 device_reason=device_reason,
-                device_solve_share=share,
+                device_solve_share=shares.get(p.id),
                 cloud_answer=cloud_answer or "",
                 cloud_correct=cloud_correct,
                 cloud_reason=cloud_reason,
                 device_tokens=len(response.token_ids),
-                cloud_tokens=answer.completion_tokens if asked else 0,
-                cost_usd=answer.cost_usd if asked else 0.0,
-                latency_s=answer.latency_s if asked else 0.0,
+                cloud_tokens=answer.completion_tokens,
+                cloud_cost_usd=answer.cost_usd,
+                cloud_latency_s=answer.latency_s,
             )
         )
     return outcomes
@@ -193,30 +200,26 @@ def _local_answers(
     return local
 
 
-def _solve_shares(
+def solve_shares(
     engine: HFEngine,
     task: Task,
     problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
-    streams: Sequence[Sequence[str]],
-    responses: Sequence[Response],
     sampling: Sampling,
+    stream: str,
     samples: int,
-    progress: Progress | None,
-) -> list[float | None]:
-    """For each asked problem, the share of fresh samples without help that solve it."""
-    shares: list[float | None] = [None] * len(problems)
-    asked = _asked(responses) if samples else []
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """By problem id, the share of fresh samples without help that solve it."""
     groups = engine.generate(
-        [prompts[n] for n in asked],
-        [[f"{streams[n][0]}/solve/{i}" for i in range(samples)] for n in asked],
+        [engine.encode(chat(p.question)) for p in problems],
+        [[f"{stream}/{p.id}/0/solve/{i}" for i in range(samples)] for p in problems],
         sampling.model_copy(update={"forbid_help": True}),
-        progress=_counter(progress, "extra samples of asked problems", len(asked) * samples),
+        progress=_counter(progress, "extra samples of asked problems", len(problems) * samples),
     )
-    for n, group in zip(asked, groups, strict=True):
-        solved = [judge(task, problems[n], r.text, r.finished)[1] for r in group]
-        shares[n] = sum(solved) / samples
-    return shares
+    return {
+        p.id: sum(judge(task, p, r.text, r.finished)[1] for r in group) / samples
+        for p, group in zip(problems, groups, strict=True)
+    }
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -117,9 +117,9 @@ def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None
         "calls_that_rescued": proportion(((c.device == 0) & (c.cloud == 1))[asked].astype(float)),
         "calls_wasted": proportion((shares > 0.5).astype(float)),
         "device_tokens": _mean([o.device_tokens for o in outcomes]),
-        "cloud_tokens": _mean([o.cloud_tokens for o in outcomes]),
+        "cloud_tokens": _mean([o.cloud_tokens * (o.route == "cloud") for o in outcomes]),
         "usd_per_1k": _mean([1000 * o.cost_usd for o in outcomes]),
-        "cloud_latency_s": _mean([o.latency_s for o in outcomes]),
+        "cloud_latency_s": _mean([o.cloud_latency_s * (o.route == "cloud") for o in outcomes]),
     }
     return {"problems": len(outcomes), **{name: m.json() for name, m in values.items()}}
 

@@ -21,7 +21,7 @@ def outcome(n: int, **changes: Any) -> Outcome:
         "problem": f"p{n}", "question": "q", "response": "r", "route": "device", "score": -1.0, "correct": True,
         "device_answer": "1", "device_correct": True, "device_reason": "makes 1", "device_solve_share": None,
         "cloud_answer": "1", "cloud_correct": True, "cloud_reason": "makes 1", "device_tokens": 10, "cloud_tokens": 0,
-        "cost_usd": 0.0, "latency_s": 0.0,
+        "cloud_cost_usd": 0.0, "cloud_latency_s": 0.0,
     }  # fmt: skip
     return Outcome(**{**values, **changes})
 

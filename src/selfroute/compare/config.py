@@ -1,0 +1,89 @@
+"""The settings of a comparison: one testbed, its methods and seeds, and the training that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from selfroute.cloud import CLOUDS
+from selfroute.compare.methods import METHODS, OURS, ROUTERS, TASK_TUNED, TRAINED
+from selfroute.config import Choice, Config, resolve, validate
+from selfroute.tasks import TASKS
+from selfroute.train.config import TrainConfig
+
+
+class CompareConfig(Config):
+    """A comparison on one testbed."""
+
+    testbed: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the testbed, and of its folder under --out."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to compare, by name."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Seeds of the training and of the evaluation's sampling; the problems are the same for all."""
+    lrs: tuple[float, ...] = Field((3e-4,), min_length=1)
+    """Learning rates to choose from for each trained method, on calibration problems, with the first seed."""
+    ablations: dict[str, dict[str, Any]] = Field({})
+    """More rows: GAPG + decision loss with these changes to the training's settings."""
+    swap_clouds: tuple[Choice, ...] = ()
+    """Clouds to evaluate each ablation with, beside the one that it was trained with."""
+    fit_problems: int = Field(4000, ge=10)
+    """Training problems that the prompt classifiers and the probe learn from, at most."""
+    num_samples: int = Field(5, ge=2)
+    """k: responses that vote in the agreement routers; k - 1 samples say whether the device mostly solves a problem."""
+    encoder: str | None = None
+    """Encoder of the prompt classifier, a hub id or a folder; without it, a small one is trained from nothing."""
+    train: TrainConfig = TrainConfig()
+    """The training that every trained method shares; `budget` is the budget compared at."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"no such method: {', '.join(unknown)} (known: {', '.join(METHODS)})")
+        return methods
+
+    @field_validator("train")
+    @classmethod
+    def _resolved(cls, train: TrainConfig) -> TrainConfig:
+        choices = {"task": resolve(train.task, TASKS, "task"), "cloud": resolve(train.cloud, CLOUDS, "cloud")}
+        return train.model_copy(update=choices)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        clash = sorted(set(self.ablations) & set(METHODS))
+        if clash:
+            raise ValueError(f"an ablation must not be named like a method: {', '.join(clash)}")
+        for name in self.ablations:
+            self.training(name, lr=self.lrs[0], seed=self.seeds[0])
+        return self
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods to train, in the table's order, the routers' task-tuned model among them; then the ablations."""
+        wanted = set(self.methods)
+        if wanted & set(ROUTERS):
+            wanted.add(TASK_TUNED)
+        return [name for name in TRAINED if name in wanted] + list(self.ablations)
+
+    def training(self, method: str, *, lr: float, seed: int) -> TrainConfig:
+        """The training of a method."""
+        changes = self.ablations[method] if method in self.ablations else METHODS[method].changes or {}
+        values = _merge(self.train.model_dump(mode="json"), {**changes, "lr": changes.get("lr", lr), "seed": seed})
+        return validate(TrainConfig, values, f"the training of {method}")
+
+
+def label(method: str) -> str:
+    """A method's name for people."""
+    return METHODS[method].label if method in METHODS else f"{METHODS[OURS].label}, {method}"
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables merged; a change's value wins."""
+    merged = dict(values)
+    for key, value in changes.items():
+        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,187 @@
+"""The routers on the task-tuned model: fitted on training problems, calibrated on others, and only then tested.
+
+`fit_routers` ends before a test problem is loaded, so nothing that is learned or calibrated can have seen one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sklearn.metrics import log_loss
+
+from selfroute.cloud.memory import Cloud
+from selfroute.compare.config import CompareConfig
+from selfroute.compare.rows import Record, ordering
+from selfroute.device.hf import HFEngine
+from selfroute.evaluate.calibrate import calibrate
+from selfroute.evaluate.run import judge
+from selfroute.protocol import cloud_request, parse
+from selfroute.routers.agreement import Agreement
+from selfroute.routers.base import Attempt, Router
+from selfroute.routers.classifier import Boosting, Encoder
+from selfroute.routers.collect import Extra, collect
+from selfroute.routers.confidence import Confidence
+from selfroute.routers.naive import Naive
+from selfroute.routers.probe import Probe
+from selfroute.tasks import Task
+from selfroute.types import Progress, Response, Undecided
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A router that is ready for the test: what it learned from, and the threshold above which it asks."""
+
+    method: str
+    router: Router
+    info: dict[str, Any]
+
+
+LEARN = ("router", "router_encoder", "router_boosting", "probe")
+"""The methods that are fitted."""
+
+
+def make_router(method: str, engine: HFEngine, task: Task, config: CompareConfig, seed: int) -> Router:
+    """A router by its method's name."""
+    makers: dict[str, Callable[[], Router]] = {
+        "naive_offloading": lambda: Naive(seed),
+        "router_encoder": lambda: Encoder(seed, engine.tokenizer, config.encoder),
+        "router_boosting": lambda: Boosting(seed),
+        "log_probability": Confidence,
+        "self_consistency": lambda: Agreement(task.canonical, "samples"),
+        "prompt_variants": lambda: Agreement(task.canonical, "variants"),
+        "probe": Probe,
+    }
+    return makers[method]()
+
+
+def fit_routers(
+    methods: Sequence[str], engine: HFEngine, task: Task, config: CompareConfig, seed: int, progress: Progress
+) -> list[Fitted]:
+    """Routers fitted on training problems, their thresholds on calibration problems; the test is not touched.
+
+    `router`, the prompt classifier of the paper's table, is the encoder or the boosting, whichever has the smaller log
+    loss on the calibration problems.
+    """
+    sampling = config.train.evaluation
+    wanted = [m for m in methods if m != "router"]
+    if "router" in methods:
+        wanted += [m for m in ("router_encoder", "router_boosting") if m not in wanted]
+    learn, learn_correct = [], []
+    if set(wanted) & set(LEARN):
+        problems = task.load("train")[: config.fit_problems]
+        count = _counted(progress, "responses for routers to learn from", len(problems))
+        learn = collect(engine, problems, sampling, f"{seed}/fit", progress=count)
+        learn_correct = [_correct(task, a, a.response) for a in learn]
+    held_out = task.load("calibration")
+    extra = _extra(wanted, config)
+    count = _counted(progress, "calibration responses", len(held_out) * (1 + extra.samples + extra.variants))
+    held = collect(
+        engine, held_out, sampling, f"{seed}/calibration", extra=extra, variants_of=task.variants, progress=count
+    )
+    fitted: dict[str, Fitted] = {}
+    for method in wanted:
+        progress(f"fitting {method}", 1, 1)
+        router, started = make_router(method, engine, task, config, seed), time.perf_counter()
+        info: dict[str, Any] = {}
+        if method in LEARN:
+            router.fit(learn, learn_correct)
+        routed = router.route(held)
+        scores = [ordering(r.score, _undecided(r.response)) for r in routed]
+        info["calibration"] = threshold_for(scores, config.train.budget)
+        wrong = [not _correct(task, a, r.response) for a, r in zip(held, routed, strict=True)]
+        clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
+        info["fit"] = {
+            "problems": len(learn) if method in LEARN else 0,
+            "device_tokens": sum(r.device_tokens for r in routed)
+            + (sum(len(a.response.token_ids) for a in learn) if method in LEARN else 0),
+            "seconds": round(time.perf_counter() - started, 3),
+            "log_loss": float(log_loss(wrong, clipped, labels=[False, True])),
+        }
+        fitted[method] = Fitted(method, router, info)
+    if "router" in methods:
+        best = min(("router_encoder", "router_boosting"), key=lambda m: fitted[m].info["fit"]["log_loss"])
+        fitted["router"] = Fitted("router", fitted[best].router, {**fitted[best].info, "chosen": best})
+    return [fitted[m] for m in methods]
+
+
+def route_test(
+    fitted: Sequence[Fitted],
+    engine: HFEngine,
+    task: Task,
+    cloud: Cloud,
+    config: CompareConfig,
+    seed: int,
+    progress: Progress,
+) -> dict[str, list[Record]]:
+    """Each router's records of the test problems; all of them look at the same responses."""
+    problems = task.load("test")
+    extra = _extra([f.method for f in fitted], config)
+    extra = Extra(samples=config.num_samples - 1, variants=extra.variants)
+    count = _counted(progress, "test responses", len(problems) * (1 + extra.samples + extra.variants))
+    attempts = collect(
+        engine,
+        problems,
+        config.train.evaluation,
+        f"{seed}/test",
+        extra=extra,
+        variants_of=task.variants,
+        progress=count,
+    )
+    answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
+    verdicts = [judge(task, p, a.text, a.finished)[1] for p, a in zip(problems, answers, strict=True)]
+    shares = [sum(_correct(task, a, r) for r in a.samples) / len(a.samples) for a in attempts]
+    found: dict[str, list[Record]] = {}
+    for f in fitted:
+        found[f.method] = [
+            Record(
+                problem=a.problem.id,
+                score=r.score,
+                undecided=_undecided(r.response),
+                asked=None,
+                answer=judge(task, a.problem, r.response.text, r.response.finished)[0],
+                device_correct=_correct(task, a, r.response),
+                device_tokens=r.device_tokens,
+                cloud_correct=verdict,
+                cloud_tokens=answer.completion_tokens,
+                cloud_cost_usd=answer.cost_usd,
+                solve_share=share,
+            )
+            for a, r, answer, verdict, share in zip(
+                attempts, f.router.route(attempts), answers, verdicts, shares, strict=True
+            )
+        ]
+    return found
+
+
+def threshold_for(scores: Sequence[float], budget: float) -> dict[str, Any]:
+    """The threshold above which a score asks, calibrated as our own dial is, with what it spends."""
+    found = asdict(calibrate(scores, budget, num_problems=len(scores)))
+    return {"threshold": -found.pop("bias"), **found}
+
+
+def _extra(methods: Sequence[str], config: CompareConfig) -> Extra:
+    more = config.num_samples - 1
+    return Extra(more if "self_consistency" in methods else 0, more if "prompt_variants" in methods else 0)
+
+
+def _correct(task: Task, attempt: Attempt, response: Response) -> bool:
+    return judge(task, attempt.problem, response.text, response.finished)[1]
+
+
+def _undecided(response: Response) -> bool:
+    """Whether a response has no readable answer."""
+    return isinstance(parse(response.text, finished=response.finished), Undecided)
+
+
+def _counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        progress(what, done, total)
+
+    return count

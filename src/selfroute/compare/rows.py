@@ -1,0 +1,159 @@
+"""What is kept of a finished row: its settings, its ledger, and a compressed record of each test problem.
+
+OUT/TESTBED/testbed.json                           settings that all rows share
+OUT/TESTBED/search/METHOD.json                     the learning rates that were tried, and the one chosen
+OUT/TESTBED/rows/METHOD/seed-0.json                settings, ledger, calibration
+OUT/TESTBED/rows/METHOD/seed-0.records.jsonl.gz    one record a test problem
+OUT/TESTBED/rows/METHOD/seed-0.metrics.jsonl.gz    one record a training step
+OUT/TESTBED/runs/...                               the run directories: checkpoints, full responses; may be deleted
+
+A row is finished when its .json is there, which is written last. Nothing else is needed for the report, so finished
+rows can be moved, committed and added to.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfroute.errors import RunError
+from selfroute.measures import Columns
+from selfroute.records import SCHEMA, origin, read_json, write_bytes, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One test problem of one row.
+
+    `score` orders the problems for the cloud; None where the response has no readable answer (`undecided`), which is
+    asked first, or an unusual one, which is asked last. `asked` is the method's own decision, None where it makes none.
+    `device_*` is the answer without help; `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the
+    share of further samples that solve the problem, where the method asked about it.
+    """
+
+    problem: str
+    score: float | None
+    undecided: bool
+    asked: bool | None
+    answer: str | None
+    device_correct: bool
+    device_tokens: int
+    cloud_correct: bool
+    cloud_tokens: int
+    cloud_cost_usd: float
+    solve_share: float | None
+
+
+ASK_FIRST = 1e3
+"""The score of a response without a readable answer, above any other; its negative is below any other."""
+
+
+def ordering(score: float | None, undecided: bool) -> float:
+    """A score that orders all responses, those without one too."""
+    return ASK_FIRST if undecided else -ASK_FIRST if score is None else score
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A finished row of one seed."""
+
+    method: str
+    seed: int
+    info: dict[str, Any]
+    records: tuple[Record, ...]
+    metrics: tuple[dict[str, Any], ...]
+
+    def columns(self, threshold: float | None) -> Columns:
+        """Arrays for the measures; asked is what lies above the threshold, or (None) the method's own decision."""
+        score = np.array([ordering(r.score, r.undecided) for r in self.records])
+        if threshold is None:
+            asked = np.array([float(bool(r.asked)) for r in self.records])
+        else:
+            asked = (score > threshold).astype(float)
+        return Columns(
+            score=score,
+            asked=asked,
+            device=np.array([float(r.device_correct) for r in self.records]),
+            cloud=np.array([float(r.cloud_correct) for r in self.records]),
+        )
+
+
+def write_row(
+    testbed: Path,
+    method: str,
+    seed: int,
+    info: dict[str, Any],
+    records: Iterable[Record],
+    metrics: Iterable[dict[str, Any]] = (),
+) -> None:
+    """Write a finished row, its .json last."""
+    base = testbed / "rows" / method
+    write_gzip(base / f"seed-{seed}.records.jsonl.gz", (asdict(r) for r in records))
+    steps = list(metrics)
+    if steps:
+        write_gzip(base / f"seed-{seed}.metrics.jsonl.gz", steps)
+    write_json(base / f"seed-{seed}.json", {"schema": SCHEMA, "method": method, "seed": seed, **info, **origin()})
+
+
+def write_gzip(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Compressed JSONL, the same bytes for the same records."""
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
+def read_gzip(path: Path) -> list[dict[str, Any]]:
+    """Read compressed JSONL.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    except FileNotFoundError:
+        raise RunError(f"no such file: {path}") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error} (remove the row's .json beside it to make it anew)") from error
+
+
+def row_info(testbed: Path, method: str, seed: int) -> dict[str, Any] | None:
+    """What is known of a row, or None where it is not finished."""
+    file = testbed / "rows" / method / f"seed-{seed}.json"
+    if not file.is_file():
+        return None
+    info: dict[str, Any] = read_json(file)
+    return info
+
+
+def read_row(testbed: Path, method: str, seed: int) -> Row:
+    """A finished row.
+
+    Raises:
+        RunError: it is not finished, or damaged.
+    """
+    base = testbed / "rows" / method
+    info = read_json(base / f"seed-{seed}.json")
+    if info.get("schema") != SCHEMA:
+        raise RunError(f"{base / f'seed-{seed}.json'} has schema {info.get('schema')}; this version reads {SCHEMA}")
+    metrics = base / f"seed-{seed}.metrics.jsonl.gz"
+    try:
+        records = tuple(Record(**r) for r in read_gzip(base / f"seed-{seed}.records.jsonl.gz"))
+    except TypeError as error:
+        raise RunError(f"{base / f'seed-{seed}.records.jsonl.gz'} is not a row's records: {error}") from error
+    return Row(method, seed, info, records, tuple(read_gzip(metrics)) if metrics.is_file() else ())
+
+
+def seeds_of(testbed: Path, method: str) -> list[int]:
+    """The seeds of a method's finished rows."""
+    files = (testbed / "rows" / method).glob("seed-*.json")
+    return sorted(int(f.stem.removeprefix("seed-")) for f in files)
+
+
+def methods_of(testbed: Path) -> Sequence[str]:
+    """The methods with a finished row."""
+    return sorted(folder.name for folder in (testbed / "rows").glob("*") if seeds_of(testbed, folder.name))

@@ -1,0 +1,292 @@
+"""Run a comparison: every method on the same problems, seeds and budget, each finished row kept.
+
+Rows that are already in the folder are not done again, and a training that was cut goes on from its last checkpoint, so
+a rerun pays only for what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfroute import measures
+from selfroute.cloud import make_cloud
+from selfroute.cloud.memory import Cloud
+from selfroute.compare.config import CompareConfig
+from selfroute.compare.methods import BOUNDS, ROUTERS, TASK_TUNED
+from selfroute.compare.routing import fit_routers, route_test, threshold_for
+from selfroute.compare.rows import ASK_FIRST, Record, ordering, row_info, write_row
+from selfroute.config import Choice
+from selfroute.device.base import DeviceConfig
+from selfroute.device.hf import HFEngine
+from selfroute.errors import RunError
+from selfroute.evaluate.run import Outcome, columns, evaluate, judge, score, solve_shares
+from selfroute.evaluate.summary import training
+from selfroute.protocol import cloud_request
+from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json
+from selfroute.tasks import Task, make_task
+from selfroute.train.config import TrainConfig
+from selfroute.train.loop import train
+from selfroute.types import Progress
+
+
+def compare(config: CompareConfig, out: Path, *, progress: Progress = lambda what, done, total: None) -> None:
+    """Run what is missing of a comparison into OUT/TESTBED.
+
+    Raises:
+        RunError: the folder holds rows that were made with other settings.
+        CloudError, TrainingError, KeyboardInterrupt: as from training; what is finished stays.
+    """
+    testbed = out / config.testbed
+    with lock_run(testbed):
+        Matrix(config, testbed, progress).run()
+
+
+class Matrix:
+    """The rows of one testbed."""
+
+    def __init__(self, config: CompareConfig, testbed: Path, progress: Progress) -> None:
+        self.config, self.testbed, self._progress = config, testbed, progress
+        self.task: Task = make_task(config.train.task)
+        self._check_settings()
+        routers = [m for m in config.methods if m in ROUTERS]
+        bounds = [m for m in config.methods if m in BOUNDS]
+        self.plan = [(method, seed) for seed in config.seeds for method in (*bounds, *config.trained, *routers)]
+        self.started, self.at_start = time.perf_counter(), self._finished()
+
+    def _check_settings(self) -> None:
+        """What every row shares must be what the rows that are there were made with."""
+        shared = self.config.model_dump(mode="json", exclude={"methods", "seeds", "ablations", "swap_clouds"})
+        file = self.testbed / "testbed.json"
+        if not file.is_file():
+            write_json(file, shared)
+            return
+        before = read_json(file)
+        changed = sorted(k for k in {*before, *shared} if before.get(k) != shared.get(k))
+        if changed:
+            raise RunError(
+                f"{self.testbed} was made with other settings ({', '.join(changed)}): give another --out, or remove it"
+            )
+
+    def _finished(self) -> int:
+        return sum(row_info(self.testbed, *row) is not None for row in self.plan)
+
+    def progress(self, method: str, seed: int) -> Progress:
+        """Progress of a row, with its place in the whole matrix and the time that is left."""
+        done = self._finished()
+        place = f"row {done + 1} of {len(self.plan)}"
+        fresh = done - self.at_start
+        if fresh:
+            minutes = (time.perf_counter() - self.started) / 60
+            place += f", {minutes:.0f} min, about {minutes / fresh * (len(self.plan) - done):.0f} left"
+        return lambda what, n, total: self._progress(f"{place} | {method}, seed {seed}: {what}", n, total)
+
+    def run(self) -> None:
+        for seed in self.config.seeds:
+            for method in (m for m in self.config.methods if m in BOUNDS):
+                if row_info(self.testbed, method, seed) is None:
+                    self._bound(method, seed)
+            for method in self.config.trained:
+                self._trained(method, seed)
+            missing = [
+                m for m in self.config.methods if m in ROUTERS and row_info(self.testbed, m, seed) is None
+            ]  # fmt: skip
+            if missing:
+                self._routers(missing, seed)
+
+    # The two sides alone.
+
+    def _bound(self, method: str, seed: int) -> None:
+        config = self.config.train.model_copy(update={"seed": seed})
+        outcomes = self._evaluate(
+            config, HFEngine.load(config.device), self.testbed / "cloud.sqlite", self.progress(method, seed)
+        )
+        asks = method == "cloud_only"
+        records = [_record(o, score=None, asked=asks, undecided=False) for o in outcomes]
+        write_row(self.testbed, method, seed, {"config": config.model_dump(mode="json")}, records)
+
+    def _evaluate(
+        self, config: TrainConfig, engine: HFEngine, memory: Path, progress: Progress, *, forbid: bool = True
+    ) -> list[Outcome]:
+        """The test problems; `forbid`: with help forbidden."""
+        sampling = config.evaluation.model_copy(update={"forbid_help": True}) if forbid else config.evaluation
+        cloud = Cloud(make_cloud(config.cloud), memory)
+        try:
+            return evaluate(engine, self.task, cloud, sampling=sampling, seed=config.seed, progress=progress)
+        finally:
+            cloud.close()
+
+    # Trained methods.
+
+    def _trained(self, method: str, seed: int) -> None:
+        done = row_info(self.testbed, method, seed)
+        if done is not None:
+            expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
+            if done["config"] != expected:
+                changed = sorted(k for k in expected if done["config"].get(k) != expected[k])
+                raise RunError(
+                    f"{self.testbed / 'rows' / method} was made with other settings ({', '.join(changed)}): "
+                    "give another --out, or remove it"
+                )
+            return
+        progress = self.progress(method, seed)
+        config = self.config.training(method, lr=self._choose_lr(method, progress), seed=seed)
+        run = self._train(method, config, progress)
+        engine = _load(run, config)
+        info: dict[str, Any] = {"config": config.model_dump(mode="json"), "ledger": training(run)}
+        forbid = method == TASK_TUNED
+        if not forbid:
+            info["calibration"] = self._calibrate(config, engine, run, progress)
+        outcomes = self._evaluate(config, engine, run / "cloud.sqlite", progress, forbid=forbid)
+        shares: dict[str, float] = {}
+        if not forbid:
+            threshold = info["calibration"]["threshold"]
+            problems = {p.id: p for p in self.task.load("test")}
+            asked = [
+                problems[o.problem]
+                for o in outcomes
+                if o.route == "cloud" or ordering(o.score, o.route == "undecided") > threshold
+            ]
+            samples = self.config.num_samples - 1
+            stream = f"{config.seed}/test"
+            shares = solve_shares(engine, self.task, asked, config.evaluation, stream, samples, progress)
+        records = [
+            _record(
+                o,
+                score=None if forbid else o.score,
+                asked=o.route == "cloud",
+                undecided=not forbid and o.route == "undecided",
+                share=shares.get(o.problem),
+            )
+            for o in outcomes
+        ]
+        write_row(self.testbed, method, seed, info, records, read_records(run / "metrics.jsonl"))
+        for cloud in self.config.swap_clouds if method in self.config.ablations else ():
+            self._swap(f"{method}@{_brief(cloud)}", seed, cloud, info, records, run)
+
+    def _swap(
+        self, method: str, seed: int, choice: Choice, info: dict[str, Any], records: Sequence[Record], run: Path
+    ) -> None:
+        """The same responses, with another cloud's answers."""
+        cloud = Cloud(make_cloud(choice), run / "cloud.sqlite")
+        problems = self.task.load("test")
+        try:
+            answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
+        finally:
+            cloud.close()
+        swapped = []
+        for p, record, answer in zip(problems, records, answers, strict=True):
+            assert p.id == record.problem
+            _, correct, _ = judge(self.task, p, answer.text, answer.finished)
+            values = {f: getattr(record, f) for f in Record.__slots__}
+            values |= {
+                "cloud_correct": correct,
+                "cloud_tokens": answer.completion_tokens,
+                "cloud_cost_usd": answer.cost_usd,
+            }
+            swapped.append(Record(**values))
+        write_row(self.testbed, method, seed, {**info, "swapped_cloud": choice.model_dump(mode="json")}, swapped)
+
+    def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
+        run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
+        train(config, run, resume=True, report=lambda step: progress("training", step.step, config.steps))
+        return run
+
+    def _choose_lr(self, method: str, progress: Progress) -> float:
+        """The learning rate of a method: the best on the calibration problems, trained in full with the first seed."""
+        lrs = self.config.lrs
+        if len(lrs) == 1 or "lr" in self.config.ablations.get(method, {}):
+            return lrs[0]
+        file = self.testbed / "search" / f"{method}.json"
+        known: dict[str, Any] = read_json(file) if file.is_file() else {"tried": {}}
+        for lr in lrs:
+            if f"{lr:g}" in known["tried"]:
+                continue
+            config = self.config.training(method, lr=lr, seed=self.config.seeds[0])
+            run = self._train(method, config, progress)
+            known["tried"][f"{lr:g}"] = {
+                "validation": self._validate(method, config, run, progress),
+                "ledger": training(run),
+            }
+            write_json(file, known)
+        best = max(lrs, key=lambda lr: known["tried"][f"{lr:g}"]["validation"])
+        if known.get("chosen") != best:
+            write_json(file, {**known, "chosen": best})
+        return best
+
+    def _validate(self, method: str, config: TrainConfig, run: Path, progress: Progress) -> float:
+        """Accuracy on the calibration problems: of the device alone for the task-tuned model, else at the budget."""
+        sampling = config.evaluation.model_copy(update={"forbid_help": method == TASK_TUNED})
+        cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")
+        try:
+            outcomes = evaluate(
+                _load(run, config),
+                self.task,
+                cloud,
+                sampling=sampling,
+                seed=config.seed,
+                split="calibration",
+                progress=progress,
+            )
+        finally:
+            cloud.close()
+        c = columns(outcomes)
+        if method == TASK_TUNED:
+            return float(c.device.mean())
+        first = np.array([ASK_FIRST if o.route == "undecided" else s for o, s in zip(outcomes, c.score, strict=True)])
+        return measures.accuracy_at(measures.Columns(first, c.asked, c.device, c.cloud), config.budget)
+
+    def _calibrate(self, config: TrainConfig, engine: HFEngine, run: Path, progress: Progress) -> dict[str, Any]:
+        """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
+        scored = score(engine, self.task, sampling=config.evaluation, seed=config.seed, draws=1, progress=progress)
+        return threshold_for([ordering(s, s is None) for _, s in scored], config.budget)
+
+    # Routers on the task-tuned model.
+
+    def _routers(self, missing: Sequence[str], seed: int) -> None:
+        progress = self.progress("routers", seed)
+        tuned = row_info(self.testbed, TASK_TUNED, seed)
+        assert tuned is not None
+        config = self.config.training(TASK_TUNED, lr=tuned["config"]["lr"], seed=seed)
+        run = self._train(TASK_TUNED, config, progress)
+        engine = _load(run, config)
+        fitted = fit_routers(missing, engine, self.task, self.config, seed, progress)
+        cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")
+        try:
+            routed = route_test(fitted, engine, self.task, cloud, self.config, seed, progress)
+        finally:
+            cloud.close()
+        for router in fitted:
+            info = {"config": config.model_dump(mode="json"), "ledger": training(run), **router.info}
+            write_row(self.testbed, router.method, seed, info, routed[router.method])
+
+
+def _load(run: Path, config: TrainConfig) -> HFEngine:
+    return HFEngine.load(DeviceConfig(model=str(checkpoints(run)[-1]), dtype=config.device.dtype))
+
+
+def _record(
+    o: Outcome, *, score: float | None, asked: bool | None, undecided: bool, share: float | None = None
+) -> Record:
+    return Record(
+        problem=o.problem,
+        score=score,
+        undecided=undecided,
+        asked=asked,
+        answer=o.device_answer,
+        device_correct=o.device_correct,
+        device_tokens=o.device_tokens,
+        cloud_correct=o.cloud_correct,
+        cloud_tokens=o.cloud_tokens,
+        cloud_cost_usd=o.cloud_cost_usd,
+        solve_share=share,
+    )
+
+
+def _brief(choice: Choice) -> str:
+    """A cloud by what sets it apart: its name's own settings, such as `accuracy=0.7`."""
+    return ",".join(f"{k}={v}" for k, v in choice.settings.items()) or choice.name
