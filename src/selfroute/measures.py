@@ -156,10 +156,23 @@ def average_pgr(columns: Columns) -> float:
 
 
 def call_rate_for(columns: Columns, recovered: float) -> float:
-    """CPT(x): the least call rate whose PGR reaches x (the first crossing; later dips are not looked at)."""
+    """CPT(x): the least call rate whose PGR reaches x (the first crossing; `dips_below` tells of later dips)."""
     rates, reached = _pgr_curve(columns)
     above = np.flatnonzero(reached >= recovered - 1e-12)
     return float(rates[above[0]]) if len(above) else math.nan
+
+
+def dips_below(columns: Columns, recovered: float) -> bool:
+    """Whether the PGR falls below x again after it has reached it: a curve that is not monotone there."""
+    _, reached = _pgr_curve(columns)
+    above = np.flatnonzero(reached >= recovered - 1e-12)
+    return bool(len(above) and (reached[above[0] :] < recovered - 1e-12).any())
+
+
+def area(columns: Columns) -> float:
+    """Area under the curve of accuracy against call rate: its mean accuracy over call rates from 0 to 100 %."""
+    rates, accuracy = curve(columns)
+    return float(np.trapezoid(accuracy, rates))
 
 
 def decision_auc(columns: Columns) -> float:

@@ -2,7 +2,7 @@
 
 A Countdown trace is a few numbered attempts, each a chain of whole-number steps and a mark (`!` hit, `?` miss), then an
 answer or a help call. Which of the two is a coin toss that looks at nothing, so that no routing is taught here (unless
-`help_probability_after_hit` says otherwise). An addition trace is the sum column by column, then the same toss.
+`help_probability_after_hit` says otherwise). An addition trace is the sum written out, then the same toss.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 
 from pydantic import Field
 
@@ -104,21 +103,12 @@ def help_chance(config: TraceConfig, hit: bool) -> float:
 
 
 def addition_trace(problem: Problem, config: TraceConfig, rng: random.Random) -> Trace:
-    """The columns from the right, each with its carry, then the sum or, by a coin toss, a help call.
-
-    >>> addition_trace(Problem("", "", {"numbers": (58, 67)}), TraceConfig(help_probability=0), random.Random(0)).text
-    '58+67:8+7=15,5+6+1=12\\n<answer>125</answer>'
-    """
-    a, b = problem.reference["numbers"]
-    columns, carry = [], 0
-    for x, y in zip_longest(reversed(str(a)), reversed(str(b)), fillvalue="0"):
-        total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}{'+1' if carry else ''}={total}")
-        carry = total // 10
+    """The sum at once, then an answer or, by a coin toss, a help call: long sums are then hard, short ones easy."""
+    (a, b), total = problem.reference["numbers"], problem.reference["sum"]
     chance = help_chance(config, True)
     asks = rng.random() < chance
-    end = HELP_CALL if asks else f"{ANSWER_OPEN}{a + b}{ANSWER_CLOSE}"
-    return Trace(f"{a}+{b}:{','.join(columns)}\n{end}", True, chance)
+    end = HELP_CALL if asks else f"{ANSWER_OPEN}{total}{ANSWER_CLOSE}"
+    return Trace(f"{a}+{b}={total}\n{end}", True, chance)
 
 
 def countdown_trace(problem: Problem, config: TraceConfig, rng: random.Random) -> Trace:
