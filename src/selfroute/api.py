@@ -1,4 +1,4 @@
-"""The Python API, and what each command does: train, evaluate, calibrate, report, load and answer, warmstart."""
+"""The Python API, and what each command does: train, evaluate, calibrate, report, compare, ask, warmstart."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from selfroute.types import HelpCall, Progress, Route
 
 if TYPE_CHECKING:
     from selfroute.cloud.memory import Cloud
+    from selfroute.compare.config import CompareConfig
     from selfroute.device.base import Sampling
     from selfroute.device.hf import HFEngine
     from selfroute.evaluate.run import Outcome
@@ -33,13 +34,23 @@ SOLVE_SAMPLES = 5
 """Extra responses to each asked test problem, help forbidden: does the device solve it in a majority of samples?"""
 
 
+_OPTIONAL = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn")
+
+
 @contextmanager
 def _needs(extra: str) -> Iterator[None]:
     """Turn a missing optional dependency into the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("torch", "transformers", "accelerate", "safetensors", "tokenizers"):
+        if (error.name or "").split(".")[0] in (
+            "torch",
+            "transformers",
+            "accelerate",
+            "safetensors",
+            "tokenizers",
+            "sklearn",
+        ):
             raise SelfrouteError(
                 f"this needs {error.name}: pip install 'selfroute[{extra}]' (in a checkout: pip install '.[{extra}]')"
             ) from error
@@ -327,6 +338,35 @@ def load(run: str | Path, *, budget: float | None = None) -> Pair:
     config = run_config(path)
     sampling = config.evaluation if budget is None else turned(config.evaluation, path, budget)
     return Pair(config, _engine(path, config, checkpoint_name(path)), _cloud(config, path / "cloud.sqlite"), sampling)
+
+
+def load_compare_config(name: str, overrides: Sequence[str] = ()) -> CompareConfig:
+    """A comparison's config by package name or path, changed by `key=value` overrides."""
+    from selfroute.compare.config import CompareConfig
+
+    return load_config(CompareConfig, name, overrides)
+
+
+def compare(
+    config: str | CompareConfig, out: str | Path, *, progress: Progress = lambda what, done, total: None
+) -> list[dict[str, Any]]:
+    """Run what is missing of a comparison and write its report into `out`; returns the rows of compare.json."""
+    resolved = load_compare_config(config) if isinstance(config, str) else config
+    with _needs("compare"):
+        from selfroute.compare import run
+    run.compare(resolved, Path(out), progress=progress)
+    return compare_report(out)
+
+
+def compare_report(out: str | Path) -> list[dict[str, Any]]:
+    """Write a comparison's compare.json, report.html, CSV and figures from its finished rows; returns the rows.
+
+    Raises:
+        RunError: no row is finished yet.
+    """
+    from selfroute.compare.report import write_report
+
+    return write_report(Path(out))
 
 
 def report(run: str | Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from selfroute.errors import ReproducibilityWarning, SelfrouteError
 from selfroute.records import checkpoints
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from selfroute.train.progress import StepRecord
 
 app = typer.Typer(
@@ -82,12 +84,12 @@ class _Printer:
 
 
 @contextmanager
-def _stopping(run: Path, again: str) -> Iterator[None]:
+def _stopping(run: Path, again: str, *, holds: str = "run.json") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         done = f"{run} holds what is done: run the same command {again}"
-        raise SelfrouteError(f"stopped; {done if (run / 'run.json').is_file() else 'nothing was done yet'}") from None
+        raise SelfrouteError(f"stopped; {done if (run / holds).exists() else 'nothing was done yet'}") from None
 
 
 def _dry_run(config: Any) -> None:
@@ -162,11 +164,45 @@ def calibrate(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        str, typer.Argument(help="A comparison that comes with selfroute (compare-countdown), or a .toml file.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; several testbeds share one, and an unfinished one is continued.")
+    ] = Path("runs/compare"),
+    quick: Annotated[bool, typer.Option("--quick", help="Every row in a few minutes; it learns little.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Compare every way to route on one testbed, at the same realised call rate.
+
+    Trains each method with each seed, fits the outside routers, and writes compare.json, a page, figures and CSV. Rows
+    that are already in --out are kept: after Ctrl-C or a crash, or with one more method or seed, the same command pays
+    only for what is missing.
+    """
+    from selfroute import api
+    from selfroute.compare.config import QUICK
+
+    resolved = api.load_compare_config(config, (*(QUICK if quick else ()), *(overrides or ())))
+    if dry_run:
+        _dry_run(resolved)
+        return
+    with _stopping(out, "again", holds=resolved.testbed):
+        rows = api.compare(resolved, out, progress=_Printer().progress)
+    _tables(rows)
+    _echo(f"page: {out / 'report.html'}")
+
+
+@app.command()
 def report(run: Run) -> None:
-    """Print the table and write summary.json, report.html and the figures."""
+    """Print the table and write the page, the figures and the numbers: of a run, or of a comparison's folder."""
     from selfroute import api
 
-    _table(api.report(run))
+    if not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
+        _tables(api.compare_report(run))
+    else:
+        _table(api.report(run))
     _echo(f"page: {run / 'report.html'}")
 
 
@@ -239,15 +275,28 @@ def warmstart(
 
 
 def _table(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from selfroute.evaluate.report import terminal_table
+
+    console = _console()
+    console.print(terminal_table(summary, console))
+
+
+def _tables(rows: list[dict[str, Any]]) -> None:
+    from selfroute.compare.report import terminal_tables
+
+    console = _console()
+    for table in terminal_tables(rows, wide=console.width >= 190):
+        console.print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         # A pipe has no width of its own.
         console = Console(width=max(console.width, 200))
-    console.print(terminal_table(summary, console))
+    return console
 
 
 def main() -> None:

@@ -8,10 +8,16 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from selfroute.cloud import CLOUDS
-from selfroute.compare.methods import METHODS, OURS, ROUTERS, TASK_TUNED, TRAINED
+from selfroute.compare.methods import METHODS, OURS, TRAINED
 from selfroute.config import Choice, Config, resolve, validate
 from selfroute.tasks import TASKS
 from selfroute.train.config import TrainConfig
+
+QUICK = (
+    *("seeds=[0, 1]", "lrs=[3e-4]", "fit_problems=60", "num_samples=3", "train.steps=2", "train.problems_per_step=8"),
+    *("train.task.train=100", "train.task.calibration=60", "train.task.test=60"),
+)
+"""Overrides of `--quick`: every row in a few minutes, learning little."""
 
 
 class CompareConfig(Config):
@@ -63,10 +69,8 @@ class CompareConfig(Config):
 
     @property
     def trained(self) -> list[str]:
-        """The methods to train, in the table's order, the routers' task-tuned model among them; then the ablations."""
-        wanted = set(self.methods)
-        if wanted & set(ROUTERS):
-            wanted.add(TASK_TUNED)
+        """The methods to train, in the table's order, those that routers stand on among them; then the ablations."""
+        wanted = set(self.methods) | {METHODS[m].on for m in self.methods}
         return [name for name in TRAINED if name in wanted] + list(self.ablations)
 
     def training(self, method: str, *, lr: float, seed: int) -> TrainConfig:

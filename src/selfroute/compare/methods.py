@@ -1,7 +1,7 @@
-"""The rows of a comparison: what each method trains, and which router looks at the task-tuned model.
+"""The rows of a comparison: what each method trains, and which router looks at which device model.
 
-A trained method is a change of settings to the one training loop; a router is a score on the responses of the
-task-tuned model. Left out on purpose: how either is run (`run`) and what it is worth (`results`).
+A trained method is a change of settings to the one training loop; a router is a score on the responses of a trained
+model. Left out on purpose: how either is run (`run`) and what it is worth (`results`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ OURS = "gapg_decision"
 """The method that differences are taken to."""
 
 TASK_TUNED = "task_tuning"
-"""The method whose device model the routers stand on."""
+"""The method whose device model the outside routers stand on."""
 
 _PAPER: Mapping[str, Any] = {"decision_weight": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row: its name for people, its kind, and (of a trained method) its changes to the training's settings."""
+    """A row: its name for people, its kind, and either the changes to the training's settings of a trained method, or
+    the trained method whose device model a router stands on."""
 
     label: str
     kind: Kind
     changes: Mapping[str, Any] | None = field(default=None)
+    on: str | None = None
 
 
 METHODS: Mapping[str, Method] = {
@@ -40,24 +42,25 @@ METHODS: Mapping[str, Method] = {
         "paper",
         {**_PAPER, "algorithm": "rloo", "reward": {"cloud": 0.0, "format": 0.0}},
     ),
-    "naive_offloading": Method("Task-Tuning & Naive Offloading", "paper"),
-    "router": Method("Task-Tuning & Router", "paper"),
+    "naive_offloading": Method("Task-Tuning & Naive Offloading", "paper", on=TASK_TUNED),
+    "router": Method("Task-Tuning & Router", "paper", on=TASK_TUNED),
     "dr_grpo": Method("Collaboration-Aware Tuning", "paper", {**_PAPER, "algorithm": "dr_grpo"}),
     "grpo": Method("Collaboration-Aware Tuning, std", "paper", {**_PAPER, "algorithm": "grpo"}),
     "gapg": Method("GAPG", "paper", {**_PAPER, "algorithm": "gapg"}),
     "gapg_mixed": Method("GAPG, D1 mixed", "paper", {**_PAPER, "algorithm": "gapg", "d1": "mixed"}),
     OURS: Method("GAPG + decision loss", "ours", {}),
+    "decision_votes": Method("GAPG + decision loss, k samples vote", "ours", on=OURS),
     "da_grpo": Method("DA-GRPO", "later", {**_PAPER, "algorithm": "da_grpo"}),
     "lagrangian_gapg": Method("Lagrangian GAPG", "later", {**_PAPER, "algorithm": "lagrangian_gapg"}),
-    "router_encoder": Method("Prompt router: encoder", "prompt"),
-    "router_boosting": Method("Prompt router: boosting", "prompt"),
-    "log_probability": Method("Mean log-probability", "post-hoc"),
-    "self_consistency": Method("Self-consistency", "post-hoc"),
-    "prompt_variants": Method("Agreement across prompt variants", "post-hoc"),
-    "probe": Method("Hidden-state probe", "post-hoc"),
+    "router_encoder": Method("Prompt router: encoder", "prompt", on=TASK_TUNED),
+    "router_boosting": Method("Prompt router: boosting", "prompt", on=TASK_TUNED),
+    "log_probability": Method("Mean log-probability", "post-hoc", on=TASK_TUNED),
+    "self_consistency": Method("Self-consistency", "post-hoc", on=TASK_TUNED),
+    "prompt_variants": Method("Agreement across prompt variants", "post-hoc", on=TASK_TUNED),
+    "probe": Method("Hidden-state probe", "post-hoc", on=TASK_TUNED),
 }
 """Every method by name, in the table's order."""
 
 BOUNDS = tuple(name for name, m in METHODS.items() if m.kind == "bound")
 TRAINED = tuple(name for name, m in METHODS.items() if m.changes is not None)
-ROUTERS = tuple(name for name in METHODS if name not in (*BOUNDS, *TRAINED))
+ROUTERS = tuple(name for name, m in METHODS.items() if m.on is not None)

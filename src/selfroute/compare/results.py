@@ -34,12 +34,13 @@ class Cell:
     """One method's test problems under one seed, as arrays of N problems.
 
     `columns.asked` is what the method asks at the budget: by its threshold where it has a score, else by its own
-    decision, which is also in `own` (None for a router, which makes none).
+    decision, which is also in `own` (None for a router, which makes none). `answers` is off where no device takes part.
     """
 
     columns: Columns
     own: Floats | None
     scored: bool
+    answers: bool
     device_tokens: Floats
     cloud_tokens: Floats
     cost_usd: Floats
@@ -64,6 +65,7 @@ class Cell:
             columns=columns,
             own=np.array([float(bool(r.asked)) for r in row.records]) if decides else None,
             scored=calibration is not None,
+            answers=row.method != "cloud_only",
             device_tokens=np.array([float(r.device_tokens) for r in row.records]),
             cloud_tokens=np.array([float(r.cloud_tokens) for r in row.records]),
             cost_usd=np.array([r.cloud_cost_usd for r in row.records]),
@@ -76,6 +78,7 @@ class Cell:
             columns=self.columns.take(index),
             own=None if self.own is None else self.own[index],
             scored=self.scored,
+            answers=self.answers,
             device_tokens=self.device_tokens[index],
             cloud_tokens=self.cloud_tokens[index],
             cost_usd=self.cost_usd[index],
@@ -120,6 +123,8 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         "cloud_tokens": float((cell.cloud_tokens * c.asked).mean()),
         "usd_per_1k": float((1000 * cell.cost_usd * c.asked).mean()),
     }
+    if not cell.answers:
+        values = {k: v for k, v in values.items() if k in ("call_rate", "accuracy", "cloud_tokens", "usd_per_1k")}
     if cell.scored:
         values |= {
             f"accuracy_at_{at}": cell.accuracy_at(budget),

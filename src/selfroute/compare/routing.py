@@ -1,4 +1,4 @@
-"""The routers on the task-tuned model: fitted on training problems, calibrated on others, and only then tested.
+"""Routers on a trained model: fitted on training problems, calibrated on others, and only then tested.
 
 `fit_routers` ends before a test problem is loaded, so nothing that is learned or calibrated can have seen one.
 """
@@ -19,7 +19,7 @@ from selfroute.device.hf import HFEngine
 from selfroute.evaluate.calibrate import calibrate
 from selfroute.evaluate.run import judge
 from selfroute.protocol import cloud_request, parse
-from selfroute.routers.agreement import Agreement
+from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Router
 from selfroute.routers.classifier import Boosting, Encoder
 from selfroute.routers.collect import Extra, collect
@@ -53,6 +53,7 @@ def make_router(method: str, engine: HFEngine, task: Task, config: CompareConfig
         "self_consistency": lambda: Agreement(task.canonical, "samples"),
         "prompt_variants": lambda: Agreement(task.canonical, "variants"),
         "probe": Probe,
+        "decision_votes": lambda: DecisionVotes(task.canonical),
     }
     return makers[method]()
 
@@ -164,7 +165,10 @@ def threshold_for(scores: Sequence[float], budget: float) -> dict[str, Any]:
 
 def _extra(methods: Sequence[str], config: CompareConfig) -> Extra:
     more = config.num_samples - 1
-    return Extra(more if "self_consistency" in methods else 0, more if "prompt_variants" in methods else 0)
+    return Extra(
+        more if {"self_consistency", "decision_votes"} & set(methods) else 0,
+        more if "prompt_variants" in methods else 0,
+    )
 
 
 def _correct(task: Task, attempt: Attempt, response: Response) -> bool:

@@ -17,7 +17,7 @@ from selfroute import measures
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig
-from selfroute.compare.methods import BOUNDS, ROUTERS, TASK_TUNED
+from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, route_test, threshold_for
 from selfroute.compare.rows import ASK_FIRST, Record, ordering, row_info, write_row
 from selfroute.config import Choice
@@ -92,11 +92,10 @@ class Matrix:
                     self._bound(method, seed)
             for method in self.config.trained:
                 self._trained(method, seed)
-            missing = [
-                m for m in self.config.methods if m in ROUTERS and row_info(self.testbed, m, seed) is None
-            ]  # fmt: skip
-            if missing:
-                self._routers(missing, seed)
+            missing = [m for m in self.config.methods if m in ROUTERS and row_info(self.testbed, m, seed) is None]
+            for base in dict.fromkeys(METHODS[m].on for m in missing):
+                assert base is not None
+                self._routers([m for m in missing if METHODS[m].on == base], base, seed)
 
     # The two sides alone.
 
@@ -245,14 +244,14 @@ class Matrix:
         scored = score(engine, self.task, sampling=config.evaluation, seed=config.seed, draws=1, progress=progress)
         return threshold_for([ordering(s, s is None) for _, s in scored], config.budget)
 
-    # Routers on the task-tuned model.
+    # Routers on a trained model.
 
-    def _routers(self, missing: Sequence[str], seed: int) -> None:
-        progress = self.progress("routers", seed)
-        tuned = row_info(self.testbed, TASK_TUNED, seed)
-        assert tuned is not None
-        config = self.config.training(TASK_TUNED, lr=tuned["config"]["lr"], seed=seed)
-        run = self._train(TASK_TUNED, config, progress)
+    def _routers(self, missing: Sequence[str], base: str, seed: int) -> None:
+        progress = self.progress(f"routers on {base}", seed)
+        trained = row_info(self.testbed, base, seed)
+        assert trained is not None
+        config = self.config.training(base, lr=trained["config"]["lr"], seed=seed)
+        run = self._train(base, config, progress)
         engine = _load(run, config)
         fitted = fit_routers(missing, engine, self.task, self.config, seed, progress)
         cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")

@@ -256,6 +256,14 @@ class _Decoder:
         return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
 
 
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy with room for more positions, which are not cleared: nothing reads them before they are written."""
+    *outer, length, width = x.shape
+    roomy = x.new_empty((*outer, length + room, width))
+    roomy[..., :length, :] = x
+    return roomy
+
+
 class _GrowingLayer(DynamicLayer):
     """A cache layer with room for the whole response, written in place: no copy of the cache a token."""
 
@@ -263,7 +271,7 @@ class _GrowingLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.length = layer.keys.shape[-2]
-        self._keys, self._values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (layer.keys, layer.values))
+        self._keys, self._values = (_with_room(x, room) for x in (layer.keys, layer.values))
         self._view()
 
     def _view(self) -> None:

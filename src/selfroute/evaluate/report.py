@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfroute import measures
+from selfroute.evaluate.figures import CLOUD, INK, MUTED, OURS, WRONG, axes, svg
 from selfroute.evaluate.run import Outcome, columns
 from selfroute.evaluate.summary import budget_of, evaluations, key_of, reference, summarise
 from selfroute.records import read_json, read_records, write_atomic, write_json
@@ -22,7 +22,6 @@ from selfroute.records import read_json, read_records, write_atomic, write_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, OURS, CLOUD, MUTED, WRONG = "#1d2733", "#0b6e99", "#c4541d", "#8a94a0", "#a3244b"
 EXAMPLES = 10
 """Worked examples of each route on the page."""
 
@@ -37,7 +36,7 @@ def write_report(run: Path) -> dict[str, Any]:
         figures["training"] = draw_training(steps)
     for name, figure in figures.items():
         figure.savefig(run / f"{name}.png", dpi=160)
-        write_atomic(run / f"{name}.svg", _svg(figure))
+        write_atomic(run / f"{name}.svg", svg(figure))
     shown = reference(found)
     page = Environment(
         loader=PackageLoader("selfroute.evaluate", "."), autoescape=True, undefined=StrictUndefined
@@ -46,7 +45,7 @@ def write_report(run: Path) -> dict[str, Any]:
         summary=summary,
         rows=rows(summary),
         origin=read_json(run / "run.json"),
-        figures={name: _svg(figure) for name, figure in figures.items()},
+        figures={name: svg(figure) for name, figure in figures.items()},
         examples={
             "device": [o for o in shown if o.route == "device"][:EXAMPLES],
             "cloud": [o for o in shown if o.route == "cloud"][:EXAMPLES],
@@ -141,33 +140,9 @@ def _table(summary: Mapping[str, Any], *, intervals: bool) -> Table:
     return table
 
 
-def _axes(width: float, height: float, count: int = 1) -> tuple[Figure, Any]:
-    # The object interface: no global backend is chosen and nothing is left open.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, count)
-    for axis in np.atleast_1d(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=INK)
-        axis.grid(axis="y", color="#e4e8ec", linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "selfroute", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any]) -> Figure:
     """Accuracy against call rate: the dial, its operating points, and the bounds."""
-    figure, axis = _axes(7.2, 4.6)
+    figure, axis = axes(7.2, 4.6)
     stand = columns(reference(found))
     grid = np.linspace(0, 1, 201)
 
@@ -210,7 +185,7 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
 
 def draw_training(steps: Sequence[Mapping[str, Any]]) -> Figure:
     """What the training did, step by step: shares of responses, and what the filter kept."""
-    figure, (left, right) = _axes(9.6, 3.6, 2)
+    figure, (left, right) = axes(9.6, 3.6, 2)
     x = [s["step"] for s in steps]
     for key, label, color in (
         ("local_accuracy", "solved", OURS),

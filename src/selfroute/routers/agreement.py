@@ -2,11 +2,12 @@
 
 Over samples of one prompt this is self-consistency (arXiv:2203.11171); over prompts that ask the same in other words it
 is the training-free form of CARGO (arXiv:2607.20481). Answers are compared in the task's canonical form, which does not
-tell whether they are right.
+tell whether they are right. `DecisionVotes` is what our own decision makes of the same samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -30,7 +31,7 @@ class Agreement:
 
     def _vote(self, attempt: Attempt) -> Routed:
         responses = (attempt.response, *(attempt.samples if self.over == "samples" else attempt.variants))
-        answers = [self._answer(r) for r in responses]
+        answers = [_answer(r, self.canonical) for r in responses]
         votes = Counter(a for a in answers if a is not None)
         tokens = sum(len(r.token_ids) for r in responses)
         if not votes:
@@ -41,6 +42,40 @@ class Agreement:
         score = (k - votes[winner] + 1 - attempt.confidence) / k
         return Routed(score, responses[answers.index(winner)], tokens)
 
-    def _answer(self, response: Response) -> str | None:
-        decision = parse(response.text, finished=response.finished)
-        return self.canonical(decision.text) if isinstance(decision, Answer) else None
+
+class DecisionVotes:
+    """k responses of a model that decides itself: each votes with its probability of answering, 1 / (1 + exp(l)).
+
+    The answer with the largest sum of votes stands, and score = 1 - that sum / k. A response that its own decision
+    doubts counts for little, so that one sound answer outweighs several that agree by chance.
+    """
+
+    def __init__(self, canonical: Callable[[str], str]) -> None:
+        self.canonical = canonical
+
+    def fit(self, attempts: Sequence[Attempt], correct: Sequence[bool]) -> None:
+        """Nothing to learn: the decision was learned with the model."""
+
+    def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
+        return [self._vote(a) for a in attempts]
+
+    def _vote(self, attempt: Attempt) -> Routed:
+        responses = (attempt.response, *attempt.samples)
+        tokens = sum(len(r.token_ids) for r in responses)
+        votes: dict[str, float] = {}
+        best: dict[str, Response] = {}
+        for r in responses:
+            answer = _answer(r, self.canonical)
+            if answer is None or r.score is None:
+                continue
+            votes[answer] = votes.get(answer, 0.0) + 1 / (1 + math.exp(min(r.score, 700.0)))
+            best.setdefault(answer, r)
+        if not votes:
+            return Routed(1.0, attempt.response, tokens)
+        winner = max(votes, key=lambda answer: votes[answer])
+        return Routed(1 - votes[winner] / len(responses), best[winner], tokens)
+
+
+def _answer(response: Response, canonical: Callable[[str], str]) -> str | None:
+    decision = parse(response.text, finished=response.finished)
+    return canonical(decision.text) if isinstance(decision, Answer) else None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from selfroute.device.hf import HFEngine
 from selfroute.errors import DeviceError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
-from selfroute.routers.agreement import Agreement
+from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Router
 from selfroute.routers.classifier import Boosting, Encoder
 from selfroute.routers.confidence import Confidence
@@ -62,6 +64,29 @@ def test_agreement_by_hand() -> None:
     # Nobody has an answer: ask.
     [got] = samples.route([attempt(None, None)])
     assert (got.score, got.device_tokens) == (1.0, 6)
+
+
+def decided(answer: str | None, score: float | None) -> Response:
+    return replace(response(answer), score=score)
+
+
+def test_decision_votes_by_hand() -> None:
+    votes = DecisionVotes(canonical)
+    made = attempt("1*2")
+    # Two doubtful answers that agree (0.2 each) against a sound one (0.8).
+    doubtful, sound = decided("1*2", math.log(4)), decided("1+2", -math.log(4))
+    [got] = votes.route([replace(made, response=doubtful, samples=(doubtful, sound))])
+    assert got.response == sound
+    assert got.score == pytest.approx(1 - 0.8 / 3)
+    assert got.device_tokens == 9
+    # Votes for one answer add up; a response without a decision has none.
+    [got] = votes.route([replace(made, response=sound, samples=(decided("2+1", 0.0), decided(None, None)))])
+    assert got.score == pytest.approx(1 - 1.3 / 3)
+    [got] = votes.route([replace(made, response=decided(None, None), samples=(decided("1", None),))])
+    assert got.score == 1.0
+    # An l beyond what exp can hold is a vote of nothing.
+    [got] = votes.route([replace(made, response=decided("1", 1e6), samples=())])
+    assert got.score == pytest.approx(1.0)
 
 
 def test_prompt_variants_vote_apart_from_samples() -> None:

@@ -1,0 +1,155 @@
+"""Figures of a comparison: curves against call rate and cost, the training's dynamics, the ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from selfroute import measures
+from selfroute.compare.config import label
+from selfroute.compare.methods import METHODS, OURS
+from selfroute.compare.results import Cell, Testbed
+from selfroute.evaluate.figures import INK, MUTED, axes
+from selfroute.measures import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GRID = np.linspace(0, 1, 201)
+"""Call rates that curves are drawn at."""
+
+COLOURS = {
+    "gapg_decision": "#0b6e99",
+    "decision_votes": "#54b4d6",
+    "gapg": "#c4541d",
+    "gapg_mixed": "#e39a6f",
+    "dr_grpo": "#a3244b",
+    "grpo": "#d989a3",
+    "da_grpo": "#6b3fa0",
+    "lagrangian_gapg": "#a98bd0",
+    "naive_offloading": "#8a94a0",
+    "router": "#1b7a3d",
+    "router_encoder": "#5fae78",
+    "router_boosting": "#a5cfb1",
+    "log_probability": "#8c6d1f",
+    "self_consistency": "#c9a227",
+    "prompt_variants": "#e2cc7f",
+    "probe": "#1d2733",
+    "task_tuning": "#5d6873",
+}
+"""One colour a method, the same in every figure; kinds share a hue."""
+
+
+def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats]:
+    """Call rates, USD per 1k problems, and accuracy along a method's score, the mean over its seeds."""
+    accuracy = np.mean([np.interp(GRID, *c.curve) for c in cells], axis=0)
+    cost = np.mean([np.interp(GRID, *cost_curve(c)) for c in cells], axis=0)
+    return GRID, cost, accuracy
+
+
+def cost_curve(cell: Cell) -> tuple[Floats, Floats]:
+    """Call rate, and the cost in USD per 1k problems of the calls made so far, in the order of the score."""
+    order = np.argsort(-cell.columns.score, kind="stable")
+    n = len(order)
+    return np.arange(n + 1) / n, np.concatenate([[0.0], 1000 * np.cumsum(cell.cost_usd[order]) / n])
+
+
+def draw_curves(testbed: Testbed) -> Figure:
+    """Accuracy against call rate and against cost: lines for methods with a score, points for their own decisions."""
+    figure, (left, right) = axes(11.5, 5.0, 2)
+    cells = {m: list(c.values()) for m, c in testbed.cells.items() if m in METHODS}
+    if OURS in cells:
+        for bound, style, name in (
+            (measures.oracle_accuracy, "--", "oracle, our device model"),
+            (measures.random_accuracy, ":", "random, our device model"),
+        ):
+            line = np.mean([[bound(c.columns, float(rate)) for rate in GRID] for c in cells[OURS]], axis=0)
+            left.plot(100 * GRID, 100 * line, color=MUTED, linestyle=style, linewidth=1, label=name)
+    for method, mine in sorted(cells.items(), key=lambda item: item[0] == OURS):
+        ours, colour = method == OURS, COLOURS.get(method, INK)
+        if mine[0].scored:
+            rates, cost, accuracy = curve_of(mine)
+            width = 2.6 if ours else 1.2
+            left.plot(100 * rates, 100 * accuracy, color=colour, linewidth=width, label=label(method))
+            right.plot(cost, 100 * accuracy, color=colour, linewidth=width)
+        deciding = [(c, c.own) for c in mine if c.own is not None]
+        if deciding:
+            x = float(np.mean([own.mean() for _, own in deciding]))
+            y = float(np.mean([np.where(own > 0, c.columns.cloud, c.columns.device).mean() for c, own in deciding]))
+            usd = float(np.mean([(1000 * c.cost_usd * own).mean() for c, own in deciding]))
+            shown = None if mine[0].scored else label(method)
+            left.plot(100 * x, 100 * y, marker="o", markersize=6, color=colour, linestyle="none", label=shown)
+            right.plot(usd, 100 * y, marker="o", markersize=6, color=colour, linestyle="none")
+    left.axvline(100 * testbed.budget, color=MUTED, linewidth=0.8)
+    left.set(xlabel="call rate (%)", ylabel="accuracy (%)", title=testbed.name)
+    right.set(xlabel="cloud cost (USD per 1,000 problems)", title="dots: own decisions, and methods without a score")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def draw_dynamics(testbed: Testbed) -> Figure | None:
+    """Help share and local accuracy by training step, the mean over seeds: a collapse is a line that goes to zero."""
+    trained = {m: [r.metrics for r in rows.values() if r.metrics] for m, rows in testbed.rows.items() if m in METHODS}
+    trained = {m: runs for m, rows in testbed.rows.items() if (runs := [r.metrics for r in rows.values() if r.metrics])}
+    trained = {m: runs for m, runs in trained.items() if m in METHODS}
+    if not trained:
+        return None
+    figure, (left, right) = axes(11.5, 3.8, 2)
+    for method, runs in trained.items():
+        steps = min(map(len, runs))
+        x = [s["step"] for s in runs[0][:steps]]
+        width = 2.4 if method == OURS else 1.2
+        for axis, key in ((left, "help"), (right, "local_accuracy")):
+            y = 100 * np.mean([[s[key] for s in run[:steps]] for run in runs], axis=0)
+            shown = label(method) if axis is left else None
+            axis.plot(x, y, color=COLOURS.get(method, INK), linewidth=width, label=shown)
+    left.set(xlabel="step", ylabel="help calls (% of responses)", title=testbed.name, ylim=(-1, None))
+    right.set(xlabel="step", ylabel="solved by the device (% of responses)")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def ablation_groups(testbed: Testbed) -> dict[str, list[tuple[str, str]]]:
+    """By what was changed, each value and its row's name: `{"G": [("4", "G=4"), ...]}`; swapped clouds by training."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for method in testbed.rows:
+        if method in METHODS:
+            continue
+        trained, _, swapped = method.partition("@")
+        key, _, value = trained.partition("=")
+        if swapped:
+            key, value = f"trained with {trained}, evaluated with cloud", swapped.partition("=")[2] or swapped
+        groups.setdefault(key, []).append((value or "on", method))
+    return groups
+
+
+def draw_ablations(testbed: Testbed, table: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Accuracy at the budget with its interval, local accuracy and own call rate, for each value of each change."""
+    groups = ablation_groups(testbed)
+    if not groups:
+        return None
+    figure, panels = axes(2.6 * len(groups) + 1.5, 3.6, len(groups))
+    at = f"accuracy_at_{100 * testbed.budget:g}"
+    for axis, (key, values) in zip(np.atleast_1d(panels), groups.items(), strict=True):
+        x = np.arange(len(values))
+        for name, text, colour, marker in (
+            (at, f"accuracy at {100 * testbed.budget:g} % calls", COLOURS[OURS], "o"),
+            ("local_accuracy", "local accuracy", INK, "^"),
+            ("own_call_rate", "own call rate", COLOURS["gapg"], "s"),
+        ):
+            found = [table[method].get(name) for _, method in values]
+            y = np.array([100 * m["value"] if m else np.nan for m in found])
+            low = np.array([100 * m["low"] if m else np.nan for m in found])
+            high = np.array([100 * m["high"] if m else np.nan for m in found])
+            axis.errorbar(
+                x, y, yerr=[y - low, high - y], color=colour, marker=marker, markersize=4, capsize=2, linewidth=1,
+                label=text if axis is np.atleast_1d(panels)[0] else None,
+            )  # fmt: skip
+        axis.set_xticks(x, [value for value, _ in values])
+        axis.set_xlabel("\n".join(key.split(", ")), fontsize=8)
+        axis.set_ylim(0, 102)
+    np.atleast_1d(panels)[0].set_ylabel("%")
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=3)
+    return figure

@@ -1,0 +1,166 @@
+"""The report of a comparison: one page that opens offline, figures, CSV of every number, and compare.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
+
+from selfroute.compare import figures
+from selfroute.compare.config import label
+from selfroute.compare.methods import METHODS, OURS
+from selfroute.compare.results import Testbed, load_testbed, names, summarise
+from selfroute.errors import RunError
+from selfroute.evaluate.figures import svg
+from selfroute.records import read_json, write_atomic, write_json
+
+
+def testbeds(out: Path) -> list[Path]:
+    """The testbeds in a comparison's folder that have a finished row."""
+    return sorted(f.parent for f in out.glob("*/testbed.json") if any((f.parent / "rows").glob("*/seed-*.json")))
+
+
+def write_report(out: Path) -> list[dict[str, Any]]:
+    """Write compare.json, report.html, numbers.csv, curves.csv, training.csv and figures/; returns compare.json's rows.
+
+    Raises:
+        RunError: no row is finished yet.
+    """
+    found = [load_testbed(folder) for folder in testbeds(out)]
+    if not found:
+        raise RunError(
+            f"{out} holds no finished row of a comparison yet: selfroute compare compare-countdown --out {out}"
+        )
+    rows: list[dict[str, Any]] = []
+    sections = []
+    for testbed in found:
+        mine = summarise(testbed)
+        rows += mine
+        sections.append(_section(out, testbed, mine))
+    write_json(out / "compare.json", rows)
+    write_atomic(out / "numbers.csv", _csv(_numbers(rows, found)))
+    write_atomic(out / "curves.csv", _csv(_curves(found)))
+    write_atomic(out / "training.csv", _csv(_training(found)))
+    page = Environment(
+        loader=PackageLoader("selfroute.compare", "."), autoescape=True, undefined=StrictUndefined
+    ).get_template("report.html.jinja")
+    write_atomic(out / "report.html", page.render(sections=sections, show=show, label=label, OURS=OURS))
+    return rows
+
+
+def _section(out: Path, testbed: Testbed, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page shows of one testbed; its figures are also written as SVG and PNG."""
+    table = {r["method"]: r for r in rows}
+    drawn = {
+        "curves": figures.draw_curves(testbed) if any(m in METHODS for m in testbed.rows) else None,
+        "dynamics": figures.draw_dynamics(testbed),
+        "ablations": figures.draw_ablations(testbed, table),
+    }
+    folder = out / "figures"
+    pictures = {}
+    for name, figure in drawn.items():
+        if figure is None:
+            continue
+        pictures[name] = svg(figure)
+        write_atomic(folder / f"{testbed.name}-{name}.svg", pictures[name])
+        figure.savefig(folder / f"{testbed.name}-{name}.png", dpi=160)
+    at = f"{100 * testbed.budget:g}"
+    infos = [row.info for by_seed in testbed.rows.values() for row in by_seed.values()]
+    return {
+        "name": testbed.name,
+        "at": at,
+        "rows": [r for r in rows if r["method"] in METHODS],
+        "ablations": [r for r in rows if r["method"] not in METHODS],
+        "figures": pictures,
+        "task": read_json(out / testbed.name / "testbed.json")["train"]["task"],
+        "commits": sorted({str(info.get("git") or "unknown") for info in infos}),
+        "files": {
+            method: [
+                (seed, f"{testbed.name}/rows/{method}/seed-{seed}", bool(row.metrics))
+                for seed, row in by_seed.items()
+            ]
+            for method, by_seed in testbed.rows.items()
+        },
+    }  # fmt: skip
+
+
+def show(row: Mapping[str, Any], name: str, scale: float = 100.0, *, signed: bool = False) -> str:
+    """A measure for people: a share in percent with its interval, another number alone, a dash for none."""
+    m = row.get(name)
+    if m is None:
+        return "–"
+    if isinstance(m, int | float):
+        return f"{m:,.0f}" if abs(m) >= 10 else f"{m:.3g}"
+    if scale == 1:
+        return f"{m['value']:,.0f}" if m["value"] >= 10 else f"{m['value']:.3f}"
+    sign = "+" if signed else ""
+    low, value, high = (f"{scale * m[k]:{sign}.1f}" for k in ("low", "value", "high"))
+    return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
+
+
+def terminal_tables(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Table]:
+    """A table for each testbed; `wide` with intervals."""
+    tables = []
+    for name in dict.fromkeys(r["testbed"] for r in rows):
+        mine = [r for r in rows if r["testbed"] == name]
+        at = next(key.removeprefix("accuracy_at_") for key in mine[0] if key.startswith("accuracy_at_"))
+        table = Table(title=f"{name}, percent of {mine[0]['problems']:,} test problems", title_justify="left")
+        table.add_column("", no_wrap=True)
+        columns = (
+            ("seeds", "seeds"), ("call_rate", "call rate"), ("accuracy", "accuracy"),
+            (f"accuracy_at_{at}", f"at {at} %"), ("difference_to_ours", "ours ahead"),
+            ("local_accuracy", "local"), ("own_call_rate", "own rate"),
+            ("routing_gain_captured", "gain"), ("train_cloud_calls", "train calls"),
+        )  # fmt: skip
+        for _, title in columns:
+            table.add_column(title, justify="right", no_wrap=wide)
+        for r in mine:
+            cells = [str(len(r["seeds"]))]
+            for key, _ in columns[1:]:
+                text = show(r, key, signed=key.startswith("difference"))
+                cells.append(text if wide else text.partition(" ")[0])
+            table.add_row(label(r["method"]), *cells, style="bold" if r["method"] == OURS else None)
+        tables.append(table)
+    return tables
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
+    yield "testbed", "method", "measure", "value", "low", "high"
+    budget = {t.name: t.budget for t in found}
+    for r in rows:
+        for name in names(budget[r["testbed"]]):
+            if r[name] is not None:
+                yield r["testbed"], r["method"], name, r[name]["value"], r[name]["low"], r[name]["high"]
+        for name in ("lr", "train_cloud_calls", "train_cost_usd", "train_device_tokens", "train_seconds"):
+            if r[name] is not None:
+                yield r["testbed"], r["method"], name, r[name], "", ""
+
+
+def _curves(found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
+    yield "testbed", "method", "call_rate", "usd_per_1k", "accuracy"
+    for testbed in found:
+        for method, cells in testbed.cells.items():
+            if next(iter(cells.values())).scored:
+                for values in zip(*figures.curve_of(list(cells.values())), strict=True):
+                    yield testbed.name, method, *(round(float(v), 6) for v in values)
+
+
+def _training(found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
+    keys = ("step", "reward", "local_accuracy", "help", "wrong", "undecided", "d1", "d2", "dual", "cloud_calls")
+    yield "testbed", "method", "seed", *keys
+    for testbed in found:
+        for method, by_seed in testbed.rows.items():
+            for seed, row in by_seed.items():
+                for step in row.metrics:
+                    yield testbed.name, method, seed, *(step[k] for k in keys)
