@@ -122,3 +122,45 @@ def test_no_order_beats_foresight_and_ends_meet(c: Columns, rate: float) -> None
     assert m.accuracy_at(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9
     assert m.random_accuracy(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9
     assert m.oracle_accuracy(c, rate) <= m.clairvoyant_accuracy(c, rate) + 1e-9
+
+
+def test_random_routing_has_an_apgr_of_one_half() -> None:
+    rng = np.random.default_rng(0)
+    n = 20_000
+    device, cloud = (rng.random(n) < 0.5).astype(float), (rng.random(n) < 0.95).astype(float)
+    values = [m.average_pgr(Columns(rng.random(n), np.zeros(n), device, cloud)) for _ in range(20)]
+    assert np.mean(values) == pytest.approx(0.5, abs=0.01)
+    # A score that says nothing at all, by definition.
+    assert m.average_pgr(Columns(np.zeros(n), np.zeros(n), device, cloud)) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_area_by_hand() -> None:
+    # Trapezoids over 0.6, 0.7, 0.8, 0.8 and seven times 0.9.
+    assert m.area(C) == pytest.approx((0.3 + 0.7 + 0.8 + 0.8 + 6 * 0.9 + 0.45) / 10)
+    assert m.area(columns([1.0], [0], [0], [1])) == pytest.approx(0.5)
+
+
+def test_a_curve_that_is_not_monotone_is_told() -> None:
+    # A call rescues, a call hurts, a call rescues, a call rescues: accuracy 1/4, 2/4, 1/4, 2/4, 3/4.
+    dipping = columns([4, 3, 2, 1], [0] * 4, [0, 1, 0, 0], [1, 0, 1, 1])
+    assert m.curve(dipping)[1].tolist() == pytest.approx([0.25, 0.5, 0.25, 0.5, 0.75])
+    assert m.call_rate_for(dipping, 0.5) == pytest.approx(0.25)
+    assert m.dips_below(dipping, 0.5)
+    assert not m.dips_below(dipping, 0.8)
+    assert not m.dips_below(C, 0.5)
+
+
+def test_one_problem_and_an_empty_class() -> None:
+    one = columns([0.5], [1], [0], [1])
+    assert m.curve(one)[1].tolist() == [0.0, 1.0]
+    assert m.average_pgr(one) == pytest.approx(0.5)
+    assert m.call_rate_for(one, 0.5) == 1.0
+    assert m.oracle_accuracy(one, 0.3) == pytest.approx(0.3)
+    assert math.isnan(m.decision_auc(one))
+    # The device solves everything: there is nothing to gain, and no gap to recover.
+    solved = columns([2, 1], [1, 0], [1, 1], [1, 1])
+    assert math.isnan(m.average_pgr(solved))
+    assert math.isnan(m.call_rate_for(solved, 0.5))
+    assert not m.dips_below(solved, 0.5)
+    assert math.isnan(m.routing_gain_captured(solved))
+    assert m.area(solved) == 1.0

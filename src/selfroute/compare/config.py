@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ class CompareConfig(Config):
     ablations: dict[str, dict[str, Any]] = Field({})
     """More rows: GAPG + decision loss with these changes to the training's settings."""
     swap_clouds: tuple[Choice, ...] = ()
-    """Clouds to evaluate each ablation with, beside the one that it was trained with."""
+    """Clouds to evaluate with, in place of the one it was trained with, each ablation that changes the cloud."""
     fit_problems: int = Field(4000, ge=10)
     """Training problems that the prompt classifiers and the probe learn from, at most."""
     num_samples: int = Field(5, ge=2)
@@ -60,6 +61,9 @@ class CompareConfig(Config):
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
+        for name in self.ablations:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", name):
+                raise ValueError(f"the name of an ablation is letters, digits and _ . , = + -; got {name!r}")
         clash = sorted(set(self.ablations) & set(METHODS))
         if clash:
             raise ValueError(f"an ablation must not be named like a method: {', '.join(clash)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, route_test, threshold_for
-from selfroute.compare.rows import ASK_FIRST, Record, ordering, row_info, write_row
+from selfroute.compare.rows import ASK_FIRST, Record, ordering, read_row, row_info, write_row
 from selfroute.config import Choice
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
@@ -92,6 +93,7 @@ class Matrix:
                     self._bound(method, seed)
             for method in self.config.trained:
                 self._trained(method, seed)
+                self._swap(method, seed)
             missing = [m for m in self.config.methods if m in ROUTERS and row_info(self.testbed, m, seed) is None]
             for base in dict.fromkeys(METHODS[m].on for m in missing):
                 assert base is not None
@@ -134,6 +136,8 @@ class Matrix:
             return
         progress = self.progress(method, seed)
         config = self.config.training(method, lr=self._choose_lr(method, progress), seed=seed)
+        if self._same(method, config):
+            return
         run = self._train(method, config, progress)
         engine = _load(run, config)
         info: dict[str, Any] = {"config": config.model_dump(mode="json"), "ledger": training(run)}
@@ -164,31 +168,41 @@ class Matrix:
             for o in outcomes
         ]
         write_row(self.testbed, method, seed, info, records, read_records(run / "metrics.jsonl"))
-        for cloud in self.config.swap_clouds if method in self.config.ablations else ():
-            self._swap(f"{method}@{_brief(cloud)}", seed, cloud, info, records, run)
 
-    def _swap(
-        self, method: str, seed: int, choice: Choice, info: dict[str, Any], records: Sequence[Record], run: Path
-    ) -> None:
-        """The same responses, with another cloud's answers."""
-        cloud = Cloud(make_cloud(choice), run / "cloud.sqlite")
-        problems = self.task.load("test")
-        try:
-            answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
-        finally:
-            cloud.close()
-        swapped = []
-        for p, record, answer in zip(problems, records, answers, strict=True):
-            assert p.id == record.problem
-            _, correct, _ = judge(self.task, p, answer.text, answer.finished)
-            values = {f: getattr(record, f) for f in Record.__slots__}
-            values |= {
-                "cloud_correct": correct,
-                "cloud_tokens": answer.completion_tokens,
-                "cloud_cost_usd": answer.cost_usd,
-            }
-            swapped.append(Record(**values))
-        write_row(self.testbed, method, seed, {**info, "swapped_cloud": choice.model_dump(mode="json")}, swapped)
+    def _same(self, method: str, config: TrainConfig) -> bool:
+        """Whether another ablation was trained with these very settings; its row then serves for this one too."""
+        for other in self.config.ablations if method in self.config.ablations else ():
+            done = row_info(self.testbed, other, config.seed)
+            if done is not None and done["config"] == config.model_dump(mode="json"):
+                row = read_row(self.testbed, other, config.seed)
+                info = {**_own(row.info), "same_as": other}
+                write_row(self.testbed, method, config.seed, info, row.records, row.metrics)
+                return True
+        return False
+
+    def _swap(self, method: str, seed: int) -> None:
+        """An ablation of the cloud: the same responses, with the answers of other clouds."""
+        missing = [c for c in self.config.swap_clouds if row_info(self.testbed, f"{method}@{_brief(c)}", seed) is None]
+        if not missing or "cloud" not in self.config.ablations.get(method, {}):
+            return
+        row, problems = read_row(self.testbed, method, seed), self.task.load("test")
+        for choice in missing:
+            cloud = Cloud(make_cloud(choice), self.testbed / "cloud.sqlite")
+            try:
+                answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
+            finally:
+                cloud.close()
+            records = [
+                replace(
+                    record,
+                    cloud_correct=judge(self.task, p, answer.text, answer.finished)[1],
+                    cloud_tokens=answer.completion_tokens,
+                    cloud_cost_usd=answer.cost_usd,
+                )
+                for p, record, answer in zip(problems, row.records, answers, strict=True)
+            ]
+            info = {**_own(row.info), "swapped_cloud": choice.model_dump(mode="json")}
+            write_row(self.testbed, f"{method}@{_brief(choice)}", seed, info, records)
 
     def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
         run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
@@ -237,12 +251,12 @@ class Matrix:
         if method == TASK_TUNED:
             return float(c.device.mean())
         first = np.array([ASK_FIRST if o.route == "undecided" else s for o, s in zip(outcomes, c.score, strict=True)])
-        return measures.accuracy_at(measures.Columns(first, c.asked, c.device, c.cloud), config.budget)
+        return measures.accuracy_at(measures.Columns(first, c.asked, c.device, c.cloud), self.config.train.budget)
 
     def _calibrate(self, config: TrainConfig, engine: HFEngine, run: Path, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
         scored = score(engine, self.task, sampling=config.evaluation, seed=config.seed, draws=1, progress=progress)
-        return threshold_for([ordering(s, s is None) for _, s in scored], config.budget)
+        return threshold_for([ordering(s, s is None) for _, s in scored], self.config.train.budget)
 
     # Routers on a trained model.
 
@@ -284,6 +298,11 @@ def _record(
         cloud_cost_usd=o.cloud_cost_usd,
         solve_share=share,
     )
+
+
+def _own(info: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of itself, without what names it."""
+    return {k: v for k, v in info.items() if k not in ("schema", "method", "seed", "git", "versions")}
 
 
 def _brief(choice: Choice) -> str:

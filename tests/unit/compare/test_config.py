@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from selfroute.api import load_compare_config
+from selfroute.compare.config import QUICK, CompareConfig, label
+from selfroute.compare.methods import BOUNDS, METHODS, OURS, ROUTERS, TASK_TUNED, TRAINED
+from selfroute.config import names, validate
+from selfroute.errors import ConfigError
+
+COMPARISONS = [name for name in names() if name.startswith(("compare-", "ablate-"))]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_shipped_comparison_is_whole(name: str) -> None:
+    config = load_compare_config(name)
+    trained = config.trained
+    assert len(trained) == len(set(trained)) > 0
+    for method in trained:
+        training = config.training(method, lr=config.lrs[0], seed=7)
+        assert (training.seed, training.budget) == (7, 0.3 if "rho=" not in method else training.budget)
+        assert training.task == config.train.task
+    load_compare_config(name, QUICK)
+
+
+def test_the_main_comparison_has_every_row() -> None:
+    config = load_compare_config("compare-countdown")
+    assert config.methods == tuple(METHODS)
+    assert len(config.seeds) >= 3
+    assert {*BOUNDS, *TRAINED, *ROUTERS} == set(METHODS)
+
+
+def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
+    config = load_compare_config("compare-countdown")
+    ours = config.training(OURS, lr=1e-4, seed=0).model_dump()
+    for method in TRAINED:
+        other = config.training(method, lr=1e-4, seed=0).model_dump()
+        changed = {key for key in ours if ours[key] != other[key]}
+        assert changed <= {"algorithm", "d1", "decision_weight", "reward"}, method
+        assert (method == OURS) == (not changed)
+        assert ("reward" in changed) == (method == TASK_TUNED)
+        assert other["reward"]["answer"] == ours["reward"]["answer"]
+    assert config.training(TASK_TUNED, lr=1e-4, seed=0).reward.cloud == 0
+
+
+def test_routers_bring_the_model_that_they_stand_on() -> None:
+    base = load_compare_config("compare-countdown")
+    assert base.model_copy(update={"methods": ("probe",)}).trained == [TASK_TUNED]
+    assert base.model_copy(update={"methods": ("decision_votes", "device_only")}).trained == [OURS]
+    assert base.model_copy(update={"methods": ("cloud_only",)}).trained == []
+
+
+def test_ablations_change_ours() -> None:
+    values = {"testbed": "x", "methods": [], "ablations": {"G=4": {"num_responses": 4}, "fast": {"lr": 1e-3}}}
+    config = validate(CompareConfig, values, "test")
+    assert config.trained == ["G=4", "fast"]
+    assert config.training("G=4", lr=1e-4, seed=3).num_responses == 4
+    assert config.training("fast", lr=1e-4, seed=3).lr == 1e-3
+    assert label("G=4") == "GAPG + decision loss, G=4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["gapgg"]}, "no such method: gapgg"),
+        ({"ablations": {"gapg": {}}}, "must not be named like a method: gapg"),
+        ({"ablations": {"G=1": {"num_responses": 1}}}, "num_responses: .*greater than or equal to 2"),
+        ({"ablations": {"../G": {"num_responses": 4}}}, r"name of an ablation"),
+        ({"testbed": "../x"}, "testbed"),
+        ({"seeds": []}, "seeds"),
+        ({"train": {"task": {"name": "countdown", "numbers": 3}}}, "numbers"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(CompareConfig, {"testbed": "x", **changes}, "test")

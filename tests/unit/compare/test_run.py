@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.clouds import FlakyOracle
+
+from selfroute.compare.config import CompareConfig
+from selfroute.compare.methods import OURS, TASK_TUNED
+from selfroute.compare.routing import fit_routers, route_test
+from selfroute.compare.rows import methods_of, read_row, row_info
+from selfroute.compare.run import Matrix, compare
+from selfroute.config import validate
+from selfroute.device.hf import HFEngine
+from selfroute.errors import RunError
+from selfroute.protocol import chat
+from selfroute.records import read_json
+from selfroute.tasks.countdown import Countdown
+from selfroute.types import Problem, Split
+
+TRAIN = {
+    "task": {"name": "countdown", "train": 40, "calibration": 40, "test": 24},
+    "steps": 1,
+    "problems_per_step": 4,
+    "num_responses": 4,
+    "sampling": {"max_tokens": 100},
+    "evaluation": {"max_tokens": 100},
+}
+
+
+def config(methods: list[str], **changes: Any) -> CompareConfig:
+    train = {**TRAIN, **changes.pop("train", {})}
+    values = {
+        "testbed": "bed", "methods": methods, "seeds": [0], "fit_problems": 20, "num_samples": 2, "train": train,
+        **changes,
+    }  # fmt: skip
+    return validate(CompareConfig, values, "test")
+
+
+def stamps(out: Path) -> dict[str, int]:
+    return {str(f.relative_to(out)): f.stat().st_mtime_ns for f in (out / "bed/rows").rglob("*") if f.is_file()}
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison with a row of each kind."""
+    out = tmp_path_factory.mktemp("compare")
+    compare(config(["device_only", "cloud_only", OURS, "probe", "decision_votes"]), out)
+    return out
+
+
+def test_every_row_is_there_and_consistent(finished: Path) -> None:
+    bed = finished / "bed"
+    assert set(methods_of(bed)) == {"device_only", "cloud_only", TASK_TUNED, OURS, "probe", "decision_votes"}
+    rows = {m: read_row(bed, m, 0) for m in methods_of(bed)}
+    problems = [r.problem for r in rows[OURS].records]
+    assert len(problems) == 24
+    for row in rows.values():
+        assert [r.problem for r in row.records] == problems
+        # One cloud for all.
+        assert [r.cloud_correct for r in row.records] == [r.cloud_correct for r in rows[OURS].records]
+    assert not any(r.asked for r in rows["device_only"].records)
+    assert all(r.asked for r in rows["cloud_only"].records)
+    assert not any(r.asked for r in rows[TASK_TUNED].records)
+    assert {r.asked for r in rows["probe"].records} == {None}
+    assert len(rows[OURS].metrics) == 1
+    # The probe looks at the very responses of the task-tuned row.
+    assert [r.device_correct for r in rows["probe"].records] == [r.device_correct for r in rows[TASK_TUNED].records]
+    assert all(r.score is None or 0 <= r.score <= 1 for r in rows["probe"].records)
+    # Votes cost the tokens of all samples.
+    mean = {m: sum(r.device_tokens for r in rows[m].records) for m in (OURS, "decision_votes")}
+    assert mean["decision_votes"] > 1.5 * mean[OURS]
+
+
+def test_a_rerun_does_nothing_and_a_new_method_pays_for_itself_alone(finished: Path) -> None:
+    before = stamps(finished)
+    compare(config(["device_only", "cloud_only", OURS, "probe", "decision_votes"]), finished)
+    assert stamps(finished) == before
+    compare(config([OURS, "probe", "naive_offloading", "gapg"]), finished)
+    after = stamps(finished)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[2] for name in set(after) - set(before)} == {"naive_offloading", "gapg"}
+
+
+def test_rows_made_with_other_settings_are_never_mixed(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"made with other settings \(train\): give another --out"):
+        compare(config([OURS], train={"steps": 2}), finished)
+    with pytest.raises(RunError, match=r"made with other settings \(num_samples\)"):
+        compare(config([OURS], num_samples=3), finished)
+
+
+class Watched(Countdown):
+    """Countdown that keeps note of the splits that were loaded, and has no test problems while it is forbidden."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.loaded: list[Split] = []
+
+    def load(self, split: Split) -> list[Problem]:
+        self.loaded.append(split)
+        assert split != "test", "a test problem was asked for before the test"
+        return super().load(split)
+
+
+class Listener:
+    """Every prompt that an engine is given, however it gets there."""
+
+    def __init__(self, engine: HFEngine) -> None:
+        self.seen: set[tuple[int, ...]] = set()
+        encode = engine.encode
+
+        def listening(messages: Any) -> list[int]:
+            ids = encode(messages)
+            self.seen.add(tuple(ids))
+            return ids
+
+        engine.encode = listening  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def fresh() -> HFEngine:
+    """An engine of the test's own."""
+    from selfroute.device.base import DeviceConfig
+
+    return HFEngine.load(DeviceConfig(model="countdown-1m"))
+
+
+EVERY_ROUTER = [
+    "naive_offloading", "router", "router_encoder", "router_boosting", "log_probability", "self_consistency",
+    "prompt_variants", "probe", "decision_votes",
+]  # fmt: skip
+
+
+def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> None:
+    settings = config(EVERY_ROUTER)
+    task = Watched(Countdown(Countdown.Config(**settings.train.task.settings)).config)
+    tests = Countdown(task.config).load("test")
+    questions = [q for p in tests for q in (p.question, *task.variants(p, 6))]
+    held_out = {tuple(fresh.encode(chat(q))) for q in questions}
+    listener = Listener(fresh)
+    fitted = fit_routers(EVERY_ROUTER, fresh, task, settings, 0, quiet)
+    assert [f.method for f in fitted] == EVERY_ROUTER
+    assert set(task.loaded) == {"train", "calibration"}
+    assert len(listener.seen) > 50
+    assert not listener.seen & held_out
+    # The prompts are what would have been seen: routing the test shows them.
+    from selfroute.cloud import make_cloud
+    from selfroute.cloud.memory import Cloud
+
+    cloud = Cloud(make_cloud(settings.train.cloud), Path(":memory:"))
+    try:
+        routed = route_test(fitted, fresh, Countdown(task.config), cloud, settings, 0, quiet)
+    finally:
+        cloud.close()
+    assert listener.seen & held_out
+    assert set(routed) == set(EVERY_ROUTER)
+    for method, records in routed.items():
+        assert len(records) == 24, method
+        assert all(r.score is not None and 0 <= r.score <= 1 for r in records), method
+    chosen = next(f for f in fitted if f.method == "router").info["chosen"]
+    assert [r.score for r in routed["router"]] == [r.score for r in routed[chosen]]
+
+
+def test_neither_the_search_nor_our_own_calibration_sees_a_test_problem(tmp_path: Path) -> None:
+    settings = config([OURS], lrs=[1e-4, 2e-4])
+    matrix = Matrix(settings, tmp_path, quiet)
+    matrix.task = Watched(matrix.task.config)
+    lr = matrix._choose_lr(OURS, quiet)
+    search = read_json(tmp_path / f"search/{OURS}.json")
+    assert lr == search["chosen"]
+    assert set(search["tried"]) == {"0.0001", "0.0002"}
+    assert search["tried"][f"{lr:g}"]["validation"] == max(t["validation"] for t in search["tried"].values())
+    run = tmp_path / f"runs/{OURS}/lr-{lr:g}-seed-0"
+    training = settings.training(OURS, lr=lr, seed=0)
+    from selfroute.compare.run import _load
+
+    found = matrix._calibrate(training, _load(run, training), run, quiet)
+    assert found["problems"] == 40
+    assert set(matrix.task.loaded) == {"calibration"}
+
+
+def test_equal_ablations_train_once_and_clouds_are_swapped(tmp_path: Path) -> None:
+    settings = config(
+        [],
+        ablations={
+            "cloud=0.5": {"cloud": {"accuracy": 0.5}},
+            "G=4": {"num_responses": 4},
+            "cloud=0.95": {"cloud": {"accuracy": 0.95}},
+        },
+        swap_clouds=[{"name": "oracle", "accuracy": 1.0}],
+    )
+    compare(settings, tmp_path)
+    bed = tmp_path / "bed"
+    assert sorted(p.name for p in (bed / "runs").iterdir()) == ["G=4", "cloud=0.5"]
+    same = row_info(bed, "cloud=0.95", 0)
+    assert same is not None
+    assert same["same_as"] == "G=4"
+    assert read_row(bed, "cloud=0.95", 0).records == read_row(bed, "G=4", 0).records
+    half, swapped = read_row(bed, "cloud=0.5", 0), read_row(bed, "cloud=0.5@accuracy=1.0", 0)
+    assert [r.device_correct for r in half.records] == [r.device_correct for r in swapped.records]
+    assert all(r.cloud_correct for r in swapped.records)
+    assert not all(r.cloud_correct for r in half.records)
+    assert row_info(bed, "cloud=0.95@accuracy=1.0", 0) is not None
+
+
+def test_what_is_finished_stays_when_the_cloud_fails(tmp_path: Path) -> None:
+    from selfroute.errors import CloudError
+
+    down = tmp_path / "down"
+    flaky = {"name": f"{FlakyOracle.__module__}:FlakyOracle", "broken": str(down)}
+    settings = config(["device_only", OURS], train={"cloud": flaky})
+
+    def fail_later(what: str, done: int, total: int) -> None:
+        if f"{OURS}, seed 0: training" in what:
+            down.touch()
+
+    with pytest.raises(CloudError):
+        compare(settings, tmp_path / "out", progress=fail_later)
+    bed = tmp_path / "out/bed"
+    kept = stamps(tmp_path / "out")
+    assert row_info(bed, "device_only", 0) is not None
+    assert row_info(bed, OURS, 0) is None
+    down.unlink()
+    compare(settings, tmp_path / "out")
+    assert row_info(bed, OURS, 0) is not None
+    assert {name: stamps(tmp_path / "out")[name] for name in kept} == kept
