@@ -234,7 +234,7 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
             draws=CALIBRATION_DRAWS,
             progress=_under("calibrate", progress),
         )
-        write_records(records, ({"problem": problem, "score": value} for problem, value in scored))
+        write_records(records, ({"problem": problem, "score": value} for problem, value, _ in scored))
         known = {"checkpoint": checkpoint, "budgets": {}}
     rows = read_records(records)
     setting = asdict(find([r["score"] for r in rows], budget, num_problems=len({r["problem"] for r in rows})))

@@ -14,13 +14,28 @@ from matplotlib.image import imread
 
 from tests.e2e.test_cli import selfroute
 
+RUN = ("demo", "--quick", "--out", "out")
+COMPARISON = (
+    *("compare", "compare-countdown", "--quick", "--out", "out", "seeds=[0]", "train.task.test=40"),
+    'methods=["device_only", "gapg_decision", "gapg", "probe"]',
+)
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_renders_whole_and_asks_for_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        (RUN, ("A device model that knows when to ask", "Handed to the cloud", "cloud alone", "CPU-seconds")),
+        (COMPARISON, ("Every way to route", "Solving and routing told apart", "Hidden-state probe", "Made by commit")),
+    ],
+)
+def test_the_page_renders_whole_and_asks_for_nothing_else(
+    tmp_path: Path, command: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     assert chromium, "this test needs Chromium: apt-get install chromium"
-    selfroute("demo", "--quick", "--out", "out", cwd=tmp_path)
+    selfroute(*command, cwd=tmp_path)
     asked: list[str] = []
 
     class Server(http.server.SimpleHTTPRequestHandler):
@@ -37,7 +52,7 @@ def test_the_page_renders_whole_and_asks_for_nothing_else(tmp_path: Path) -> Non
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
         ]  # fmt: skip
         done = subprocess.run([*browser, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=120)
-        for text in ("A device model that knows when to ask", "Handed to the cloud", "cloud alone", "CPU-seconds"):
+        for text in texts:
             assert text in done.stdout
         # The page's own policy forbids every load; an attempt would stand in the console.
         assert "Content Security Policy" not in done.stderr

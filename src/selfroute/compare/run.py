@@ -256,7 +256,7 @@ class Matrix:
     def _calibrate(self, config: TrainConfig, engine: HFEngine, run: Path, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
         scored = score(engine, self.task, sampling=config.evaluation, seed=config.seed, draws=1, progress=progress)
-        return threshold_for([ordering(s, s is None) for _, s in scored], self.config.train.budget)
+        return threshold_for([ordering(value, undecided) for _, value, undecided in scored], self.config.train.budget)
 
     # Routers on a trained model.
 
