@@ -26,7 +26,7 @@ def testbeds(out: Path) -> list[Path]:
 
 
 def write_report(out: Path) -> list[dict[str, Any]]:
-    """Write compare.json, report.html, numbers.csv, curves.csv, training.csv and figures/; returns compare.json's rows.
+    """Write compare.json, report.html, results.md, three .csv files and figures/; returns the rows of compare.json.
 
     Raises:
         RunError: no row is finished yet.
@@ -46,6 +46,7 @@ def write_report(out: Path) -> list[dict[str, Any]]:
     write_atomic(out / "numbers.csv", _csv(_numbers(rows, found)))
     write_atomic(out / "curves.csv", _csv(_curves(found)))
     write_atomic(out / "training.csv", _csv(_training(found)))
+    write_atomic(out / "results.md", markdown(sections))
     page = Environment(
         loader=PackageLoader("selfroute.compare", "."), autoescape=True, undefined=StrictUndefined
     ).get_template("report.html.jinja")
@@ -101,6 +102,39 @@ def show(row: Mapping[str, Any], name: str, scale: float = 100.0, *, signed: boo
     sign = "+" if signed else ""
     low, value, high = (f"{scale * m[k]:{sign}.1f}" for k in ("low", "value", "high"))
     return value if m["low"] == m["high"] else f"{value} [{low}, {high}]"
+
+
+def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
+    """The tables as Markdown, with what made them."""
+    text = [
+        "# Results",
+        "",
+        "Percent of the test problems, means over seeds, with 95 % intervals of a bootstrap over seeds and problems.",
+        "*Ours ahead*: GAPG + decision loss less the row, paired, read off our curve at the row's own call rate.",
+        "[compare.md](compare.md) says what each row is. Made again by `selfroute report OUT`.",
+    ]
+    for s in sections:
+        at = s["at"]
+        text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])}."]
+        columns = (
+            ("call rate", "call_rate", 100.0), ("accuracy", "accuracy", 100.0),
+            (f"at {at} %", f"accuracy_at_{at}", 100.0),
+            ("ours ahead", "difference_to_ours", 100.0), (f"ours ahead at {at} %", f"difference_at_{at}", 100.0),
+            ("own call rate", "own_call_rate", 100.0), ("local accuracy", "local_accuracy", 100.0),
+            ("routing gain", "routing_gain_captured", 100.0), ("device tokens", "device_tokens", 1.0),
+            ("training calls", "train_cloud_calls", 1.0), ("training s", "train_seconds", 1.0),
+        )  # fmt: skip
+        for rows, first in ((s["rows"], "method"), (s["ablations"], "GAPG + decision loss with")):
+            if not rows:
+                continue
+            text += ["", f"| {first} | seeds | " + " | ".join(c[0] for c in columns) + " |"]
+            text.append("|---|" + "---|" * (len(columns) + 1))
+            for r in rows:
+                name = label(r["method"]) if r["method"] in METHODS else r["method"]
+                cells = [show(r, key, scale, signed=key.startswith("difference")) for _, key, scale in columns]
+                name = f"**{name}**" if r["method"] == OURS else name
+                text.append(f"| {name} | {len(r['seeds'])} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 def terminal_tables(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Table]:
