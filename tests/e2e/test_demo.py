@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 
 from selfroute import measures
-from selfroute.api import load_train_config, load_warmstart_config
+from selfroute.api import load_compare_config, load_train_config, load_warmstart_config
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
-from selfroute.device.base import DeviceConfig
-from selfroute.device.hf import HFEngine, model_path
+from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.device.hf import HFEngine, model_path, shipped_models
 from selfroute.evaluate.run import columns, evaluate
 from selfroute.measures import Columns
+from selfroute.protocol import chat, parse
 from selfroute.tasks import make_task
+from selfroute.types import HelpCall, Problem
 from tests.e2e.test_cli import selfroute
 
 ROOT = Path(__file__).parents[2]
@@ -78,14 +80,32 @@ def assert_no_routing(draws: list[Columns]) -> None:
     assert 0.45 <= np.mean([measures.decision_auc(c) for c in draws]) <= 0.55
 
 
-def test_the_shipped_weights_are_those_that_their_provenance_names() -> None:
-    folder = Path(model_path("countdown-1m"))
+@pytest.mark.parametrize("name", shipped_models())
+def test_the_shipped_weights_are_those_that_their_provenance_names(name: str) -> None:
+    folder = Path(model_path(name))
     provenance = json.loads((folder / "warmstart.json").read_text())
     weights = (folder / "model.safetensors").read_bytes()
     assert len(weights) < 4_000_000
     assert hashlib.sha256(weights).hexdigest() == provenance["sha256"]["model.safetensors"]
-    assert load_warmstart_config("countdown-1m").model_dump(mode="json") == provenance["config"]
-    assert provenance["command"] == "selfroute warmstart countdown-1m --out DIR"
+    assert load_warmstart_config(name).model_dump(mode="json") == provenance["config"]
+    assert provenance["command"] == f"selfroute warmstart {name} --out DIR"
+
+
+def test_the_informed_model_knows_something_of_when_to_ask() -> None:
+    """Its help calls follow failure, and far from always: 30 % after a failed search, 3 % after a success."""
+    training = load_compare_config("compare-countdown-informed").train
+    task, engine = make_task(training.task), HFEngine.load(training.device)
+    outcomes = evaluate_alone(engine, task.load("calibration"), training.evaluation)
+    asked = {hit: [a for h, a in outcomes if h == hit] for hit in (True, False)}
+    assert 0.2 < np.mean(asked[False]) < 0.4
+    assert np.mean(asked[True]) < 0.08
+
+
+def evaluate_alone(engine: HFEngine, problems: list[Problem], sampling: Sampling) -> list[tuple[bool, bool]]:
+    """Of a response to each problem, whether its search ended in a hit, and whether it asked."""
+    prompts = [engine.encode(chat(p.question)) for p in problems]
+    groups = engine.generate(prompts, [[f"informed/{p.id}"] for p in problems], sampling)
+    return [("!" in r.text, isinstance(parse(r.text, finished=r.finished), HelpCall)) for [r] in groups]
 
 
 @pytest.mark.slow
