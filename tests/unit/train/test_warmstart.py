@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfroute.config import validate
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
+from selfroute.errors import ConfigError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, DecisionPoint, chat
 from selfroute.train.warmstart import (
     WarmstartConfig,
@@ -122,3 +124,25 @@ def test_a_short_warm_start_reports_and_states_its_provenance(tmp_path: Path) ->
     provenance = json.loads((tmp_path / "model/warmstart.json").read_text())
     assert provenance["command"] == "the command"
     assert provenance["config"] == config.model_dump(mode="json")
+
+
+def test_a_warm_start_goes_on_from_a_model(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = WarmstartConfig(
+        start="countdown-1m", steps=1, settle_steps=1, problems_per_step=2, traces_per_problem=2, lr=1e-9, settle_lr=1e-9,
+        help_probability=0.3, help_probability_after_hit=0.03,
+    )  # fmt: skip
+    warmstart(config, tmp_path / "model", report=lines.append)
+    before, after = (
+        HFEngine.load(DeviceConfig(model=m)).model.state_dict() for m in ("countdown-1m", str(tmp_path / "model"))
+    )
+    assert all(torch.allclose(before[k], after[k], atol=1e-3) for k in before)
+    # A start that knows something of when to ask is not levelled.
+    assert not any(line.startswith("level") for line in lines)
+
+
+def test_a_task_without_traces_is_named() -> None:
+    with pytest.raises(ConfigError, match="there are no traces of it"):
+        validate(WarmstartConfig, {"task": {"name": "chess"}}, "test")
+    with pytest.raises(ConfigError, match=r"leave task\.path out"):
+        validate(WarmstartConfig, {"task": {"name": "countdown", "path": "x.jsonl"}}, "test")
