@@ -45,7 +45,7 @@ class Cell:
     cloud_tokens: Floats
     cost_usd: Floats
     solve_share: Floats
-    undecided: Floats
+    unanswered: Floats
 
     @classmethod
     def of(cls, row: Row, untrained: Row | None) -> Cell:
@@ -70,7 +70,7 @@ class Cell:
             cloud_tokens=np.array([float(r.cloud_tokens) for r in row.records]),
             cost_usd=np.array([r.cloud_cost_usd for r in row.records]),
             solve_share=np.array([math.nan if r.solve_share is None else r.solve_share for r in row.records]),
-            undecided=np.array([float(r.undecided) for r in row.records]),
+            unanswered=np.array([float(r.answer is None) for r in row.records]),
         )
 
     def take(self, index: NDArray[np.int64]) -> Cell:
@@ -83,7 +83,7 @@ class Cell:
             cloud_tokens=self.cloud_tokens[index],
             cost_usd=self.cost_usd[index],
             solve_share=self.solve_share[index],
-            undecided=self.undecided[index],
+            unanswered=self.unanswered[index],
         )
 
     @cached_property
@@ -118,7 +118,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         "accuracy_where_asked": _mean(c.cloud[asked]),
         "calls_that_rescued": _mean(((c.device == 0) & (c.cloud == 1))[asked]),
         "calls_wasted": _mean(wasted > 0.5),
-        "undecided": float(cell.undecided.mean()),
+        "unanswered": float(cell.unanswered.mean()),
         "device_tokens": float(cell.device_tokens.mean()),
         "cloud_tokens": float((cell.cloud_tokens * c.asked).mean()),
         "usd_per_1k": float((1000 * cell.cost_usd * c.asked).mean()),
@@ -159,7 +159,7 @@ def names(budget: float) -> list[str]:
         *("difference_to_ours", f"difference_at_{at}", "own_call_rate", "own_accuracy", "own_difference_to_ours"),
         *("cpt_50", "cpt_80", "area", "decision_auc", "pgr_vs_trained", "pgr_vs_untrained"),
         *(f"random_at_{at}", f"oracle_at_{at}", f"clairvoyant_at_{at}"),
-        *("accuracy_where_answered", "accuracy_where_asked", "calls_that_rescued", "calls_wasted", "undecided"),
+        *("accuracy_where_answered", "accuracy_where_asked", "calls_that_rescued", "calls_wasted", "unanswered"),
         *("device_tokens", "cloud_tokens", "usd_per_1k"),
     ]
 

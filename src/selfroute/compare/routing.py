@@ -20,7 +20,7 @@ from selfroute.evaluate.calibrate import calibrate
 from selfroute.evaluate.run import judge
 from selfroute.protocol import cloud_request, parse
 from selfroute.routers.agreement import Agreement, DecisionVotes
-from selfroute.routers.base import Attempt, Router
+from selfroute.routers.base import Attempt, Routed, Router
 from selfroute.routers.classifier import Boosting, Encoder
 from selfroute.routers.collect import Extra, collect
 from selfroute.routers.confidence import Confidence
@@ -90,7 +90,7 @@ def fit_routers(
         if method in LEARN:
             router.fit(learn, learn_correct)
         routed = router.route(held)
-        scores = [ordering(r.score, _undecided(r.response)) for r in routed]
+        scores = [ordering(r.score, _seen_undecided(router, r)) for r in routed]
         info["calibration"] = threshold_for(scores, config.train.budget)
         wrong = [not _correct(task, a, r.response) for a, r in zip(held, routed, strict=True)]
         clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
@@ -140,7 +140,7 @@ def route_test(
             Record(
                 problem=a.problem.id,
                 score=r.score,
-                undecided=_undecided(r.response),
+                undecided=_seen_undecided(f.router, r),
                 asked=None,
                 answer=judge(task, a.problem, r.response.text, r.response.finished)[0],
                 device_correct=_correct(task, a, r.response),
@@ -175,9 +175,10 @@ def _correct(task: Task, attempt: Attempt, response: Response) -> bool:
     return judge(task, attempt.problem, response.text, response.finished)[1]
 
 
-def _undecided(response: Response) -> bool:
-    """Whether a response has no readable answer."""
-    return isinstance(parse(response.text, finished=response.finished), Undecided)
+def _seen_undecided(router: Router, routed: Routed) -> bool:
+    """Whether a router sees that there is no readable answer; one that decides on the prompt does not."""
+    response = routed.response
+    return not router.prompt_only and isinstance(parse(response.text, finished=response.finished), Undecided)
 
 
 def _counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:

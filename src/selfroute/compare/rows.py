@@ -31,10 +31,11 @@ from selfroute.records import SCHEMA, origin, read_json, write_bytes, write_json
 class Record:
     """One test problem of one row.
 
-    `score` orders the problems for the cloud; None where the response has no readable answer (`undecided`), which is
-    asked first, or an unusual one, which is asked last. `asked` is the method's own decision, None where it makes none.
-    `device_*` is the answer without help; `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the
-    share of further samples that solve the problem, where the method asked about it.
+    `score` orders the problems for the cloud. A response without a readable answer, where the method sees it
+    (`undecided`), is asked first; None, where it has no score although it has an answer, is asked last. `asked` is the
+    method's own decision, None where it makes none. `device_*` is the answer without help (`answer` None where there is
+    no readable one); `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the share of further
+    samples that solve the problem, where the method asked about it.
     """
 
     problem: str

@@ -20,6 +20,8 @@ from selfroute.types import Answer, Response
 class Agreement:
     """k responses vote. score = (k - votes of the winner + 1 - confidence) / k, so that confidence breaks ties."""
 
+    prompt_only = False
+
     def __init__(self, canonical: Callable[[str], str], over: Literal["samples", "variants"]) -> None:
         self.canonical, self.over = canonical, over
 
@@ -49,6 +51,8 @@ class DecisionVotes:
     The answer with the largest sum of votes stands, and score = 1 - that sum / k. A response that its own decision
     doubts counts for little, so that one sound answer outweighs several that agree by chance.
     """
+
+    prompt_only = False
 
     def __init__(self, canonical: Callable[[str], str]) -> None:
         self.canonical = canonical

@@ -43,7 +43,9 @@ class Routed:
 
 
 class Router(Protocol):
-    """A way to route from outside."""
+    """A way to route from outside. One that is `prompt_only` decides before the device has begun."""
+
+    prompt_only: bool
 
     def fit(self, attempts: Sequence[Attempt], correct: Sequence[bool]) -> None:
         """Learn from training problems and whether the device solved them; a training-free router does nothing."""

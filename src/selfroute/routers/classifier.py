@@ -36,6 +36,8 @@ from selfroute.routers.base import Attempt, Routed, scored
 class Boosting:
     """Histogram gradient boosting; stops early on a part of the training problems that it holds out."""
 
+    prompt_only = True
+
     NUMBERS = 8
     """Numbers of the prompt that become features, in order and sorted, -1 where there are fewer; more are left out."""
     TOPICS = 16
@@ -86,6 +88,8 @@ class Encoder:
     Raises:
         DeviceError: nothing by `name` can be loaded.
     """
+
+    prompt_only = True
 
     BATCH = 32
     EPOCHS = 20

@@ -10,6 +10,8 @@ from selfroute.routers.base import Attempt, Routed, scored
 class Confidence:
     """score = 1 - exp(mean log-probability of the response's tokens)."""
 
+    prompt_only = False
+
     def fit(self, attempts: Sequence[Attempt], correct: Sequence[bool]) -> None:
         """Nothing to learn."""
 

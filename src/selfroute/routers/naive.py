@@ -11,6 +11,8 @@ from selfroute.routers.base import Attempt, Routed, scored
 class Naive:
     """A uniform score, named by the seed and the problem."""
 
+    prompt_only = True
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
 

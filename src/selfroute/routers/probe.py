@@ -15,6 +15,8 @@ from selfroute.routers.base import Attempt, Routed, scored
 class Probe:
     """score = probability that the answer is wrong; the strength of the L2 penalty by cross-validation."""
 
+    prompt_only = False
+
     def __init__(self) -> None:
         self.model = make_pipeline(
             StandardScaler(),

@@ -162,6 +162,10 @@ def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> 
     for method, records in routed.items():
         assert len(records) == 24, method
         assert all(r.score is not None and 0 <= r.score <= 1 for r in records), method
+    # What has no readable answer is seen by those that look at responses, and by them alone.
+    undecided = {m: sum(r.undecided for r in records) for m, records in routed.items()}
+    assert all(undecided[m] == 0 for m in ("naive_offloading", "router", "router_encoder", "router_boosting"))
+    assert undecided["log_probability"] == undecided["probe"] == sum(r.answer is None for r in routed["probe"])
     chosen = next(f for f in fitted if f.method == "router").info["chosen"]
     assert [r.score for r in routed["router"]] == [r.score for r in routed[chosen]]
 

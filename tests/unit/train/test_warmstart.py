@@ -129,8 +129,8 @@ def test_a_short_warm_start_reports_and_states_its_provenance(tmp_path: Path) ->
 def test_a_warm_start_goes_on_from_a_model(tmp_path: Path) -> None:
     lines: list[str] = []
     config = WarmstartConfig(
-        start="countdown-1m", steps=1, settle_steps=1, problems_per_step=2, traces_per_problem=2, lr=1e-9, settle_lr=1e-9,
-        help_probability=0.3, help_probability_after_hit=0.03,
+        start="countdown-1m", steps=1, settle_steps=1, problems_per_step=2, traces_per_problem=2,
+        lr=1e-9, settle_lr=1e-9, help_probability=0.3, help_probability_after_hit=0.03,
     )  # fmt: skip
     warmstart(config, tmp_path / "model", report=lines.append)
     before, after = (
