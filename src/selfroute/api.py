@@ -13,7 +13,7 @@ from selfroute.cloud import CLOUDS
 from selfroute.config import load as load_config
 from selfroute.config import names, resolve, validate
 from selfroute.errors import ConfigError, RunError, SelfrouteError
-from selfroute.records import checkpoints, read_json, read_records, write_json, write_records
+from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json, write_records
 from selfroute.tasks import TASKS
 from selfroute.train.config import TrainConfig
 from selfroute.types import HelpCall, Progress, Route
@@ -43,14 +43,7 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in (
-            "torch",
-            "transformers",
-            "accelerate",
-            "safetensors",
-            "tokenizers",
-            "sklearn",
-        ):
+        if (error.name or "").split(".")[0] in _OPTIONAL:
             raise SelfrouteError(
                 f"this needs {error.name}: pip install 'selfroute[{extra}]' (in a checkout: pip install '.[{extra}]')"
             ) from error
@@ -223,10 +216,10 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
     known = read_json(file) if file.is_file() else {}
     if known.get("checkpoint") != checkpoint or not records.is_file():
         engine = _engine(run, config, checkpoint)
-        from selfroute.evaluate.run import score
+        from selfroute.evaluate.run import calibration_responses
         from selfroute.tasks import make_task
 
-        scored = score(
+        responses = calibration_responses(
             engine,
             make_task(config.task),
             sampling=config.evaluation,
@@ -234,7 +227,7 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
             draws=CALIBRATION_DRAWS,
             progress=_under("calibrate", progress),
         )
-        write_records(records, ({"problem": problem, "score": value} for problem, value, _ in scored))
+        write_records(records, ({"problem": problem, "score": r.score} for problem, r in responses))
         known = {"checkpoint": checkpoint, "budgets": {}}
     rows = read_records(records)
     setting = asdict(find([r["score"] for r in rows], budget, num_problems=len({r["problem"] for r in rows})))
@@ -355,10 +348,10 @@ def compare(
     with _needs("compare"):
         from selfroute.compare import run
     run.compare(resolved, Path(out), progress=progress)
-    return compare_report(out)
+    return compare_report(out, progress=progress)
 
 
-def compare_report(out: str | Path) -> list[dict[str, Any]]:
+def compare_report(out: str | Path, *, progress: Progress = lambda what, done, total: None) -> list[dict[str, Any]]:
     """Write a comparison's compare.json, report.html, CSV and figures from its finished rows; returns the rows.
 
     Raises:
@@ -366,7 +359,8 @@ def compare_report(out: str | Path) -> list[dict[str, Any]]:
     """
     from selfroute.compare.report import write_report
 
-    return write_report(Path(out))
+    with lock_run(Path(out)):
+        return write_report(Path(out), progress=progress)
 
 
 def report(run: str | Path) -> dict[str, Any]:

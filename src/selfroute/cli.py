@@ -200,7 +200,7 @@ def report(run: Run) -> None:
     from selfroute import api
 
     if not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
-        _tables(api.compare_report(run))
+        _tables(api.compare_report(run, progress=_Printer().progress))
     else:
         _table(api.report(run))
     _echo(f"page: {run / 'report.html'}")

@@ -22,7 +22,7 @@ from typing import Any
 
 from selfroute.errors import RunError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of every record; a reader refuses others."""
 
 
@@ -152,13 +152,16 @@ def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: boo
     write_json(file, {"command": command, "config": config, **origin()})
 
 
+_PACKAGES = ("selfroute", "torch", "transformers", "accelerate", "numpy", "scikit-learn")
+
+
 def origin() -> dict[str, Any]:
     """What code made something: the git commit, and the versions that matter to its numbers."""
     return {
         "git": _git_commit(),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("selfroute", "torch", "transformers", "accelerate")},
+            **{name: _version(name) for name in _PACKAGES},
         },
     }
 

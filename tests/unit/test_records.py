@@ -24,7 +24,7 @@ def test_records_round_trip_and_a_cut_last_line_is_left_out(tmp_path: Path) -> N
     with path.open("a") as file:
         file.write('{"schema": 1, "step"')
     assert [r["step"] for r in read_records(path)] == [1, 2]
-    assert [json.loads(line)["schema"] for line in path.read_text().split("\n")[:2]] == [1, 1]
+    assert [json.loads(line)["schema"] for line in path.read_text().split("\n")[:2]] == [2, 2]
     assert read_records(path)[1]["text"] == "line\nbreak \u2028 é"
 
 
@@ -33,7 +33,7 @@ def test_records_round_trip_and_a_cut_last_line_is_left_out(tmp_path: Path) -> N
     [
         ("{broken\n{}\n", ":1 is damaged"),
         ("[]\n", ":1 is damaged"),
-        ('{"schema": 99}\n', "schema 99; this version reads 1"),
+        ('{"schema": 99}\n', "schema 99; this version reads 2"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -56,13 +56,26 @@ class CompareConfig(Config):
     @field_validator("train")
     @classmethod
     def _resolved(cls, train: TrainConfig) -> TrainConfig:
-        choices = {"task": resolve(train.task, TASKS, "task"), "cloud": resolve(train.cloud, CLOUDS, "cloud")}
-        return train.model_copy(update=choices)
+        if train.model_fields_set & {"lr", "seed"}:
+            raise ValueError("lr and seed are the comparison's: set lrs and seeds")
+        if train.decision_weight == 0:
+            raise ValueError("decision_weight is that of GAPG + decision loss, so it must be above 0")
+        return _whole(train)
+
+    @field_validator("swap_clouds")
+    @classmethod
+    def _named(cls, clouds: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        for cloud in clouds:
+            resolve(cloud, CLOUDS, "swap_clouds")
+        names = [brief(cloud) for cloud in clouds]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two clouds would have the same name: {', '.join(sorted(names))}")
+        return clouds
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
         for name in self.ablations:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", name):
+            if not re.fullmatch(_NAME, name):
                 raise ValueError(f"the name of an ablation is letters, digits and _ . , = + -; got {name!r}")
         clash = sorted(set(self.ablations) & set(METHODS))
         if clash:
@@ -81,7 +94,22 @@ class CompareConfig(Config):
         """The training of a method."""
         changes = self.ablations[method] if method in self.ablations else METHODS[method].changes or {}
         values = _merge(self.train.model_dump(mode="json"), {**changes, "lr": changes.get("lr", lr), "seed": seed})
-        return validate(TrainConfig, values, f"the training of {method}")
+        return _whole(validate(TrainConfig, values, f"the training of {method}"))
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*"
+
+
+def brief(cloud: Choice) -> str:
+    """A swapped cloud by what sets it apart, such as `accuracy=0.7`, fit for the name of a folder."""
+    text = ",".join(f"{key}={value}" for key, value in cloud.settings.items()) or cloud.name
+    return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", text).lstrip(".-")
+
+
+def _whole(train: TrainConfig) -> TrainConfig:
+    """A training with every default of its task and cloud written out."""
+    choices = {"task": resolve(train.task, TASKS, "task"), "cloud": resolve(train.cloud, CLOUDS, "cloud")}
+    return train.model_copy(update=choices)
 
 
 def label(method: str) -> str:

@@ -91,9 +91,8 @@ def draw_curves(testbed: Testbed) -> Figure:
 
 def draw_dynamics(testbed: Testbed) -> Figure | None:
     """Help share and local accuracy by training step, the mean over seeds: a collapse is a line that goes to zero."""
-    trained = {m: [r.metrics for r in rows.values() if r.metrics] for m, rows in testbed.rows.items() if m in METHODS}
-    trained = {m: runs for m, rows in testbed.rows.items() if (runs := [r.metrics for r in rows.values() if r.metrics])}
-    trained = {m: runs for m, runs in trained.items() if m in METHODS}
+    found = {m: [r.metrics for r in rows.values() if r.metrics] for m, rows in testbed.rows.items() if m in METHODS}
+    trained = {m: runs for m, runs in found.items() if runs}
     if not trained:
         return None
     figure, (left, right) = axes(11.5, 3.8, 2)
@@ -144,9 +143,16 @@ def draw_ablations(testbed: Testbed, table: Mapping[str, Mapping[str, Any]]) -> 
             low = np.array([100 * m["low"] if m else np.nan for m in found])
             high = np.array([100 * m["high"] if m else np.nan for m in found])
             axis.errorbar(
-                x, y, yerr=[y - low, high - y], color=colour, marker=marker, markersize=4, capsize=2, linewidth=1,
+                x,
+                y,
+                yerr=np.maximum(0, [y - low, high - y]),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                linewidth=1,
                 label=text if axis is np.atleast_1d(panels)[0] else None,
-            )  # fmt: skip
+            )
         axis.set_xticks(x, [value for value, _ in values])
         axis.set_xlabel("\n".join(key.split(", ")), fontsize=8)
         axis.set_ylim(0, 102)

@@ -20,7 +20,9 @@ OURS = "gapg_decision"
 TASK_TUNED = "task_tuning"
 """The method whose device model the outside routers stand on."""
 
-_PAPER: Mapping[str, Any] = {"decision_weight": 0.0}
+_PAPER: Mapping[str, Any] = {"decision_weight": 0.0, "reward": {"format": 0.0}}
+"""No decision loss, and no format term in the reward, as in the paper's v4 (divided by a group's standard deviation, a
+small one would weigh as much as a correct answer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,9 @@ METHODS: Mapping[str, Method] = {
     "router": Method("Task-Tuning & Router", "paper", on=TASK_TUNED),
     "dr_grpo": Method("Collaboration-Aware Tuning", "paper", {**_PAPER, "algorithm": "dr_grpo"}),
     "grpo": Method("Collaboration-Aware Tuning, std", "paper", {**_PAPER, "algorithm": "grpo"}),
-    "gapg": Method("GAPG", "paper", {**_PAPER, "algorithm": "gapg"}),
+    "gapg": Method("GAPG", "paper", {**_PAPER, "algorithm": "gapg", "d1": "any_correct"}),
     "gapg_mixed": Method("GAPG, D1 mixed", "paper", {**_PAPER, "algorithm": "gapg", "d1": "mixed"}),
-    OURS: Method("GAPG + decision loss", "ours", {}),
+    OURS: Method("GAPG + decision loss", "ours", {"algorithm": "gapg", "d1": "any_correct"}),
     "decision_votes": Method("GAPG + decision loss, k samples vote", "ours", on=OURS),
     "da_grpo": Method("DA-GRPO", "later", {**_PAPER, "algorithm": "da_grpo"}),
     "lagrangian_gapg": Method("Lagrangian GAPG", "later", {**_PAPER, "algorithm": "lagrangian_gapg"}),

@@ -14,10 +14,11 @@ from rich.table import Table
 from selfroute.compare import figures
 from selfroute.compare.config import label
 from selfroute.compare.methods import METHODS, OURS
-from selfroute.compare.results import Testbed, load_testbed, names, summarise
+from selfroute.compare.results import SEARCH, Testbed, load_testbed, names, summarise
 from selfroute.errors import RunError
 from selfroute.evaluate.figures import svg
 from selfroute.records import read_json, write_atomic, write_json
+from selfroute.types import Progress
 
 
 def testbeds(out: Path) -> list[Path]:
@@ -25,7 +26,7 @@ def testbeds(out: Path) -> list[Path]:
     return sorted(f.parent for f in out.glob("*/testbed.json") if any((f.parent / "rows").glob("*/seed-*.json")))
 
 
-def write_report(out: Path) -> list[dict[str, Any]]:
+def write_report(out: Path, *, progress: Progress = lambda what, done, total: None) -> list[dict[str, Any]]:
     """Write compare.json, report.html, results.md, three .csv files and figures/; returns the rows of compare.json.
 
     Raises:
@@ -38,10 +39,11 @@ def write_report(out: Path) -> list[dict[str, Any]]:
         )
     rows: list[dict[str, Any]] = []
     sections = []
-    for testbed in found:
+    for number, testbed in enumerate(found, 1):
         mine = summarise(testbed)
         rows += mine
         sections.append(_section(out, testbed, mine))
+        progress("testbeds read", number, len(found))
     write_json(out / "compare.json", rows)
     write_atomic(out / "numbers.csv", _csv(_numbers(rows, found)))
     write_atomic(out / "curves.csv", _csv(_curves(found)))
@@ -111,19 +113,28 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
         "",
         "Percent of the test problems, means over seeds, with 95 % intervals of a bootstrap over seeds and problems.",
         "*Ours ahead*: GAPG + decision loss less the row, paired, read off our curve at the row's own call rate.",
-        "[compare.md](compare.md) says what each row is. Made again by `selfroute report OUT`.",
+        "[compare.md](compare.md) says what each row is, and the command that makes each testbed;",
+        "`selfroute report OUT` makes this page again from the rows.",
     ]
     for s in sections:
         at = s["at"]
         text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])}."]
         columns = (
-            ("call rate", "call_rate", 100.0), ("accuracy", "accuracy", 100.0),
+            ("call rate", "call_rate", 100.0),
+            ("accuracy", "accuracy", 100.0),
             (f"at {at} %", f"accuracy_at_{at}", 100.0),
-            ("ours ahead", "difference_to_ours", 100.0), (f"ours ahead at {at} %", f"difference_at_{at}", 100.0),
-            ("own call rate", "own_call_rate", 100.0), ("local accuracy", "local_accuracy", 100.0),
-            ("routing gain", "routing_gain_captured", 100.0), ("device tokens", "device_tokens", 1.0),
-            ("training calls", "train_cloud_calls", 1.0), ("training s", "train_seconds", 1.0),
-        )  # fmt: skip
+            ("ours ahead", "difference_to_ours", 100.0),
+            (f"ours ahead at {at} %", f"difference_at_{at}", 100.0),
+            ("own call rate", "own_call_rate", 100.0),
+            ("own accuracy", "own_accuracy", 100.0),
+            ("ours ahead of its own", "own_difference_to_ours", 100.0),
+            ("APGR", "apgr", 100.0),
+            ("local accuracy", "local_accuracy", 100.0),
+            ("routing gain", "routing_gain_captured", 100.0),
+            ("device tokens", "device_tokens", 1.0),
+            ("training calls", "train_cloud_calls", 1.0),
+            ("training s", "train_seconds", 1.0),
+        )
         for rows, first in ((s["rows"], "method"), (s["ablations"], "GAPG + decision loss with")):
             if not rows:
                 continue
@@ -131,7 +142,7 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
             text.append("|---|" + "---|" * (len(columns) + 1))
             for r in rows:
                 name = label(r["method"]) if r["method"] in METHODS else r["method"]
-                cells = [show(r, key, scale, signed=key.startswith("difference")) for _, key, scale in columns]
+                cells = [show(r, key, scale, signed="difference" in key) for _, key, scale in columns]
                 name = f"**{name}**" if r["method"] == OURS else name
                 text.append(f"| {name} | {len(r['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
@@ -176,7 +187,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], found: Sequence[Testbed]) -> Ite
         for name in names(budget[r["testbed"]]):
             if r[name] is not None:
                 yield r["testbed"], r["method"], name, r[name]["value"], r[name]["low"], r[name]["high"]
-        for name in ("lr", "train_cloud_calls", "train_cost_usd", "train_device_tokens", "train_seconds"):
+        for name in ("lr", "train_cloud_calls", "train_cost_usd", "train_device_tokens", "train_seconds", *SEARCH):
             if r[name] is not None:
                 yield r["testbed"], r["method"], name, r[name], "", ""
 

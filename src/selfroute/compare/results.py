@@ -1,8 +1,9 @@
 """What finished rows are worth: every measure with its interval, and every difference to ours, paired.
 
 Seeds share their test problems. A measure of a method is its mean over seeds; its 95 % interval is a percentile
-bootstrap that draws seeds and, within them, problems, both with replacement. All methods are read on the same draws, so
-that a difference is one of the same problems and seeds. Left out on purpose: how the numbers look (report).
+bootstrap that draws seeds and problems, both with replacement, the same problems for all seeds of a draw. All methods
+with the same seeds are read on the same draws, so that a difference is one of the same problems and seeds. With few
+seeds that says little of how seeds differ, and with one nothing. Left out on purpose: how the numbers look (report).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from selfroute import measures
 from selfroute.compare.methods import METHODS, OURS
-from selfroute.compare.rows import Row, methods_of, read_row, seeds_of
+from selfroute.compare.rows import ASK_FIRST, Row, methods_of, read_row, seeds_of
 from selfroute.errors import RunError
 from selfroute.measures import Columns, Floats, Measure
 from selfroute.records import read_json
@@ -41,6 +42,7 @@ class Cell:
     own: Floats | None
     scored: bool
     answers: bool
+    prompt_only: bool
     device_tokens: Floats
     cloud_tokens: Floats
     cost_usd: Floats
@@ -53,19 +55,15 @@ class Cell:
         columns = row.columns(calibration["threshold"] if calibration else None)
         if untrained is not None:
             solved = {r.problem: float(r.device_correct) for r in untrained.records}
-            columns = Columns(
-                columns.score,
-                columns.asked,
-                columns.device,
-                columns.cloud,
-                np.array([solved.get(r.problem, math.nan) for r in row.records]),
-            )
+            known = np.array([solved.get(r.problem, math.nan) for r in row.records])
+            columns = replace(columns, untrained=known)
         decides = row.records[0].asked is not None
         return cls(
             columns=columns,
             own=np.array([float(bool(r.asked)) for r in row.records]) if decides else None,
             scored=calibration is not None,
             answers=row.method != "cloud_only",
+            prompt_only=row.info.get("prompt_only", False),
             device_tokens=np.array([float(r.device_tokens) for r in row.records]),
             cloud_tokens=np.array([float(r.cloud_tokens) for r in row.records]),
             cost_usd=np.array([r.cloud_cost_usd for r in row.records]),
@@ -74,11 +72,10 @@ class Cell:
         )
 
     def take(self, index: NDArray[np.int64]) -> Cell:
-        return Cell(
+        return replace(
+            self,
             columns=self.columns.take(index),
             own=None if self.own is None else self.own[index],
-            scored=self.scored,
-            answers=self.answers,
             device_tokens=self.device_tokens[index],
             cloud_tokens=self.cloud_tokens[index],
             cost_usd=self.cost_usd[index],
@@ -119,7 +116,8 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         "calls_that_rescued": _mean(((c.device == 0) & (c.cloud == 1))[asked]),
         "calls_wasted": _mean(wasted > 0.5),
         "unanswered": float(cell.unanswered.mean()),
-        "device_tokens": float(cell.device_tokens.mean()),
+        # A router that decides on the prompt spares the device what it sends away.
+        "device_tokens": _mean(cell.device_tokens * (1 - c.asked) if cell.prompt_only else cell.device_tokens),
         "cloud_tokens": float((cell.cloud_tokens * c.asked).mean()),
         "usd_per_1k": float((1000 * cell.cost_usd * c.asked).mean()),
     }
@@ -132,7 +130,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
             "apgr": measures.average_pgr(c),
             "cpt_50": measures.call_rate_for(c, 0.5),
             "cpt_80": measures.call_rate_for(c, 0.8),
-            "decision_auc": measures.decision_auc(c),
+            "decision_auc": measures.decision_auc(_decided(c)),
         }
     if ours is not None:
         values["difference_to_ours"] = ours.accuracy_at(rate) - accuracy
@@ -145,6 +143,11 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         if ours is not None:
             values["own_difference_to_ours"] = ours.accuracy_at(own_rate) - own_accuracy
     return values
+
+
+def _decided(columns: Columns) -> Columns:
+    """The columns with the responses that have no score of their own left out of the AUC."""
+    return replace(columns, score=np.where(np.abs(columns.score) == ASK_FIRST, -math.inf, columns.score))
 
 
 def _mean(values: NDArray[Any]) -> float:
@@ -168,11 +171,13 @@ def names(budget: float) -> list[str]:
 class Testbed:
     """The finished rows of one testbed: by method, then by seed."""
 
-    __test__ = False  # not a test, whatever its name
-
-    name: str
+    folder: Path
     budget: float
     rows: Mapping[str, Mapping[int, Row]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
     @cached_property
     def cells(self) -> dict[str, dict[int, Cell]]:
@@ -196,7 +201,7 @@ def load_testbed(folder: Path) -> Testbed:
     problems = {tuple(r.problem for r in row.records) for by_seed in ordered.values() for row in by_seed.values()}
     if len(problems) != 1:
         raise RunError(f"the rows in {folder} are of different test problems: remove those that do not belong")
-    return Testbed(folder.name, read_json(folder / "testbed.json")["train"]["budget"], ordered)
+    return Testbed(folder, read_json(folder / "testbed.json")["train"]["budget"], ordered)
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:
@@ -220,6 +225,7 @@ def summarise(testbed: Testbed, *, resamples: int = RESAMPLES) -> list[dict[str,
                 **{name: m.json() for name, m in intervals[method].items()},
                 "not_monotone": dips,
                 **ledger(testbed.rows[method]),
+                **search_cost(testbed.folder, method),
             }
         )
     return found
@@ -292,6 +298,19 @@ def ledger(rows: Mapping[int, Row]) -> dict[str, Any]:
         return float(np.mean([entry[key] + fit.get(key, 0) for entry, fit in zip(trained, fits, strict=True)]))
 
     return {"lr": infos[0]["config"]["lr"], **{name: round(mean(key), 6) for name, key in _LEDGER}}
+
+
+SEARCH = ("search_cloud_calls", "search_seconds")
+
+
+def search_cost(folder: Path, method: str) -> dict[str, float | None]:
+    """What the choice of a method's learning rate cost, the run that was chosen apart; None without a search."""
+    file = folder / "search" / f"{METHODS[method].on or method if method in METHODS else method}.json"
+    if not file.is_file():
+        return dict.fromkeys(SEARCH)
+    known = read_json(file)
+    spent = [t["ledger"] for lr, t in known["tried"].items() if t["ledger"] and lr != f"{known['chosen']:g}"]
+    return dict(zip(SEARCH, (sum(s["cloud_calls"] for s in spent), sum(s["seconds"] for s in spent)), strict=True))
 
 
 _LEDGER = (

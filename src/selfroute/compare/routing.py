@@ -17,7 +17,7 @@ from selfroute.compare.config import CompareConfig
 from selfroute.compare.rows import Record, ordering
 from selfroute.device.hf import HFEngine
 from selfroute.evaluate.calibrate import calibrate
-from selfroute.evaluate.run import judge
+from selfroute.evaluate.run import judge, solve_shares
 from selfroute.protocol import cloud_request, parse
 from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Routed, Router
@@ -71,40 +71,50 @@ def fit_routers(
     if "router" in methods:
         wanted += [m for m in ("router_encoder", "router_boosting") if m not in wanted]
     learn, learn_correct = [], []
+    started = time.perf_counter()
     if set(wanted) & set(LEARN):
         problems = task.load("train")[: config.fit_problems]
         count = _counted(progress, "responses for routers to learn from", len(problems))
         learn = collect(engine, problems, sampling, f"{seed}/fit", progress=count)
         learn_correct = [_correct(task, a, a.response) for a in learn]
+    learn_seconds, started = time.perf_counter() - started, time.perf_counter()
     held_out = task.load("calibration")
     extra = _extra(wanted, config)
     count = _counted(progress, "calibration responses", len(held_out) * (1 + extra.samples + extra.variants))
     held = collect(
         engine, held_out, sampling, f"{seed}/calibration", extra=extra, variants_of=task.variants, progress=count
     )
+    held_seconds = time.perf_counter() - started
     fitted: dict[str, Fitted] = {}
     for method in wanted:
         progress(f"fitting {method}", 1, 1)
-        router, started = make_router(method, engine, task, config, seed), time.perf_counter()
+        router, begun = make_router(method, engine, task, config, seed), time.perf_counter()
         info: dict[str, Any] = {}
         if method in LEARN:
             router.fit(learn, learn_correct)
         routed = router.route(held)
-        scores = [ordering(r.score, _seen_undecided(router, r)) for r in routed]
+        scores = [_score(router, r) for r in routed]
         info["calibration"] = threshold_for(scores, config.train.budget)
         wrong = [not _correct(task, a, r.response) for a, r in zip(held, routed, strict=True)]
         clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
+        learns = method in LEARN
         info["fit"] = {
-            "problems": len(learn) if method in LEARN else 0,
-            "device_tokens": sum(r.device_tokens for r in routed)
-            + (sum(len(a.response.token_ids) for a in learn) if method in LEARN else 0),
-            "seconds": round(time.perf_counter() - started, 3),
+            "problems": len(learn) if learns else 0,
+            "device_accuracy": sum(learn_correct) / len(learn) if learns else None,
+            "calibration_accuracy": 1 - sum(wrong) / len(wrong),
             "log_loss": float(log_loss(wrong, clipped, labels=[False, True])),
+            "device_tokens": sum(r.device_tokens for r in routed)
+            + (sum(len(a.response.token_ids) for a in learn) if learns else 0),
+            # Responses are collected once for all routers; each of them would have needed its own.
+            "seconds": round(time.perf_counter() - begun + held_seconds + (learn_seconds if learns else 0), 3),
         }
+        info["prompt_only"] = router.prompt_only
         fitted[method] = Fitted(method, router, info)
     if "router" in methods:
         best = min(("router_encoder", "router_boosting"), key=lambda m: fitted[m].info["fit"]["log_loss"])
-        fitted["router"] = Fitted("router", fitted[best].router, {**fitted[best].info, "chosen": best})
+        both = sum(fitted[m].info["fit"]["seconds"] for m in ("router_encoder", "router_boosting"))
+        info = {**fitted[best].info, "chosen": best, "fit": {**fitted[best].info["fit"], "seconds": both}}
+        fitted["router"] = Fitted("router", fitted[best].router, info)
     return [fitted[m] for m in methods]
 
 
@@ -120,7 +130,6 @@ def route_test(
     """Each router's records of the test problems; all of them look at the same responses."""
     problems = task.load("test")
     extra = _extra([f.method for f in fitted], config)
-    extra = Extra(samples=config.num_samples - 1, variants=extra.variants)
     count = _counted(progress, "test responses", len(problems) * (1 + extra.samples + extra.variants))
     attempts = collect(
         engine,
@@ -133,7 +142,15 @@ def route_test(
     )
     answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
     verdicts = [judge(task, p, a.text, a.finished)[1] for p, a in zip(problems, answers, strict=True)]
-    shares = [sum(_correct(task, a, r) for r in a.samples) / len(a.samples) for a in attempts]
+    routed = {f.method: f.router.route(attempts) for f in fitted}
+    # Fresh samples, not those that voted, say whether the device mostly solves what some router asks about.
+    asked = [
+        a.problem
+        for n, a in enumerate(attempts)
+        if any(_score(f.router, routed[f.method][n]) > f.info["calibration"]["threshold"] for f in fitted)
+    ]
+    sampling = config.train.evaluation
+    shares = solve_shares(engine, task, asked, sampling, f"{seed}/test", config.num_samples - 1, progress)
     found: dict[str, list[Record]] = {}
     for f in fitted:
         found[f.method] = [
@@ -142,17 +159,16 @@ def route_test(
                 score=r.score,
                 undecided=_seen_undecided(f.router, r),
                 asked=None,
+                response=None,
                 answer=judge(task, a.problem, r.response.text, r.response.finished)[0],
                 device_correct=_correct(task, a, r.response),
                 device_tokens=r.device_tokens,
                 cloud_correct=verdict,
                 cloud_tokens=answer.completion_tokens,
                 cloud_cost_usd=answer.cost_usd,
-                solve_share=share,
+                solve_share=shares.get(a.problem.id),
             )
-            for a, r, answer, verdict, share in zip(
-                attempts, f.router.route(attempts), answers, verdicts, shares, strict=True
-            )
+            for a, r, answer, verdict in zip(attempts, routed[f.method], answers, verdicts, strict=True)
         ]
     return found
 
@@ -175,10 +191,18 @@ def _correct(task: Task, attempt: Attempt, response: Response) -> bool:
     return judge(task, attempt.problem, response.text, response.finished)[1]
 
 
+def undecided(response: Response) -> bool:
+    """Whether a response has no readable answer and asks for no help."""
+    return isinstance(parse(response.text, finished=response.finished), Undecided)
+
+
 def _seen_undecided(router: Router, routed: Routed) -> bool:
     """Whether a router sees that there is no readable answer; one that decides on the prompt does not."""
-    response = routed.response
-    return not router.prompt_only and isinstance(parse(response.text, finished=response.finished), Undecided)
+    return not router.prompt_only and undecided(routed.response)
+
+
+def _score(router: Router, routed: Routed) -> float:
+    return ordering(routed.score, _seen_undecided(router, routed))
 
 
 def _counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:

@@ -5,7 +5,7 @@ OUT/TESTBED/search/METHOD.json                     the learning rates that were 
 OUT/TESTBED/rows/METHOD/seed-0.json                settings, ledger, calibration
 OUT/TESTBED/rows/METHOD/seed-0.records.jsonl.gz    one record a test problem
 OUT/TESTBED/rows/METHOD/seed-0.metrics.jsonl.gz    one record a training step
-OUT/TESTBED/runs/...                               the run directories: checkpoints, full responses; may be deleted
+OUT/TESTBED/runs/...                               the run directories, with checkpoints; may be deleted
 
 A row is finished when its .json is there, which is written last. Nothing else is needed for the report, so finished
 rows can be moved, committed and added to.
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,15 +35,17 @@ class Record:
 
     `score` orders the problems for the cloud. A response without a readable answer, where the method sees it
     (`undecided`), is asked first; None, where it has no score although it has an answer, is asked last. `asked` is the
-    method's own decision, None where it makes none. `device_*` is the answer without help (`answer` None where there is
-    no readable one); `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the share of further
-    samples that solve the problem, where the method asked about it.
+    method's own decision, None where it makes none. `response` is what the device wrote; None in a router's row, whose
+    responses are those of the model that it stands on. `device_*` is the answer without help (`answer` None where
+    there is no readable one); `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the share of
+    further samples that solve the problem, where the method asked about it.
     """
 
     problem: str
     score: float | None
     undecided: bool
     asked: bool | None
+    response: str | None
     answer: str | None
     device_correct: bool
     device_tokens: int
@@ -102,6 +106,10 @@ def write_row(
     write_json(base / f"seed-{seed}.json", {"schema": SCHEMA, "method": method, "seed": seed, **info, **origin()})
 
 
+VERSION = 1
+"""Of what rows mean: raised where a change of the code would give another row for the same settings."""
+
+
 def write_gzip(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Compressed JSONL, the same bytes for the same records."""
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
@@ -118,7 +126,7 @@ def read_gzip(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     except FileNotFoundError:
         raise RunError(f"no such file: {path}") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RunError(f"{path} is damaged: {error} (remove the row's .json beside it to make it anew)") from error
 
 
@@ -127,7 +135,9 @@ def row_info(testbed: Path, method: str, seed: int) -> dict[str, Any] | None:
     file = testbed / "rows" / method / f"seed-{seed}.json"
     if not file.is_file():
         return None
-    info: dict[str, Any] = read_json(file)
+    info = read_json(file)
+    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
+        raise RunError(f"{file} is not a row of this version (schema {SCHEMA}): remove it, or give another --out")
     return info
 
 
@@ -138,9 +148,9 @@ def read_row(testbed: Path, method: str, seed: int) -> Row:
         RunError: it is not finished, or damaged.
     """
     base = testbed / "rows" / method
-    info = read_json(base / f"seed-{seed}.json")
-    if info.get("schema") != SCHEMA:
-        raise RunError(f"{base / f'seed-{seed}.json'} has schema {info.get('schema')}; this version reads {SCHEMA}")
+    info = row_info(testbed, method, seed)
+    if info is None:
+        raise RunError(f"{base / f'seed-{seed}.json'} is not there: the row is not finished")
     metrics = base / f"seed-{seed}.metrics.jsonl.gz"
     try:
         records = tuple(Record(**r) for r in read_gzip(base / f"seed-{seed}.records.jsonl.gz"))
@@ -152,7 +162,7 @@ def read_row(testbed: Path, method: str, seed: int) -> Row:
 def seeds_of(testbed: Path, method: str) -> list[int]:
     """The seeds of a method's finished rows."""
     files = (testbed / "rows" / method).glob("seed-*.json")
-    return sorted(int(f.stem.removeprefix("seed-")) for f in files)
+    return sorted(int(match[1]) for f in files if (match := re.fullmatch(r"seed-(-?\d+)\.json", f.name)))
 
 
 def methods_of(testbed: Path) -> Sequence[str]:

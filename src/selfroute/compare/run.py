@@ -6,32 +6,34 @@ a rerun pays only for what is missing.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from selfroute import measures
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
-from selfroute.compare.config import CompareConfig
+from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
-from selfroute.compare.routing import fit_routers, route_test, threshold_for
-from selfroute.compare.rows import ASK_FIRST, Record, ordering, read_row, row_info, write_row
-from selfroute.config import Choice
+from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
+from selfroute.compare.rows import ASK_FIRST, VERSION, Record, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
-from selfroute.device.hf import HFEngine
-from selfroute.errors import RunError
-from selfroute.evaluate.run import Outcome, columns, evaluate, judge, score, solve_shares
+from selfroute.device.hf import HFEngine, model_path
+from selfroute.errors import DeviceError, RunError, TrainingError
+from selfroute.evaluate.run import Outcome, calibration_responses, columns, evaluate, judge, solve_shares
 from selfroute.evaluate.summary import training
 from selfroute.protocol import cloud_request
 from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json
 from selfroute.tasks import Task, make_task
 from selfroute.train.config import TrainConfig
 from selfroute.train.loop import train
+from selfroute.train.progress import flat
 from selfroute.types import Progress
 
 
@@ -53,25 +55,33 @@ class Matrix:
     def __init__(self, config: CompareConfig, testbed: Path, progress: Progress) -> None:
         self.config, self.testbed, self._progress = config, testbed, progress
         self.task: Task = make_task(config.train.task)
-        self._check_settings()
         routers = [m for m in config.methods if m in ROUTERS]
         bounds = [m for m in config.methods if m in BOUNDS]
         self.plan = [(method, seed) for seed in config.seeds for method in (*bounds, *config.trained, *routers)]
+        self._check_early()
+        self._check_settings()
         self.started, self.at_start = time.perf_counter(), self._finished()
+
+    def _check_early(self) -> None:
+        """What would fail only after hours of training fails now."""
+        threshold_for([0.0] * len(self.task.load("calibration")), self.config.train.budget)
+        if self.config.encoder:
+            make_router("router_encoder", HFEngine.load(self.config.train.device), self.task, self.config, 0)
 
     def _check_settings(self) -> None:
         """What every row shares must be what the rows that are there were made with."""
         shared = self.config.model_dump(mode="json", exclude={"methods", "seeds", "ablations", "swap_clouds"})
+        shared |= {"rows_version": VERSION, "device_sha256": _weights(self.config.train.device)}
         file = self.testbed / "testbed.json"
-        if not file.is_file():
-            write_json(file, shared)
-            return
-        before = read_json(file)
-        changed = sorted(k for k in {*before, *shared} if before.get(k) != shared.get(k))
-        if changed:
-            raise RunError(
-                f"{self.testbed} was made with other settings ({', '.join(changed)}): give another --out, or remove it"
-            )
+        before = read_json(file) if file.is_file() else shared
+        if methods_of(self.testbed) or (self.testbed / "search").exists():
+            changed = sorted(k for k in {*flat(before), *flat(shared)} if flat(before).get(k) != flat(shared).get(k))
+            if changed:
+                raise RunError(
+                    f"the rows in {self.testbed} were made with other settings ({', '.join(changed)}): give another "
+                    "--out, or remove it"
+                )
+        write_json(file, shared)
 
     def _finished(self) -> int:
         return sum(row_info(self.testbed, *row) is not None for row in self.plan)
@@ -108,7 +118,17 @@ class Matrix:
         )
         asks = method == "cloud_only"
         records = [_record(o, score=None, asked=asks, undecided=False) for o in outcomes]
-        write_row(self.testbed, method, seed, {"config": config.model_dump(mode="json")}, records)
+        self._write(method, seed, {"config": config.model_dump(mode="json")}, records)
+
+    def _write(
+        self,
+        method: str,
+        seed: int,
+        info: Mapping[str, Any],
+        records: Sequence[Record],
+        metrics: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        write_row(self.testbed, method, seed, {**info, "threads": torch.get_num_threads()}, records, metrics)
 
     def _evaluate(
         self, config: TrainConfig, engine: HFEngine, memory: Path, progress: Progress, *, forbid: bool = True
@@ -143,7 +163,7 @@ class Matrix:
         info: dict[str, Any] = {"config": config.model_dump(mode="json"), "ledger": training(run)}
         forbid = method == TASK_TUNED
         if not forbid:
-            info["calibration"] = self._calibrate(config, engine, run, progress)
+            info |= self._calibrate(config, engine, progress)
         outcomes = self._evaluate(config, engine, run / "cloud.sqlite", progress, forbid=forbid)
         shares: dict[str, float] = {}
         if not forbid:
@@ -167,7 +187,7 @@ class Matrix:
             )
             for o in outcomes
         ]
-        write_row(self.testbed, method, seed, info, records, read_records(run / "metrics.jsonl"))
+        self._write(method, seed, info, records, read_records(run / "metrics.jsonl"))
 
     def _same(self, method: str, config: TrainConfig) -> bool:
         """Whether another ablation was trained with these very settings; its row then serves for this one too."""
@@ -176,13 +196,13 @@ class Matrix:
             if done is not None and done["config"] == config.model_dump(mode="json"):
                 row = read_row(self.testbed, other, config.seed)
                 info = {**_own(row.info), "same_as": other}
-                write_row(self.testbed, method, config.seed, info, row.records, row.metrics)
+                self._write(method, config.seed, info, row.records, row.metrics)
                 return True
         return False
 
     def _swap(self, method: str, seed: int) -> None:
         """An ablation of the cloud: the same responses, with the answers of other clouds."""
-        missing = [c for c in self.config.swap_clouds if row_info(self.testbed, f"{method}@{_brief(c)}", seed) is None]
+        missing = [c for c in self.config.swap_clouds if row_info(self.testbed, f"{method}@{brief(c)}", seed) is None]
         if not missing or "cloud" not in self.config.ablations.get(method, {}):
             return
         row, problems = read_row(self.testbed, method, seed), self.task.load("test")
@@ -202,7 +222,7 @@ class Matrix:
                 for p, record, answer in zip(problems, row.records, answers, strict=True)
             ]
             info = {**_own(row.info), "swapped_cloud": choice.model_dump(mode="json")}
-            write_row(self.testbed, f"{method}@{_brief(choice)}", seed, info, records)
+            self._write(f"{method}@{brief(choice)}", seed, info, records)
 
     def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
         run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
@@ -220,13 +240,19 @@ class Matrix:
             if f"{lr:g}" in known["tried"]:
                 continue
             config = self.config.training(method, lr=lr, seed=self.config.seeds[0])
-            run = self._train(method, config, progress)
-            known["tried"][f"{lr:g}"] = {
-                "validation": self._validate(method, config, run, progress),
-                "ledger": training(run),
-            }
+            try:
+                run = self._train(method, config, progress)
+                found = {"validation": self._validate(method, config, run, progress), "ledger": training(run)}
+            except (TrainingError, DeviceError) as error:
+                # A rate at which the training diverges is one that the search rules out.
+                found = {"validation": None, "error": str(error), "ledger": None}
+            known["tried"][f"{lr:g}"] = found
             write_json(file, known)
-        best = max(lrs, key=lambda lr: known["tried"][f"{lr:g}"]["validation"])
+        values = {lr: known["tried"][f"{lr:g}"]["validation"] for lr in lrs}
+        usable = {lr: value for lr, value in values.items() if value is not None}
+        if not usable:
+            raise TrainingError(f"{method} fails at every learning rate: see {file}")
+        best = max(usable, key=lambda lr: usable[lr])
         if known.get("chosen") != best:
             write_json(file, {**known, "chosen": best})
         return best
@@ -253,10 +279,21 @@ class Matrix:
         first = np.array([ASK_FIRST if o.route == "undecided" else s for o, s in zip(outcomes, c.score, strict=True)])
         return measures.accuracy_at(measures.Columns(first, c.asked, c.device, c.cloud), self.config.train.budget)
 
-    def _calibrate(self, config: TrainConfig, engine: HFEngine, run: Path, progress: Progress) -> dict[str, Any]:
+    def _calibrate(self, config: TrainConfig, engine: HFEngine, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
-        scored = score(engine, self.task, sampling=config.evaluation, seed=config.seed, draws=1, progress=progress)
-        return threshold_for([ordering(value, undecided) for _, value, undecided in scored], self.config.train.budget)
+        started = time.perf_counter()
+        sampling = config.evaluation
+        found = calibration_responses(
+            engine, self.task, sampling=sampling, seed=config.seed, draws=1, progress=progress
+        )
+        scores = [ordering(r.score, undecided(r)) for _, r in found]
+        return {
+            "calibration": threshold_for(scores, self.config.train.budget),
+            "fit": {
+                "device_tokens": sum(len(r.token_ids) for _, r in found),
+                "seconds": round(time.perf_counter() - started, 3),
+            },
+        }
 
     # Routers on a trained model.
 
@@ -273,9 +310,22 @@ class Matrix:
             routed = route_test(fitted, engine, self.task, cloud, self.config, seed, progress)
         finally:
             cloud.close()
+        if base == TASK_TUNED:
+            self._same_model(seed, routed[missing[0]], missing[0])
         for router in fitted:
             info = {"config": config.model_dump(mode="json"), "ledger": training(run), **router.info}
-            write_row(self.testbed, router.method, seed, info, routed[router.method])
+            self._write(router.method, seed, info, routed[router.method])
+
+    def _same_model(self, seed: int, records: Sequence[Record], method: str) -> None:
+        """Routers must stand on the very model of the task-tuned row, which may have been trained elsewhere."""
+        if method in ("self_consistency", "prompt_variants"):
+            return  # their answers are the vote's
+        row = read_row(self.testbed, TASK_TUNED, seed)
+        if [r.answer for r in row.records] != [r.answer for r in records]:
+            raise RunError(
+                f"the task-tuned model of seed {seed}, trained again, is not that of the row that is there (another "
+                f"processor or thread count?): remove {self.testbed / 'rows' / TASK_TUNED} and its routers' rows"
+            )
 
 
 def _load(run: Path, config: TrainConfig) -> HFEngine:
@@ -290,6 +340,7 @@ def _record(
         score=score,
         undecided=undecided,
         asked=asked,
+        response=o.response,
         answer=o.device_answer,
         device_correct=o.device_correct,
         device_tokens=o.device_tokens,
@@ -300,11 +351,12 @@ def _record(
     )
 
 
+def _weights(device: DeviceConfig) -> str | None:
+    """SHA-256 of the device model's weights; None for one that is not a folder here (a hub id)."""
+    files = sorted(Path(model_path(device.model)).glob("*.safetensors"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else None
+
+
 def _own(info: dict[str, Any]) -> dict[str, Any]:
     """What a row says of itself, without what names it."""
-    return {k: v for k, v in info.items() if k not in ("schema", "method", "seed", "git", "versions")}
-
-
-def _brief(choice: Choice) -> str:
-    """A cloud by what sets it apart: its name's own settings, such as `accuracy=0.7`."""
-    return ",".join(f"{k}={v}" for k, v in choice.settings.items()) or choice.name
+    return {k: v for k, v in info.items() if k not in ("schema", "method", "seed", "git", "versions", "threads")}

@@ -23,7 +23,7 @@ from selfroute.measures import Columns
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task
-from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route, Split, Undecided
+from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route, Split
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -116,7 +116,7 @@ def evaluate(
     return outcomes
 
 
-def score(
+def calibration_responses(
     engine: HFEngine,
     task: Task,
     *,
@@ -124,15 +124,11 @@ def score(
     seed: int,
     draws: int,
     progress: Progress | None = None,
-) -> list[tuple[str, float | None, bool]]:
-    """Problem id, l, and whether it is undecided, of `draws` responses to each calibration problem; no cloud."""
+) -> list[tuple[str, Response]]:
+    """Problem id and response, `draws` to each calibration problem; the cloud is not asked."""
     problems = task.load("calibration")
     _, _, groups = _respond(engine, problems, sampling, f"{seed}/calibration", draws, progress)
-    return [
-        (p.id, r.score, isinstance(parse(r.text, finished=r.finished), Undecided))
-        for p, group in zip(problems, groups, strict=True)
-        for r in group
-    ]
+    return [(p.id, r) for p, group in zip(problems, groups, strict=True) for r in group]
 
 
 def _respond(

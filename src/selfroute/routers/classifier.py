@@ -83,7 +83,8 @@ class Boosting:
 
 
 class Encoder:
-    """An encoder with a classification head, fine-tuned with early stopping on held-out training problems.
+    """An encoder with a classification head, fine-tuned with early stopping on held-out training problems; the learning
+    rate rises over the first epoch.
 
     Raises:
         DeviceError: nothing by `name` can be loaded.
@@ -108,10 +109,12 @@ class Encoder:
             else:
                 try:
                     self.tokenizer = AutoTokenizer.from_pretrained(name)
-                    self.model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-                except (OSError, ValueError) as error:
+                    self.model = AutoModelForSequenceClassification.from_pretrained(
+                        name, num_labels=2, dtype=torch.float32
+                    )
+                except (OSError, ValueError, ImportError) as error:
                     raise DeviceError(
-                        f"cannot load the encoder {name!r}: {str(error).splitlines()[0]} (give a hub id or a folder, "
+                        f"cannot load the encoder {name!r}: {' '.join(str(error).split())} (give a hub id or a folder, "
                         "or leave it out for a small encoder trained from nothing)"
                     ) from error
                 self.lr = 2e-5
@@ -126,6 +129,8 @@ class Encoder:
         order = np.random.default_rng(self.seed).permutation(len(rows))
         held_out, learned = order[: len(order) // 10 + 1], order[len(order) // 10 + 1 :]
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.01)
+        warmup = max(1, len(learned) // self.BATCH)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         best, best_loss, since = copy.deepcopy(self.model.state_dict()), np.inf, 0
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -139,6 +144,7 @@ class Encoder:
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                     optimizer.step()
+                    schedule.step()
                 value = log_loss(wrong[held_out], self._probability([rows[i] for i in held_out]), labels=[False, True])
                 if value < best_loss:
                     best, best_loss, since = copy.deepcopy(self.model.state_dict()), value, 0

@@ -50,7 +50,7 @@ def collect(
     prompts = [engine.encode(chat(p.question)) for p in problems]
     streams = [[f"{stream}/{p.id}/{i}" for i in range(1 + extra.samples)] for p in problems]
     groups = engine.generate(prompts, streams, alone, progress=progress)
-    others = [[engine.encode(chat(q)) for q in variants_of(p, extra.variants)] for p in problems]
+    others = [[engine.encode(chat(q)) for q in _questions(p, extra.variants, variants_of)] for p in problems]
     flat = [prompt for group in others for prompt in group]
     names = [[f"{stream}/{p.id}/variant/{i}"] for p, g in zip(problems, others, strict=True) for i in range(len(g))]
     varied = iter(engine.generate(flat, names, alone, progress=progress))
@@ -60,6 +60,12 @@ def collect(
         Attempt(p, group[0], confidence, state, tuple(group[1:]), varied_group)
         for p, group, (confidence, state), varied_group in zip(problems, groups, seen, variants, strict=True)
     ]
+
+
+def _questions(problem: Problem, count: int, variants_of: Callable[[Problem, int], list[str]]) -> list[str]:
+    """`count` questions in other words; where a problem has fewer, they come round again, so that all have k votes."""
+    found = variants_of(problem, count) or [problem.question]
+    return [found[n % len(found)] for n in range(count)]
 
 
 @torch.no_grad()

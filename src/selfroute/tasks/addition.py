@@ -23,7 +23,8 @@ class AdditionConfig(Config):
     digits_min: int = Field(1, ge=1)
     """Fewest digits of both numbers."""
     digits_max: int = Field(6, le=18)
-    """Most digits; each count in between is as likely, and both numbers of a problem have the same."""
+    """Most digits. Each count is drawn as often, for both numbers alike; as pairs are distinct, those of one digit soon
+    run out (there are 55)."""
     train: int = Field(5000, ge=1)
     """Training problems."""
     calibration: int = Field(500, ge=1)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from selfroute.api import load_compare_config
-from selfroute.compare.config import QUICK, CompareConfig, label
+from selfroute.compare.config import QUICK, CompareConfig, brief, label
 from selfroute.compare.methods import BOUNDS, METHODS, OURS, ROUTERS, TASK_TUNED, TRAINED
-from selfroute.config import names, validate
+from selfroute.config import Choice, names, validate
 from selfroute.errors import ConfigError
 
 COMPARISONS = [name for name in names() if name.startswith(("compare-", "ablate-"))]
@@ -18,8 +18,10 @@ def test_every_shipped_comparison_is_whole(name: str) -> None:
     assert len(trained) == len(set(trained)) > 0
     for method in trained:
         training = config.training(method, lr=config.lrs[0], seed=7)
-        assert (training.seed, training.budget) == (7, 0.3 if "rho=" not in method else training.budget)
-        assert training.task == config.train.task
+        assert (training.seed, training.lr) == (7, config.lrs[0])
+        assert training.budget == {"rho=0.1": 0.091, "rho=1": 0.5}.get(method, 0.3)
+        assert training.task.settings["seed"] == 1, "the test problems must not be those that settings were tuned on"
+        assert training.sampling.max_tokens == training.evaluation.max_tokens
     load_compare_config(name, QUICK)
 
 
@@ -38,9 +40,10 @@ def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
         changed = {key for key in ours if ours[key] != other[key]}
         assert changed <= {"algorithm", "d1", "decision_weight", "reward"}, method
         assert (method == OURS) == (not changed)
-        assert ("reward" in changed) == (method == TASK_TUNED)
-        assert other["reward"]["answer"] == ours["reward"]["answer"]
-    assert config.training(TASK_TUNED, lr=1e-4, seed=0).reward.cloud == 0
+        assert other["decision_weight"] == (ours["decision_weight"] if method == OURS else 0)
+        # The paper's v4 reward has no format term.
+        cloud = 0 if method == TASK_TUNED else 0.25
+        assert other["reward"] == {"answer": 1, "cloud": cloud, "format": 0.02 if method == OURS else 0}
 
 
 def test_routers_bring_the_model_that_they_stand_on() -> None:
@@ -59,6 +62,12 @@ def test_ablations_change_ours() -> None:
     assert label("G=4") == "GAPG + decision loss, G=4"
 
 
+def test_a_clouds_name_is_fit_for_a_folder() -> None:
+    assert brief(Choice(name="oracle", accuracy=0.7)) == "accuracy=0.7"
+    assert brief(Choice(name="oracle")) == "oracle"
+    assert brief(Choice(name="x:Y", model="../../deep/r1")) == "model=..-..-deep-r1"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -69,6 +78,11 @@ def test_ablations_change_ours() -> None:
         ({"testbed": "../x"}, "testbed"),
         ({"seeds": []}, "seeds"),
         ({"train": {"task": {"name": "countdown", "numbers": 3}}}, "numbers"),
+        ({"train": {"lr": 1e-3}}, "set lrs and seeds"),
+        ({"train": {"decision_weight": 0}}, "must be above 0"),
+        ({"swap_clouds": [{"name": "orcale"}]}, "no such choice: 'orcale'"),
+        ({"swap_clouds": [{"name": "oracle", "accuracy": 0.5}] * 2}, "same name"),
+        ({"ablations": {"cloud": {"cloud": {"acuracy": 0.5}}}}, "did you mean"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> None:

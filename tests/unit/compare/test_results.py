@@ -32,6 +32,7 @@ def write(
             score=score,
             undecided=False,
             asked=None if asked is None else bool(asked[n]),
+            response=None,
             answer="1",
             device_correct=bool(device),
             device_tokens=10 * (n + 1),
@@ -104,6 +105,21 @@ def test_measures_by_hand(folder: Path) -> None:
     assert value(other, "calls_that_rescued") == 0.0
     assert value(other, "pgr_vs_untrained") == pytest.approx(0.0)
     assert value(other, "cpt_80") == 1.0
+
+
+def test_a_router_that_decides_on_the_prompt_spares_the_device(tmp_path: Path) -> None:
+    for method, info in (("router", {"prompt_only": True}), ("probe", {})):
+        write(tmp_path / "bed", method, 0, OURS, threshold=2.5, **info)
+    found = table(tmp_path / "bed")
+    # Tokens are 10 to 50; the first two problems go to the cloud.
+    assert found["probe"]["device_tokens"]["value"] == pytest.approx(30)
+    assert found["router"]["device_tokens"]["value"] == pytest.approx((30 + 40 + 50) / 5)
+
+
+def test_scores_that_only_place_a_response_are_left_out_of_the_auc(tmp_path: Path) -> None:
+    rows = [(2.0, 0, 1), (1.0, 1, 1), (None, 0, 1), (None, 1, 1)]
+    write(tmp_path / "bed", "gapg_decision", 0, rows, threshold=1.5, asked=[0] * 4)
+    assert table(tmp_path / "bed")["gapg_decision"]["decision_auc"]["value"] == 1.0
 
 
 def test_points_have_no_curve(folder: Path) -> None:
@@ -180,3 +196,10 @@ def test_the_ledger_adds_a_routers_own_fit(tmp_path: Path) -> None:
     assert (found["task_tuning"]["train_device_tokens"], found["task_tuning"]["train_seconds"]) == (1000, 60)
     assert (found["probe"]["train_device_tokens"], found["probe"]["train_seconds"]) == (1500, 65)
     assert found["probe"]["train_cloud_calls"] == 10
+    assert found["probe"]["search_seconds"] is None
+    tried = {"0.0001": {"validation": 0.5, "ledger": ledger}, "0.0002": {"validation": 0.4, "ledger": ledger},
+             "0.1": {"validation": None, "ledger": None}}  # fmt: skip
+    write_json(bed / "search/task_tuning.json", {"tried": tried, "chosen": 1e-4})
+    found = table(bed)
+    for method in ("task_tuning", "probe"):
+        assert (found[method]["search_cloud_calls"], found[method]["search_seconds"]) == (10, 60)

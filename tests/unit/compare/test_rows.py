@@ -19,7 +19,7 @@ from selfroute.compare.rows import (
 )
 from selfroute.errors import RunError
 
-RECORD = Record("p-1", 0.5, False, True, "1+2", False, 30, True, 500, 0.001, 0.25)
+RECORD = Record("p-1", 0.5, False, True, "so 1+2", "1+2", False, 30, True, 500, 0.001, 0.25)
 
 
 def test_a_row_comes_back_and_is_the_same_bytes_twice(tmp_path: Path) -> None:
@@ -48,7 +48,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     write_row(tmp_path, "gapg", 0, {}, [RECORD])
     file = tmp_path / "rows/gapg/seed-0.records.jsonl.gz"
     whole = file.read_bytes()
-    for bad in (whole[:-4], b"plain text", gzip.compress(b"{not json}\n")):
+    flipped = bytes([*whole[:20], whole[20] ^ 0xFF, *whole[21:]])
+    for bad in (whole[:-4], flipped, b"plain text", gzip.compress(b"{not json}\n")):
         file.write_bytes(bad)
         with pytest.raises(RunError, match="is damaged"):
             read_row(tmp_path, "gapg", 0)
@@ -58,6 +59,16 @@ def test_damage_is_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(RunError, match="no such file"):
         read_gzip(file)
+    (tmp_path / "rows/gapg/seed-0.json").write_text("[]")
+    with pytest.raises(RunError, match="not a row of this version"):
+        row_info(tmp_path, "gapg", 0)
+
+
+def test_other_files_beside_rows_are_left_alone(tmp_path: Path) -> None:
+    write_row(tmp_path, "gapg", 0, {}, [RECORD])
+    (tmp_path / "rows/gapg/seed-0 (copy).json").write_text("{}")
+    (tmp_path / "rows/notes").mkdir()
+    assert (seeds_of(tmp_path, "gapg"), list(methods_of(tmp_path))) == ([0], ["gapg"])
 
 
 def test_a_response_without_an_answer_is_asked_first_and_an_unusual_one_last(tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.clouds import FlakyOracle
 
 from selfroute.compare.config import CompareConfig
 from selfroute.compare.methods import OURS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, route_test
-from selfroute.compare.rows import methods_of, read_row, row_info
+from selfroute.compare.rows import methods_of, read_row, row_info, write_row
 from selfroute.compare.run import Matrix, compare
 from selfroute.config import validate
-from selfroute.device.hf import HFEngine
-from selfroute.errors import RunError
+from selfroute.device.hf import HFEngine, model_path
+from selfroute.errors import ConfigError, RunError, TrainingError
 from selfroute.protocol import chat
 from selfroute.records import read_json
 from selfroute.tasks.countdown import Countdown
@@ -69,6 +72,9 @@ def test_every_row_is_there_and_consistent(finished: Path) -> None:
     assert not any(r.asked for r in rows[TASK_TUNED].records)
     assert {r.asked for r in rows["probe"].records} == {None}
     assert len(rows[OURS].metrics) == 1
+    assert all(r.response for r in rows[OURS].records)
+    assert rows[OURS].info["threads"] >= 1
+    assert len(read_json(bed / "testbed.json")["device_sha256"]) == 64
     # The probe looks at the very responses of the task-tuned row.
     assert [r.device_correct for r in rows["probe"].records] == [r.device_correct for r in rows[TASK_TUNED].records]
     assert all(r.score is None or 0 <= r.score <= 1 for r in rows["probe"].records)
@@ -88,7 +94,7 @@ def test_a_rerun_does_nothing_and_a_new_method_pays_for_itself_alone(finished: P
 
 
 def test_rows_made_with_other_settings_are_never_mixed(finished: Path) -> None:
-    with pytest.raises(RunError, match=r"made with other settings \(train\): give another --out"):
+    with pytest.raises(RunError, match=r"made with other settings \(train\.steps\): give another --out"):
         compare(config([OURS], train={"steps": 2}), finished)
     with pytest.raises(RunError, match=r"made with other settings \(num_samples\)"):
         compare(config([OURS], num_samples=3), finished)
@@ -171,21 +177,75 @@ def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> 
 
 
 def test_neither_the_search_nor_our_own_calibration_sees_a_test_problem(tmp_path: Path) -> None:
+    """A whole row of ours: test problems can be loaded only once its threshold is there."""
     settings = config([OURS], lrs=[1e-4, 2e-4])
     matrix = Matrix(settings, tmp_path, quiet)
-    matrix.task = Watched(matrix.task.config)
-    lr = matrix._choose_lr(OURS, quiet)
-    search = read_json(tmp_path / f"search/{OURS}.json")
-    assert lr == search["chosen"]
-    assert set(search["tried"]) == {"0.0001", "0.0002"}
-    assert search["tried"][f"{lr:g}"]["validation"] == max(t["validation"] for t in search["tried"].values())
-    run = tmp_path / f"runs/{OURS}/lr-{lr:g}-seed-0"
-    training = settings.training(OURS, lr=lr, seed=0)
-    from selfroute.compare.run import _load
+    watched = Watched(matrix.task.config)
+    matrix.task = watched
+    calibrate = matrix._calibrate
 
-    found = matrix._calibrate(training, _load(run, training), run, quiet)
-    assert found["problems"] == 40
-    assert set(matrix.task.loaded) == {"calibration"}
+    def then_allow(*args: Any) -> dict[str, Any]:
+        found = calibrate(*args)
+        assert set(watched.loaded) == {"calibration"}
+        matrix.task = Countdown(watched.config)
+        return found
+
+    matrix._calibrate = then_allow  # type: ignore[method-assign]
+    matrix._trained(OURS, 0)
+    row = row_info(tmp_path, OURS, 0)
+    assert row is not None
+    assert row["calibration"]["problems"] == 40
+    search = read_json(tmp_path / f"search/{OURS}.json")
+    assert row["config"]["lr"] == search["chosen"]
+    assert set(search["tried"]) == {"0.0001", "0.0002"}
+    best = search["tried"][f"{search['chosen']:g}"]["validation"]
+    assert best == max(t["validation"] for t in search["tried"].values())
+
+
+class Diverging(Matrix):
+    """A matrix whose training diverges at learning rates of 1 and more."""
+
+    def _train(self, method: str, config: Any, progress: Any) -> Path:
+        if config.lr >= 1:
+            raise TrainingError("the loss is nan at step 1")
+        return super()._train(method, config, progress)
+
+
+def test_a_rate_that_diverges_is_ruled_out(tmp_path: Path) -> None:
+    assert Diverging(config([OURS], lrs=[1.0, 1e-4]), tmp_path / "a", quiet)._choose_lr(OURS, quiet) == 1e-4
+    tried = read_json(tmp_path / f"a/search/{OURS}.json")["tried"]
+    assert tried["1"] == {"validation": None, "error": "the loss is nan at step 1", "ledger": None}
+    with pytest.raises(TrainingError, match="fails at every learning rate"):
+        Diverging(config([OURS], lrs=[1.0, 2.0]), tmp_path / "b", quiet)._choose_lr(OURS, quiet)
+
+
+def test_other_weights_under_the_same_name_are_not_mixed_in(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_path("countdown-1m"), model)
+    settings = config(["device_only"], train={"device": {"model": str(model)}})
+    compare(settings, tmp_path / "out")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"other settings \(device_sha256\)"):
+        compare(settings, tmp_path / "out")
+
+
+def test_routers_refuse_a_model_that_is_not_that_of_the_row(tmp_path: Path) -> None:
+    compare(config([TASK_TUNED]), tmp_path)
+    bed = tmp_path / "bed"
+    row = read_row(bed, TASK_TUNED, 0)
+    other = [replace(r, answer="1") for r in row.records]
+    write_row(bed, TASK_TUNED, 0, {"config": row.info["config"], "ledger": row.info["ledger"]}, other, row.metrics)
+    shutil.rmtree(bed / "runs")
+    with pytest.raises(RunError, match="is not that of the row that is there"):
+        compare(config([TASK_TUNED, "probe"]), tmp_path)
+
+
+def test_too_few_calibration_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="too few for a budget"):
+        compare(config([OURS], train={"task": {"name": "countdown", "calibration": 3}}), tmp_path)
+    assert not (tmp_path / "bed/runs").exists()
 
 
 def test_equal_ablations_train_once_and_clouds_are_swapped(tmp_path: Path) -> None:

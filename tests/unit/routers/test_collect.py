@@ -8,7 +8,7 @@ from selfroute.device.base import Sampling
 from selfroute.device.hf import HFEngine
 from selfroute.protocol import chat
 from selfroute.routers.collect import Extra, collect
-from selfroute.tasks.countdown import Countdown, CountdownConfig
+from selfroute.tasks.countdown import Countdown, CountdownConfig, problem
 
 TASK = Countdown(CountdownConfig())
 PROBLEMS = TASK.load("calibration")[:5]
@@ -53,3 +53,11 @@ def test_a_cut_response_has_a_state_too(engine: HFEngine) -> None:
     [a] = collect(engine, PROBLEMS[:1], Sampling(max_tokens=6), "s")
     assert not a.response.finished
     assert a.state.shape == (128,)
+
+
+def test_every_problem_has_as_many_variants(engine: HFEngine) -> None:
+    few = [problem([5, 5, 7], 17), problem([5, 5, 5], 15)]
+    attempts = collect(engine, few, SAMPLING, "s", extra=Extra(variants=4), variants_of=TASK.variants)
+    assert [len(a.variants) for a in attempts] == [4, 4]
+    # The same question again is another draw.
+    assert len({r.token_ids for r in attempts[1].variants}) > 1
