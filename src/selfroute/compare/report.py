@@ -34,9 +34,7 @@ def write_report(out: Path, *, progress: Progress = lambda what, done, total: No
     """
     found = [load_testbed(folder) for folder in testbeds(out)]
     if not found:
-        raise RunError(
-            f"{out} holds no finished row of a comparison yet: selfroute compare compare-countdown --out {out}"
-        )
+        raise RunError(f"{out} holds no finished row yet: selfroute compare compare-countdown --out {out}")
     rows: list[dict[str, Any]] = []
     sections = []
     for number, testbed in enumerate(found, 1):
