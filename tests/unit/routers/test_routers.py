@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 from selfroute.device.hf import HFEngine
 from selfroute.errors import DeviceError
@@ -175,3 +182,25 @@ def test_an_encoder_by_name(tmp_path: Path, engine: HFEngine) -> None:
     assert all(0 <= r.score <= 1 for r in router.route(by_length(5, 1)[0]))
     with pytest.raises(DeviceError, match="cannot load the encoder 'no/such-encoder'"):
         Encoder(0, engine.tokenizer, "no/such-encoder")
+
+
+def test_the_papers_kind_of_encoder_loads_and_learns(tmp_path: Path, engine: HFEngine) -> None:
+    """DeBERTa-v2/v3 with its SentencePiece vocabulary, tiny, in half precision as hubs keep it; trained in float32."""
+    folder = tmp_path / "deberta"
+    folder.mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(a.problem.question for a in by_length(300, 3)[0]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "spm"), vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer"}')
+    shape = DebertaV2Config(
+        vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    DebertaV2ForSequenceClassification(shape).half().save_pretrained(folder)
+    router = Encoder(0, engine.tokenizer, str(folder))
+    assert {p.dtype for p in router.model.parameters()} == {torch.float32}
+    router.fit(*by_length(60, 0))
+    scores = [r.score for r in router.route(by_length(5, 1)[0])]
+    assert all(0 <= s <= 1 for s in scores)
+    assert len(set(scores)) > 1
