@@ -50,7 +50,7 @@ def write_report(out: Path, *, progress: Progress = lambda what, done, total: No
     page = Environment(
         loader=PackageLoader("selfroute.compare", "."), autoescape=True, undefined=StrictUndefined
     ).get_template("report.html.jinja")
-    write_atomic(out / "report.html", page.render(sections=sections, show=show, label=label, OURS=OURS))
+    write_atomic(out / "report.html", page.render(sections=sections, show=show, label=label, took=_took, OURS=OURS))
     return rows
 
 
@@ -79,6 +79,8 @@ def _section(out: Path, testbed: Testbed, rows: Sequence[Mapping[str, Any]]) -> 
         "ablations": [r for r in rows if r["method"] not in METHODS],
         "figures": pictures,
         "task": read_json(out / testbed.name / "testbed.json")["train"]["task"],
+        "hours": sum(info.get("seconds", 0.0) for info in infos) / 3600,
+        "threads": sorted({info["threads"] for info in infos if "threads" in info}),
         "commits": sorted({str(info.get("git") or "unknown") for info in infos}),
         "files": {
             method: [
@@ -116,7 +118,7 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
     ]
     for s in sections:
         at = s["at"]
-        text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])}."]
+        text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])} in {_took(s)}."]
         columns = (
             ("call rate", "call_rate", 100.0),
             ("accuracy", "accuracy", 100.0),
@@ -144,6 +146,11 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
                 name = f"**{name}**" if r["method"] == OURS else name
                 text.append(f"| {name} | {len(r['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
+
+
+def _took(section: Mapping[str, Any]) -> str:
+    threads = ", ".join(map(str, section["threads"])) or "?"
+    return f"{section['hours']:.2f} hours on {threads} thread{'' if threads == '1' else 's'}"
 
 
 def terminal_tables(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Table]:

@@ -61,6 +61,8 @@ class Matrix:
         self._check_early()
         self._check_settings()
         self.started, self.at_start = time.perf_counter(), self._finished()
+        # Since the last row was written, or the start: what a row took, the search for its learning rate too.
+        self._begun = self.started
 
     def _check_early(self) -> None:
         """What would fail only after hours of training fails now."""
@@ -128,7 +130,9 @@ class Matrix:
         records: Sequence[Record],
         metrics: Sequence[dict[str, Any]] = (),
     ) -> None:
-        write_row(self.testbed, method, seed, {**info, "threads": torch.get_num_threads()}, records, metrics)
+        seconds, self._begun = time.perf_counter() - self._begun, time.perf_counter()
+        made = {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
+        write_row(self.testbed, method, seed, {**info, **made}, records, metrics)
 
     def _evaluate(
         self, config: TrainConfig, engine: HFEngine, memory: Path, progress: Progress, *, forbid: bool = True
@@ -359,4 +363,6 @@ def _weights(device: DeviceConfig) -> str | None:
 
 def _own(info: dict[str, Any]) -> dict[str, Any]:
     """What a row says of itself, without what names it."""
-    return {k: v for k, v in info.items() if k not in ("schema", "method", "seed", "git", "versions", "threads")}
+    return {
+        k: v for k, v in info.items() if k not in ("schema", "method", "seed", "git", "versions", "seconds", "threads")
+    }

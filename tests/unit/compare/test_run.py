@@ -74,6 +74,7 @@ def test_every_row_is_there_and_consistent(finished: Path) -> None:
     assert len(rows[OURS].metrics) == 1
     assert all(r.response for r in rows[OURS].records)
     assert rows[OURS].info["threads"] >= 1
+    assert all(row.info["seconds"] >= 0 for row in rows.values())
     assert len(read_json(bed / "testbed.json")["device_sha256"]) == 64
     # The probe looks at the very responses of the task-tuned row.
     assert [r.device_correct for r in rows["probe"].records] == [r.device_correct for r in rows[TASK_TUNED].records]
