@@ -20,13 +20,14 @@ def outcome(n: int, **changes: Any) -> Outcome:
     values: dict[str, Any] = {
         "problem": f"p{n}", "question": "q", "response": "r", "route": "device", "score": -1.0, "correct": True,
         "device_answer": "1", "device_correct": True, "device_reason": "makes 1", "device_solve_share": None,
-        "cloud_answer": "1", "cloud_correct": True, "cloud_reason": "makes 1", "device_tokens": 10, "cloud_tokens": 0,
-        "cloud_cost_usd": 0.0, "cloud_latency_s": 0.0,
+        "cloud_answer": "1", "cloud_correct": True, "cloud_reason": "makes 1", "device_tokens": 10, "cloud_tokens": 500,
+        "cloud_cost_usd": 0.001, "cloud_latency_s": 2.0,
     }  # fmt: skip
     return Outcome(**{**values, **changes})
 
 
-ASKED = {"route": "cloud", "score": 2.0, "cost_usd": 0.001, "cloud_tokens": 500, "latency_s": 2.0}
+# What the cloud's answer costs is known of every problem, and counts where it was asked.
+ASKED = {"route": "cloud", "score": 2.0}
 # Ten problems: six answered (five right), three asked (two rescued, one wasted), one undecided.
 OUTCOMES = [
     *(outcome(n) for n in range(5)),
@@ -132,7 +133,7 @@ def test_the_page_escapes_what_models_write(tmp_path: Path) -> None:
 def _step() -> dict[str, Any]:
     return {
         "reward": 0.5, "local_accuracy": 0.5, "help": 0.1, "wrong": 0.3, "undecided": 0.1, "d1": 3, "d2": 1,
-        "dual": 0.0,        "cloud_calls": 4, "cost_usd": 0.01, "cloud_tokens": 9, "device_tokens": 100,
+        "dual": 0.0, "cloud_calls": 4, "cost_usd": 0.01, "cloud_tokens": 9, "device_tokens": 100,
         "seconds": {"total": 1.0, "cpu": 2.0},
     }  # fmt: skip
 
