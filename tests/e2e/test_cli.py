@@ -109,7 +109,7 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
         (["train", "nope"], "no such config: 'nope'"),
         (["train", "countdown-tiny", "stesp=3"], "stesp: Extra inputs are not permitted"),
         (["train", "countdown-tiny", "task.nubmer_max=3", "--dry-run"], "nubmer_max: Extra inputs are not permitted"),
-        (["train", "countdown-tiny", "task.name=nope"], "known: countdown"),
+        (["train", "countdown-tiny", "task.name=nope"], "known: addition, countdown"),
         (["evaluate", "damaged"], "run.json is damaged: it holds no config"),
         (["train", "countdown-tiny", "device.model=no/such-model", "steps=1"], "cannot load the device model"),
         (["evaluate", "nowhere"], "not a run directory"),
@@ -156,7 +156,7 @@ def test_records_hold_what_the_measures_need(trained: Path) -> None:
     records = read_records(trained / "run/evaluations/after/records.jsonl")
     assert len(records) == 30
     for r in records:
-        assert {"problem", "response", "route", "score", "device_correct", "cloud_correct", "cost_usd"} <= set(r)
+        assert {"problem", "response", "route", "score", "device_correct", "cloud_correct", "cloud_cost_usd"} <= set(r)
         asked = r["route"] == "cloud"
         assert r["correct"] == (r["cloud_correct"] if asked else r["device_correct"])
         assert r["cloud_cost_usd"] > 0
