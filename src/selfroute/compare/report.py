@@ -118,7 +118,7 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
     ]
     for s in sections:
         at = s["at"]
-        text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])} in {_took(s)}."]
+        text += ["", f"## {s['name']}", "", f"Made by commit {', '.join(s['commits'])}{_took(s)}."]
         columns = (
             ("call rate", "call_rate", 100.0),
             ("accuracy", "accuracy", 100.0),
@@ -149,8 +149,11 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _took(section: Mapping[str, Any]) -> str:
-    threads = ", ".join(map(str, section["threads"])) or "?"
-    return f"{section['hours']:.2f} hours on {threads} thread{'' if threads == '1' else 's'}"
+    """How long its rows took; nothing where they do not say."""
+    if not section["hours"]:
+        return ""
+    threads = ", ".join(map(str, section["threads"]))
+    return f" in {section['hours']:.2f} hours on {threads} thread{'' if threads == '1' else 's'}"
 
 
 def terminal_tables(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Table]:
