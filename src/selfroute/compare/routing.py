@@ -17,7 +17,7 @@ from selfroute.compare.config import CompareConfig
 from selfroute.compare.rows import Record, ordering
 from selfroute.device.hf import HFEngine
 from selfroute.evaluate.calibrate import calibrate
-from selfroute.evaluate.run import judge, solve_shares
+from selfroute.evaluate.run import counter, judge, solve_shares
 from selfroute.protocol import cloud_request, parse
 from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Routed, Router
@@ -74,13 +74,13 @@ def fit_routers(
     started = time.perf_counter()
     if set(wanted) & set(LEARN):
         problems = task.load("train")[: config.fit_problems]
-        count = _counted(progress, "responses for routers to learn from", len(problems))
+        count = counter(progress, "responses for routers to learn from", len(problems))
         learn = collect(engine, problems, sampling, f"{seed}/fit", progress=count)
         learn_correct = [_correct(task, a, a.response) for a in learn]
     learn_seconds, started = time.perf_counter() - started, time.perf_counter()
     held_out = task.load("calibration")
     extra = _extra(wanted, config)
-    count = _counted(progress, "calibration responses", len(held_out) * (1 + extra.samples + extra.variants))
+    count = counter(progress, "calibration responses", len(held_out) * (1 + extra.samples + extra.variants))
     held = collect(
         engine, held_out, sampling, f"{seed}/calibration", extra=extra, variants_of=task.variants, progress=count
     )
@@ -130,7 +130,7 @@ def route_test(
     """Each router's records of the test problems; all of them look at the same responses."""
     problems = task.load("test")
     extra = _extra([f.method for f in fitted], config)
-    count = _counted(progress, "test responses", len(problems) * (1 + extra.samples + extra.variants))
+    count = counter(progress, "test responses", len(problems) * (1 + extra.samples + extra.variants))
     attempts = collect(
         engine,
         problems,
@@ -203,14 +203,3 @@ def _seen_undecided(router: Router, routed: Routed) -> bool:
 
 def _score(router: Router, routed: Routed) -> float:
     return ordering(routed.score, _seen_undecided(router, routed))
-
-
-def _counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(finished: int) -> None:
-        nonlocal done
-        done += finished
-        progress(what, done, total)
-
-    return count

@@ -100,9 +100,9 @@ class Matrix:
 
     def run(self) -> None:
         for seed in self.config.seeds:
-            for method in (m for m in self.config.methods if m in BOUNDS):
-                if row_info(self.testbed, method, seed) is None:
-                    self._bound(method, seed)
+            bounds = [m for m in self.config.methods if m in BOUNDS and row_info(self.testbed, m, seed) is None]
+            if bounds:
+                self._bounds(bounds, seed)
             for method in self.config.trained:
                 self._trained(method, seed)
                 self._swap(method, seed)
@@ -113,14 +113,14 @@ class Matrix:
 
     # The two sides alone.
 
-    def _bound(self, method: str, seed: int) -> None:
+    def _bounds(self, methods: Sequence[str], seed: int) -> None:
         config = self.config.train.model_copy(update={"seed": seed})
-        outcomes = self._evaluate(
-            config, HFEngine.load(config.device), self.testbed / "cloud.sqlite", self.progress(method, seed)
-        )
-        asks = method == "cloud_only"
-        records = [_record(o, score=None, asked=asks, undecided=False) for o in outcomes]
-        self._write(method, seed, {"config": config.model_dump(mode="json")}, records)
+        progress = self.progress(" and ".join(methods), seed)
+        outcomes = self._evaluate(config, HFEngine.load(config.device), self.testbed / "cloud.sqlite", progress)
+        for method in methods:
+            asks = method == "cloud_only"
+            records = [_record(o, score=None, asked=asks, undecided=False) for o in outcomes]
+            self._write(method, seed, {"config": config.model_dump(mode="json")}, records)
 
     def _write(
         self,
@@ -315,17 +315,19 @@ class Matrix:
         finally:
             cloud.close()
         if base == TASK_TUNED:
-            self._same_model(seed, routed[missing[0]], missing[0])
+            self._same_model(seed, routed)
         for router in fitted:
             info = {"config": config.model_dump(mode="json"), "ledger": training(run), **router.info}
             self._write(router.method, seed, info, routed[router.method])
 
-    def _same_model(self, seed: int, records: Sequence[Record], method: str) -> None:
+    def _same_model(self, seed: int, routed: Mapping[str, Sequence[Record]]) -> None:
         """Routers must stand on the very model of the task-tuned row, which may have been trained elsewhere."""
-        if method in ("self_consistency", "prompt_variants"):
-            return  # their answers are the vote's
+        # The answers of a vote are not those of the model's first responses.
+        single = [records for m, records in routed.items() if m not in ("self_consistency", "prompt_variants")]
+        if not single:
+            return
         row = read_row(self.testbed, TASK_TUNED, seed)
-        if [r.answer for r in row.records] != [r.answer for r in records]:
+        if [r.answer for r in row.records] != [r.answer for r in single[0]]:
             raise RunError(
                 f"the task-tuned model of seed {seed}, trained again, is not that of the row that is there (another "
                 f"processor or thread count?): remove {self.testbed / 'rows' / TASK_TUNED} and its routers' rows"

@@ -142,11 +142,12 @@ def _respond(
     """Prompts, stream names and `draws` responses of each problem."""
     prompts = [engine.encode(chat(p.question)) for p in problems]
     streams = [[f"{stream}/{p.id}/{i}" for i in range(draws)] for p in problems]
-    count = _counter(progress, "responses", len(problems) * draws)
+    count = counter(progress, "responses", len(problems) * draws)
     return prompts, streams, engine.generate(prompts, streams, sampling, progress=count)
 
 
-def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+def counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """What an engine calls with the responses that finished since the last call, told as progress of `total`."""
     done = 0
 
     def count(finished: int) -> None:
@@ -193,7 +194,7 @@ def _local_answers(
             [streams[n] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
             starts=[responses[n].token_ids[: responses[n].decision_index or 0] for n in asked],
-            progress=_counter(progress, "local answers of asked problems", len(asked)),
+            progress=counter(progress, "local answers of asked problems", len(asked)),
         )
         for n, group in zip(asked, continued, strict=True):
             local[n] = group[0]
@@ -214,7 +215,7 @@ def solve_shares(
         [engine.encode(chat(p.question)) for p in problems],
         [[f"{stream}/{p.id}/0/solve/{i}" for i in range(samples)] for p in problems],
         sampling.model_copy(update={"forbid_help": True}),
-        progress=_counter(progress, "extra samples of asked problems", len(problems) * samples),
+        progress=counter(progress, "extra samples of asked problems", len(problems) * samples),
     )
     return {
         p.id: sum(judge(task, p, r.text, r.finished)[1] for r in group) / samples
