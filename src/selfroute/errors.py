@@ -5,7 +5,8 @@
     ├── TaskError        a data file or a generator
     ├── DeviceError      the on-device model or its engine
     ├── CloudError       the cloud, its cache or its ledger
-    ├── TrainingError    the training loop (non-finite numbers, checkpoints)
+    ├── TrainingError    the training loop (checkpoints, its files)
+    │   └── DivergenceError   its numbers are not finite any more
     └── RunError         a run directory (missing, foreign, damaged)
 
 Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
@@ -33,7 +34,11 @@ class CloudError(SelfrouteError):
 
 
 class TrainingError(SelfrouteError):
-    """Training cannot go on: a non-finite number, or a checkpoint that does not fit."""
+    """Training cannot go on: a checkpoint that does not fit, a file that cannot be written."""
+
+
+class DivergenceError(TrainingError):
+    """A loss, a gradient or the model's output is not finite any more: the settings are at fault, not the machine."""
 
 
 class RunError(SelfrouteError):

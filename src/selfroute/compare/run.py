@@ -25,7 +25,7 @@ from selfroute.compare.routing import fit_routers, make_router, route_test, thre
 from selfroute.compare.rows import ASK_FIRST, VERSION, Record, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine, model_path
-from selfroute.errors import DeviceError, RunError, TrainingError
+from selfroute.errors import DivergenceError, RunError
 from selfroute.evaluate.run import Outcome, calibration_responses, columns, evaluate, judge, solve_shares
 from selfroute.evaluate.summary import training
 from selfroute.protocol import cloud_request
@@ -247,7 +247,7 @@ class Matrix:
             try:
                 run = self._train(method, config, progress)
                 found = {"validation": self._validate(method, config, run, progress), "ledger": training(run)}
-            except (TrainingError, DeviceError) as error:
+            except DivergenceError as error:
                 # A rate at which the training diverges is one that the search rules out.
                 found = {"validation": None, "error": str(error), "ledger": None}
             known["tried"][f"{lr:g}"] = found
@@ -255,7 +255,7 @@ class Matrix:
         values = {lr: known["tried"][f"{lr:g}"]["validation"] for lr in lrs}
         usable = {lr: value for lr, value in values.items() if value is not None}
         if not usable:
-            raise TrainingError(f"{method} fails at every learning rate: see {file}")
+            raise DivergenceError(f"{method} diverges at every learning rate: see {file}")
         best = max(usable, key=lambda lr: usable[lr])
         if known.get("chosen") != best:
             write_json(file, {**known, "chosen": best})

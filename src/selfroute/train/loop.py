@@ -24,7 +24,7 @@ from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import DeviceError, TrainingError
+from selfroute.errors import DeviceError, DivergenceError, TrainingError
 from selfroute.protocol import chat, cloud_request, find_decision, last_boundary, parse
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
@@ -169,7 +169,7 @@ class Trainer:
         try:
             groups = engine.generate(prompts, streams, config.sampling)
         except DeviceError as error:
-            raise TrainingError(f"{error} at step {step}: {_start_again(config.lr)}") from error
+            raise DivergenceError(f"{error} at step {step}: {_start_again(config.lr)}") from error
         decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
         correct_PG = [
             [isinstance(d, Answer) and self.task.verify(d.text, p).correct for d in group]
@@ -360,13 +360,13 @@ class Trainer:
                 total_decision += decision.item()
                 loss = loss + decision
             if not torch.isfinite(loss):
-                raise TrainingError(f"the loss is {loss.item()} at step {step}: {_start_again(config.lr)}")
+                raise DivergenceError(f"the loss is {loss.item()} at step {step}: {_start_again(config.lr)}")
             loss.backward()
         shared.backward()
         longest = config.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
         if not math.isfinite(grad_norm):
-            raise TrainingError(f"the gradient's norm is {grad_norm} at step {step}: {_start_again(config.lr)}")
+            raise DivergenceError(f"the gradient's norm is {grad_norm} at step {step}: {_start_again(config.lr)}")
         progress = (step - 1) / max(1, config.steps - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * (1 - progress * (1 - config.lr_end))

@@ -26,7 +26,7 @@ from selfroute.config import Choice
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import TrainingError
+from selfroute.errors import DivergenceError, TrainingError
 from selfroute.protocol import INSTRUCTION, DecisionPoint, chat, find_decision
 from selfroute.tasks import make_task
 from selfroute.tasks.countdown import problem
@@ -140,7 +140,8 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
     `command` is what made it, for the provenance.
 
     Raises:
-        TrainingError: the loss is not finite, or `out` is in use.
+        DivergenceError: the loss is not finite.
+        TrainingError: `out` is in use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrainingError(f"{out} is not an empty folder: give another --out")
@@ -208,7 +209,7 @@ def _imitate(
         shared.backward()
         if not math.isfinite(loss):
             key = "lr" if phase == "learn" else "settle_lr"
-            raise TrainingError(f"the loss is {loss} at step {step} of {phase}: lower {key} (now {lr:g})")
+            raise DivergenceError(f"the loss is {loss} at step {step} of {phase}: lower {key} (now {lr:g})")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

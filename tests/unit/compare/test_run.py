@@ -16,7 +16,7 @@ from selfroute.compare.rows import methods_of, read_row, row_info, write_row
 from selfroute.compare.run import Matrix, compare
 from selfroute.config import validate
 from selfroute.device.hf import HFEngine, model_path
-from selfroute.errors import ConfigError, RunError, TrainingError
+from selfroute.errors import ConfigError, DivergenceError, RunError, TrainingError
 from selfroute.protocol import chat
 from selfroute.records import read_json
 from selfroute.tasks.countdown import Countdown
@@ -208,7 +208,7 @@ class Diverging(Matrix):
 
     def _train(self, method: str, config: Any, progress: Any) -> Path:
         if config.lr >= 1:
-            raise TrainingError("the loss is nan at step 1")
+            raise DivergenceError("the loss is nan at step 1")
         return super()._train(method, config, progress)
 
 
@@ -216,8 +216,21 @@ def test_a_rate_that_diverges_is_ruled_out(tmp_path: Path) -> None:
     assert Diverging(config([OURS], lrs=[1.0, 1e-4]), tmp_path / "a", quiet)._choose_lr(OURS, quiet) == 1e-4
     tried = read_json(tmp_path / f"a/search/{OURS}.json")["tried"]
     assert tried["1"] == {"validation": None, "error": "the loss is nan at step 1", "ledger": None}
-    with pytest.raises(TrainingError, match="fails at every learning rate"):
+    with pytest.raises(DivergenceError, match="diverges at every learning rate"):
         Diverging(config([OURS], lrs=[1.0, 2.0]), tmp_path / "b", quiet)._choose_lr(OURS, quiet)
+
+
+class Full(Matrix):
+    """A matrix whose disk is full."""
+
+    def _train(self, method: str, config: Any, progress: Any) -> Path:
+        raise TrainingError("cannot write metrics.jsonl: No space left on device")
+
+
+def test_a_full_disk_rules_no_rate_out(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="No space left"):
+        Full(config([OURS], lrs=[1e-4, 2e-4]), tmp_path, quiet)._choose_lr(OURS, quiet)
+    assert not (tmp_path / "search").exists()
 
 
 def test_other_weights_under_the_same_name_are_not_mixed_in(tmp_path: Path) -> None:

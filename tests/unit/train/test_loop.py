@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from selfroute.config import validate
-from selfroute.errors import CloudError, ConfigError, DeviceError, ReproducibilityWarning, RunError, TrainingError
+from selfroute.errors import (
+    CloudError,
+    ConfigError,
+    DeviceError,
+    DivergenceError,
+    ReproducibilityWarning,
+    RunError,
+    TrainingError,
+)
 from selfroute.protocol import DecisionPoint, chat, find_decision, parse
 from selfroute.records import checkpoints, read_json, read_records, write_json
 from selfroute.train.algorithms import ALGORITHMS
@@ -372,7 +380,7 @@ def test_weights_that_are_not_finite_are_never_saved(run_dir: Path) -> None:
         def spoil(record: StepRecord) -> None:
             next(made.engine.model.parameters()).data[0, 0] = math.nan
 
-        with pytest.raises(TrainingError, match="at step 2: start again in another --out with a lower lr"):
+        with pytest.raises(DivergenceError, match="at step 2: start again in another --out with a lower lr"):
             made.run(spoil)
     assert checkpoints(run_dir) == []
 
@@ -389,7 +397,7 @@ def test_a_cloud_failing_in_the_first_step_leaves_a_run_to_resume(tmp_path: Path
 
 
 def test_numbers_that_are_not_finite_stop_with_the_step(run_dir: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the loss is -?(inf|nan) at step 1: start again .* lower lr"):
+    with pytest.raises(DivergenceError, match=r"the loss is -?(inf|nan) at step 1: start again .* lower lr"):
         train(config(reward={"answer": 1e39}), run_dir)
     with trainer(run_dir.with_name("reward")) as made:
         object.__setattr__(made.config, "reward", made.config.reward.model_copy(update={"answer": math.inf}))
@@ -397,7 +405,7 @@ def test_numbers_that_are_not_finite_stop_with_the_step(run_dir: Path) -> None:
             made.step(1)
     with trainer(run_dir.with_name("weights")) as made:
         next(made.engine.model.parameters()).data[0, 0] = math.nan
-        with pytest.raises(TrainingError, match=r"logits are not finite at step 7: .* lower lr \(now 0.0002\)"):
+        with pytest.raises(DivergenceError, match=r"logits are not finite at step 7: .* lower lr \(now 0.0002\)"):
             made.step(7)
 
 
