@@ -1,21 +1,25 @@
 # make demo    the main job, in its own virtual environment; OUT=DIR sets where
 # make test    lint, types, import contract, tests
+# make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: every warm start
 # PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README).
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-long lint format clean
 
 demo: $(VENV)/.train-ready
 	$(BIN)/selfroute demo --out "$(OUT)"
 
 test: lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-long: $(VENV)/.dev-ready
+	$(BIN)/pytest -m "long and not gpu"
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check src tests

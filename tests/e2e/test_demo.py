@@ -24,15 +24,27 @@ from selfroute.evaluate.run import columns, evaluate
 from selfroute.measures import Columns
 from selfroute.protocol import chat, parse
 from selfroute.tasks import make_task
+from selfroute.train.config import TrainConfig
 from selfroute.types import HelpCall, Problem
 from tests.e2e.test_cli import selfroute
 
 ROOT = Path(__file__).parents[2]
 
 
-def sampled(model: str, tmp_path: Path, seed: int = 0) -> Columns:
-    """A model on the demo's test problems, its own decisions sampled."""
-    config = load_train_config("countdown-tiny")
+# Where the shipped models are at home.
+TESTBEDS = {
+    "countdown-1m": "compare-countdown",
+    "countdown-4-1m": "compare-countdown-4",
+    "countdown-345-1m": "compare-countdown-345",
+    "countdown-informed-1m": "compare-countdown-informed",
+    "addition-1m": "compare-addition",
+}
+# The others take half an hour each, or more.
+QUICKEST_WARM_START = "countdown-informed-1m"
+
+
+def sampled(model: str, config: TrainConfig, tmp_path: Path, seed: int = 0) -> Columns:
+    """A model on a config's test problems, its own decisions sampled."""
     cloud = Cloud(make_cloud(config.cloud), tmp_path / "cloud.sqlite")
     try:
         engine = HFEngine.load(DeviceConfig(model=model))
@@ -71,10 +83,8 @@ def test_the_quick_demo_does_every_part_and_continues(tmp_path: Path) -> None:
 
 def test_the_shipped_model_does_not_route(tmp_path: Path) -> None:
     # One draw's AUC has a standard error of 0.02; three show the model rather than the draw.
-    assert_no_routing([sampled("countdown-1m", tmp_path, seed) for seed in range(3)])
-
-
-def assert_no_routing(draws: list[Columns]) -> None:
+    config = load_train_config("countdown-tiny")
+    draws = [sampled("countdown-1m", config, tmp_path, seed) for seed in range(3)]
     assert np.mean([c.device.mean() for c in draws]) < 0.50
     assert 0.10 <= np.mean([c.asked.mean() for c in draws]) <= 0.20
     assert 0.45 <= np.mean([measures.decision_auc(c) for c in draws]) <= 0.55
@@ -108,16 +118,25 @@ def evaluate_alone(engine: HFEngine, problems: list[Problem], sampling: Sampling
     return [("!" in r.text, isinstance(parse(r.text, finished=r.finished), HelpCall)) for [r] in groups]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(4800)
-def test_the_warm_start_gives_the_shipped_accuracy(tmp_path: Path) -> None:
-    on_all_cores("warmstart", "countdown-1m", "--out", "model", cwd=tmp_path, timeout=4500)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == QUICKEST_WARM_START else pytest.mark.long) for n in TESTBEDS],
+)
+def test_the_warm_start_gives_the_shipped_accuracy(name: str, tmp_path: Path) -> None:
+    assert set(TESTBEDS) == set(shipped_models())
+    on_all_cores("warmstart", name, "--out", "model", cwd=tmp_path, timeout=6000)
+    config = load_compare_config(TESTBEDS[name]).train
     # Four draws a problem: on another processor the weights differ, and one draw alone is off by a point or two.
     fresh, shipped = (
-        [sampled(model, tmp_path, seed) for seed in range(4)] for model in (str(tmp_path / "model"), "countdown-1m")
+        [sampled(model, config, tmp_path, seed) for seed in range(4)] for model in (str(tmp_path / "model"), name)
     )
-    assert abs(np.mean([c.device.mean() for c in fresh]) - np.mean([c.device.mean() for c in shipped])) <= 0.03
-    assert_no_routing(fresh)
+    for share in ("device", "asked"):
+        new, old = (np.mean([getattr(c, share).mean() for c in draws]) for draws in (fresh, shipped))
+        assert abs(new - old) <= 0.03, share
+    if fresh[0].asked.any():
+        new, old = (np.mean([measures.decision_auc(c) for c in draws]) for draws in (fresh, shipped))
+        assert abs(new - old) <= 0.05
 
 
 @pytest.mark.slow
