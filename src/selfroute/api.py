@@ -341,13 +341,20 @@ def load_compare_config(name: str, overrides: Sequence[str] = ()) -> CompareConf
 
 
 def compare(
-    config: str | CompareConfig, out: str | Path, *, progress: Progress = lambda what, done, total: None
+    config: str | CompareConfig,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Run what is missing of a comparison and write its report into `out`; returns the rows of compare.json."""
+    """Run what is missing of a comparison, in `jobs` processes, and write its report into `out`.
+
+    Returns the rows of compare.json.
+    """
     resolved = load_compare_config(config) if isinstance(config, str) else config
     with _needs("compare"):
         from selfroute.compare import run
-    run.compare(resolved, Path(out), progress=progress)
+    run.compare(resolved, Path(out), jobs=jobs, progress=progress)
     return compare_report(out, progress=progress)
 
 

@@ -172,6 +172,12 @@ def compare(
     out: Annotated[
         Path, typer.Option(help="The folder to write; several testbeds share one, and an unfinished one is continued.")
     ] = Path("runs/compare"),
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Processes, which share the cores. With small models on a CPU: one a core."
+        ),
+    ] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Every row in a few minutes; it learns little.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
 ) -> None:
@@ -189,7 +195,7 @@ def compare(
         _dry_run(resolved)
         return
     with _stopping(out, "again", holds=resolved.testbed):
-        rows = api.compare(resolved, out, progress=_Printer().progress)
+        rows = api.compare(resolved, out, jobs=jobs, progress=_Printer().progress)
     _tables(rows)
     _echo(f"page: {out / 'report.html'}")
 

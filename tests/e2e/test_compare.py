@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import signal
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ QUICK = ("compare", "compare-countdown", "--quick", "seeds=[0]", "train.task.tes
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with every row of the quick comparison in `out`, and what the command printed."""
     cwd = tmp_path_factory.mktemp("compare")
-    return cwd, selfroute(*QUICK, cwd=cwd, timeout=580)
+    return cwd, selfroute(*QUICK, "--jobs", "2", cwd=cwd, timeout=580)
 
 
 def test_every_row_is_in_every_file(compared: tuple[Path, str]) -> None:
@@ -103,6 +104,26 @@ def test_ctrl_c_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path) -> N
     done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert done == list(range(1, 13))
     assert (tmp_path / "out/countdown-3/rows/gapg_decision/seed-0.json").is_file()
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    command = (
+        *("compare", "compare-countdown", "--quick", "--out", "out", "--jobs", "2", "seeds=[0]"),
+        *('methods=["gapg_decision", "gapg"]', "train.steps=400", "train.checkpoint_every=1000"),
+    )
+    runs = tmp_path / "out/countdown-3/runs"
+    process = start(*command, cwd=tmp_path)
+    for method in ("gapg_decision", "gapg"):
+        wait_for_step(process, runs / method / "lr-0.0003-seed-0", 2)
+    process.kill()
+    process.communicate()
+    # Nobody told them; each saves after its step and ends, so the folder is free again.
+    deadline = time.monotonic() + 60
+    while not all(list(runs.glob(f"{method}/*/checkpoints/step-*")) for method in ("gapg_decision", "gapg")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    out = selfroute(*command[:-2], "train.steps=400", 'methods=["device_only"]', "train.task.test=20", cwd=tmp_path)
+    assert "Device only" in out
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from selfroute.cloud import CLOUDS
-from selfroute.compare.methods import METHODS, OURS, TRAINED
+from selfroute.compare.methods import BOUNDS, METHODS, OURS, TRAINED
 from selfroute.config import Choice, Config, resolve, validate
 from selfroute.tasks import TASKS
 from selfroute.train.config import TrainConfig
@@ -89,6 +89,30 @@ class CompareConfig(Config):
         """The methods to train, in the table's order, those that routers stand on among them; then the ablations."""
         wanted = set(self.methods) | {METHODS[m].on for m in self.methods}
         return [name for name in TRAINED if name in wanted] + list(self.ablations)
+
+    def parts(self) -> list[CompareConfig]:
+        """The comparison cut into parts that share no row: a trained method with the routers on its model, a group of
+        ablations that train the same, or the bounds. The longest, with the most routers, come first."""
+        methods = {
+            name: tuple(m for m in self.methods if name in (m, METHODS[m].on))
+            for name in self.trained
+            if name in METHODS
+        }
+        same: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, changes in self.ablations.items():
+            training = self.training(name, lr=self.lrs[0], seed=self.seeds[0])
+            same.setdefault(training.model_dump_json(), {})[name] = changes
+        bounds = tuple(m for m in self.methods if m in BOUNDS)
+        cuts: list[tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = [
+            *((some, {}) for some in sorted(methods.values(), key=len, reverse=True)),
+            *(((), group) for group in same.values()),
+            *([(bounds, {})] if bounds else []),
+        ]
+        return [self.model_copy(update={"methods": some, "ablations": group}) for some, group in cuts]
+
+    def stored(self) -> dict[str, Any]:
+        """What `validate` makes this comparison from again."""
+        return self.model_dump(mode="json", exclude={"train": {"lr", "seed"}})
 
     def training(self, method: str, *, lr: float, seed: int) -> TrainConfig:
         """The training of a method."""

@@ -20,6 +20,7 @@ from selfroute import measures
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig, brief
+from selfroute.compare.jobs import run_parts
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
 from selfroute.compare.rows import ASK_FIRST, VERSION, Record, methods_of, ordering, read_row, row_info, write_row
@@ -37,8 +38,10 @@ from selfroute.train.progress import flat
 from selfroute.types import Progress
 
 
-def compare(config: CompareConfig, out: Path, *, progress: Progress = lambda what, done, total: None) -> None:
-    """Run what is missing of a comparison into OUT/TESTBED.
+def compare(
+    config: CompareConfig, out: Path, *, jobs: int = 1, progress: Progress = lambda what, done, total: None
+) -> None:
+    """Run what is missing of a comparison into OUT/TESTBED, in `jobs` processes that share the cores.
 
     Raises:
         RunError: the folder holds rows that were made with other settings.
@@ -46,23 +49,68 @@ def compare(config: CompareConfig, out: Path, *, progress: Progress = lambda wha
     """
     testbed = out / config.testbed
     with lock_run(testbed):
-        Matrix(config, testbed, progress).run()
+        place = _Place(config, testbed)
+
+        def placed(what: str, done: int, total: int) -> None:
+            progress(f"{place} | {what}", done, total)
+
+        matrix = Matrix(config, testbed, placed)
+        if jobs == 1:
+            matrix.run()
+            return
+        missing = []
+        for part in config.parts():
+            if _Place(part, testbed).left:
+                missing.append({"config": part.stored(), "testbed": str(testbed.resolve())})
+            else:
+                # Checked, and not worth a process.
+                Matrix(part, testbed, placed).run()
+        if missing:
+            jobs = min(jobs, len(missing))
+            run_parts(missing, jobs=jobs, threads=max(1, torch.get_num_threads() // jobs), progress=placed)
+
+
+class _Place:
+    """How far the whole matrix is, in words."""
+
+    def __init__(self, config: CompareConfig, testbed: Path) -> None:
+        bounds, routers = ([m for m in config.methods if m in kind] for kind in (BOUNDS, ROUTERS))
+        self.rows = [(method, seed) for seed in config.seeds for method in (*bounds, *config.trained, *routers)]
+        self.testbed = testbed
+        self.started, self.at_start = time.monotonic(), self._finished()
+        self.done, self.counted = self.at_start, self.started
+
+    @property
+    def left(self) -> int:
+        """Rows that were not finished when they were last counted."""
+        return len(self.rows) - self.done
+
+    def _finished(self) -> int:
+        return sum(row_info(self.testbed, *row) is not None for row in self.rows)
+
+    def __str__(self) -> str:
+        now = time.monotonic()
+        # Progress comes often, and counting reads a file a row.
+        if now - self.counted > 1:
+            self.done, self.counted = self._finished(), now
+        text = f"row {min(self.done + 1, len(self.rows))} of {len(self.rows)}"
+        fresh = self.done - self.at_start
+        if fresh:
+            minutes = (now - self.started) / 60
+            text += f", {minutes:.0f} min, about {minutes / fresh * self.left:.0f} left"
+        return text
 
 
 class Matrix:
-    """The rows of one testbed."""
+    """The rows of one testbed, or of a part of its methods."""
 
     def __init__(self, config: CompareConfig, testbed: Path, progress: Progress) -> None:
         self.config, self.testbed, self._progress = config, testbed, progress
         self.task: Task = make_task(config.train.task)
-        routers = [m for m in config.methods if m in ROUTERS]
-        bounds = [m for m in config.methods if m in BOUNDS]
-        self.plan = [(method, seed) for seed in config.seeds for method in (*bounds, *config.trained, *routers)]
         self._check_early()
         self._check_settings()
-        self.started, self.at_start = time.perf_counter(), self._finished()
         # Since the last row was written, or the start: what a row took, the search for its learning rate too.
-        self._begun = self.started
+        self._begun = time.perf_counter()
 
     def _check_early(self) -> None:
         """What would fail only after hours of training fails now."""
@@ -85,18 +133,9 @@ class Matrix:
                 )
         write_json(file, shared)
 
-    def _finished(self) -> int:
-        return sum(row_info(self.testbed, *row) is not None for row in self.plan)
-
     def progress(self, method: str, seed: int) -> Progress:
-        """Progress of a row, with its place in the whole matrix and the time that is left."""
-        done = self._finished()
-        place = f"row {done + 1} of {len(self.plan)}"
-        fresh = done - self.at_start
-        if fresh:
-            minutes = (time.perf_counter() - self.started) / 60
-            place += f", {minutes:.0f} min, about {minutes / fresh * (len(self.plan) - done):.0f} left"
-        return lambda what, n, total: self._progress(f"{place} | {method}, seed {seed}: {what}", n, total)
+        """Progress of a row."""
+        return lambda what, n, total: self._progress(f"{method}, seed {seed}: {what}", n, total)
 
     def run(self) -> None:
         for seed in self.config.seeds:
