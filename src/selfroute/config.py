@@ -98,7 +98,9 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
                 fault["msg"] += (
                     f"; did you mean {under}{near[0]}?" if near else f"; known: {', '.join(kind.model_fields)}"
                 )
-            got = "" if fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
+            # Where a key for an API was written down by mistake, it is not repeated.
+            secret = key.lower().endswith("key")
+            got = "" if secret or fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
             lines.append(f"  {under}{key}: {fault['msg']}{got}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
 
@@ -134,11 +136,16 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply `key=value` pairs; a value is read as TOML where it can be, else as text.
 
+    Another choice by name begins without the settings of the one before.
+
     >>> override({"steps": 10, "cloud": {"name": "oracle"}}, ["steps=20", "cloud.accuracy=0.7"])
     {'steps': 20, 'cloud': {'name': 'oracle', 'accuracy': 0.7}}
+    >>> override({"cloud": {"name": "oracle", "accuracy": 0.7}}, ["cloud.model=gpt-5", "cloud.name=openai"])
+    {'cloud': {'name': 'openai', 'model': 'gpt-5'}}
     """
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    for item in overrides:
+    # Names first, whatever order they were given in.
+    for item in sorted(overrides, key=lambda item: not item.partition("=")[0].endswith(".name")):
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"an override is key=value, such as steps=20; got {item!r}")
@@ -152,5 +159,7 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{key}: {table!r} is a value, not a table")
+        if last == "name" and tables and place.get("name", value) != value:
+            place.clear()
         place[last] = value
     return result

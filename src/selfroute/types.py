@@ -124,6 +124,15 @@ class CloudClient(Protocol):
         """What, beside the request, affects an answer (URL, model, settings): part of the cache's key."""
         ...
 
+    @property
+    def concurrency(self) -> int:
+        """Requests that it takes at a time."""
+        ...
+
+    def carry(self, spent_usd: float) -> None:
+        """Count what was spent before, by the ledger, towards a limit of its own."""
+        ...
+
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         """The whole answer. Cancelling the task cancels the request."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from selfroute.config import Choice, build
 from selfroute.types import CloudClient
 
-CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle"}
+CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle", "openai": "selfroute.cloud.client:OpenAICloud"}
 
 
 def make_cloud(choice: Choice) -> CloudClient:

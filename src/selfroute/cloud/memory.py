@@ -41,12 +41,11 @@ class Spent:
 
 
 class Cloud:
-    """A cloud client with a memory, bounded concurrency, and a ledger."""
+    """A cloud client with a memory and a ledger."""
 
-    def __init__(self, client: CloudClient, path: Path, *, concurrency: int = 16) -> None:
+    def __init__(self, client: CloudClient, path: Path) -> None:
         self.client = client
         self.path = path
-        self._concurrency = concurrency
         self._ledger_error: CloudError | None = None
         # One event loop for the client's life (its connections belong to it), off the caller's thread, which may
         # have a loop of its own.
@@ -59,6 +58,7 @@ class Cloud:
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise CloudError(f"cannot open the cloud's cache and ledger {path}: {error}") from error
+        client.carry(self.spent().cost_usd)
         self._thread.start()
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Cloud:
             raise
 
     async def _ask(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> list[CloudAnswer]:
-        gate = asyncio.Semaphore(self._concurrency)
+        gate = asyncio.Semaphore(self.client.concurrency)
         under_way: dict[str, asyncio.Task[CloudAnswer]] = {}
 
         async def buy(key: str, problem: str, request: CloudRequest) -> CloudAnswer:

@@ -51,6 +51,11 @@ class Oracle:
     def identity(self) -> Mapping[str, Any]:
         return {"provider": "oracle", **self.config.model_dump()}
 
+    concurrency = 16
+
+    def carry(self, spent_usd: float) -> None:
+        """It has no limit."""
+
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         """The answer to the last message's question.
 

@@ -1,0 +1,583 @@
+"""The cloud over HTTP: any OpenAI-compatible endpoint (DeepSeek, OpenAI, OpenRouter, vLLM, llama.cpp).
+
+One transport for `complete` and `stream`: what is retried, how long is waited, and what may be spent are the same for
+training, evaluation and serving. Left out on purpose: the cache and the ledger, which `cloud.memory` keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, TypeVar
+
+import httpx2
+import stamina
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from selfroute.cloud.breaker import Breaker
+from selfroute.cloud.prices import price_of
+from selfroute.cloud.thinking import Thinking
+from selfroute.config import Config
+from selfroute.errors import CloudError, ConfigError
+from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 32 * 2**20
+"""An answer longer than this is a fault."""
+
+MAX_RETRY_AFTER_S = 120.0
+"""A provider that asks to be left alone for longer is an error at once."""
+
+
+class OpenAIConfig(Config):
+    """An OpenAI-compatible endpoint, and how patient to be with it."""
+
+    base_url: str
+    """Such as `https://api.deepseek.com/v1`; `/chat/completions` is added."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    api_key_var: str | None = None
+    """Name of the environment variable that holds the key; None for a server that wants none."""
+    extra: dict[str, Any] = Field({})
+    """More fields of the request, such as `{reasoning_effort = "low"}`."""
+    max_tokens: int | None = Field(8192, ge=1)
+    """Tokens of an answer, its reasoning included; None: what each request says."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls it; OpenAI's reasoning models want the second."""
+    send_temperature: bool = True
+    """Whether to send a temperature; OpenAI's reasoning models refuse one."""
+    concurrency: int = Field(16, ge=1)
+    """Requests at a time."""
+    connect_timeout_s: float = Field(10.0, gt=0)
+    """Seconds to connect."""
+    first_byte_timeout_s: float = Field(300.0, gt=0)
+    """Seconds from the request to the first byte of the answer; without streaming, that is all of its thinking."""
+    idle_timeout_s: float = Field(60.0, gt=0)
+    """Seconds between two pieces of an answer."""
+    total_timeout_s: float = Field(900.0, gt=0)
+    """Seconds for an attempt in all."""
+    max_retries: int = Field(5, ge=0)
+    """Further attempts after a time-out, a broken connection, or a status of 408, 409, 429 or 5xx."""
+    backoff_s: float = Field(0.5, gt=0)
+    """Seconds before the first further attempt; each one doubles it, and a random part of it is added."""
+    breaker_failures: int = Field(8, ge=1)
+    """Failures in a row after which the provider is left alone."""
+    breaker_cooldown_s: float = Field(20.0, gt=0)
+    """Seconds for which it is."""
+    spend_limit_usd: float | None = Field(None, ge=0)
+    """USD that may be spent in all, by the ledger; a call that could pass it is not made."""
+    usd_per_million_prompt_tokens: float | None = Field(None, ge=0)
+    """Price of prompt tokens; None: as in the package's price file."""
+    usd_per_million_completion_tokens: float | None = Field(None, ge=0)
+    """Price of completion tokens, reasoning included; None: as in the package's price file."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain(cls, base_url: str) -> str:
+        try:
+            url = httpx2.URL(base_url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(str(error)) from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError("must begin with https:// or http:// and name a host")
+        if url.userinfo or url.query or url.fragment:
+            raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
+        return base_url.rstrip("/")
+
+
+class OpenAICloud:
+    """The provider; implements `types.CloudClient`."""
+
+    Config = OpenAIConfig
+
+    def __init__(self, config: OpenAIConfig) -> None:
+        self.config = config
+        self._price = price_of(
+            config.model, config.usd_per_million_prompt_tokens, config.usd_per_million_completion_tokens
+        )
+        self._key = _read_key(config.api_key_var)
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx2.Timeout(None, connect=config.connect_timeout_s),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
+        )
+        self._gate = asyncio.Semaphore(config.concurrency)
+        self._breaker = Breaker(config.breaker_failures, config.breaker_cooldown_s)
+        # What was paid, a call that broke off counted at its worst; and the worst of the calls under way.
+        self._spent_usd = self._reserved_usd = 0.0
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        c = self.config
+        return {
+            "provider": "openai",
+            **c.model_dump(include={"base_url", "model", "extra", "max_tokens", "send_temperature"}),
+        }
+
+    @property
+    def concurrency(self) -> int:
+        return self.config.concurrency
+
+    def carry(self, spent_usd: float) -> None:
+        self._spent_usd += spent_usd
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def complete(self, request: CloudRequest) -> CloudAnswer:
+        """The whole answer.
+
+        Raises:
+            CloudError: it could not be had, after the retries that make sense; the message says why, and never holds
+                the key.
+        """
+
+        async def attempt() -> CloudAnswer:
+            started = time.monotonic()
+            async with _Exchange(self, request, stream=False) as exchange:
+                body = b"".join([piece async for piece in exchange.pieces()])
+                answer = self._answer(_read(_Reply, body), request, time.monotonic() - started)
+                exchange.cost_usd = answer.cost_usd
+                return answer
+
+        async with self._gate:
+            return await self._retrying(attempt)
+
+    async def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
+        """The answer as it comes. What fails before the first piece is tried again; after it nothing is.
+
+        Raises:
+            CloudError: as from `complete`, or the connection broke in mid-answer.
+        """
+        async with self._gate:
+            started = time.monotonic()
+            exchange, first = await self._retrying(lambda: self._begin(request))
+            try:
+                collected = _Collected()
+                event: _Event | None = first
+                while event is not None:
+                    for chunk in collected.add(event):
+                        yield chunk
+                    event = await anext(exchange.events, None)
+                for chunk in collected.rest():
+                    yield chunk
+                answer = self._answer(collected.reply(), request, time.monotonic() - started)
+                exchange.cost_usd = answer.cost_usd
+            except _TransientError as error:
+                raise CloudError(f"{error}, in the middle of an answer") from error
+            finally:
+                await exchange.close()
+            yield CloudChunk(final=answer)
+
+    async def _begin(self, request: CloudRequest) -> tuple[_Exchange, _Event]:
+        """An open stream, and its first event."""
+        exchange = _Exchange(self, request, stream=True)
+        try:
+            await exchange.open()
+            first = await anext(exchange.events, None)
+            if first is None:
+                raise _TransientError(f"{self._where} sent an empty stream")
+            return exchange, first
+        except BaseException:
+            await exchange.close()
+            raise
+
+    def _body(self, request: CloudRequest, *, stream: bool) -> dict[str, Any]:
+        c = self.config
+        body: dict[str, Any] = {"model": c.model, "messages": [dict(m) for m in request.messages]}
+        body[c.max_tokens_field] = self._max_tokens(request)
+        if c.send_temperature:
+            body["temperature"] = request.temperature
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return body | c.extra
+
+    def _max_tokens(self, request: CloudRequest) -> int:
+        return self.config.max_tokens or request.max_tokens
+
+    def _worst_usd(self, request: CloudRequest) -> float:
+        """The most that a call may cost: no token is shorter than a byte, and a message's frame is a few tokens."""
+        prompt = sum(len(m["content"].encode()) + 32 for m in request.messages)
+        return self._price.of(prompt, self._max_tokens(request))
+
+    def reserve(self, request: CloudRequest) -> float:
+        """Hold back the worst case of a call, in USD, and return it.
+
+        Raises:
+            CloudError: with it the limit might be passed.
+        """
+        worst_usd, limit = self._worst_usd(request), self.config.spend_limit_usd
+        if limit is not None and self._spent_usd + self._reserved_usd + worst_usd > limit:
+            raise CloudError(
+                f"the spend limit of {limit:g} USD is reached: {self._spent_usd:.4f} spent, {self._reserved_usd:.4f} "
+                f"held back for calls under way, and this one may cost {worst_usd:.4f} (raise spend_limit_usd, or "
+                "lower max_tokens)"
+            )
+        self._reserved_usd += worst_usd
+        return worst_usd
+
+    def settle(self, worst_usd: float, cost_usd: float) -> None:
+        """Put what a call cost in place of what was held back for it."""
+        self._reserved_usd -= worst_usd
+        self._spent_usd += cost_usd
+
+    def _answer(self, reply: _Reply, request: CloudRequest, latency_s: float) -> CloudAnswer:
+        if not reply.choices or reply.choices[0].message is None:
+            raise _TransientError("the cloud answered without a choice")
+        choice = reply.choices[0]
+        message = choice.message
+        assert message is not None
+        if choice.finish_reason is None:
+            raise _TransientError("the cloud's answer breaks off (it has no finish_reason)")
+        split = Thinking()
+        parts = [split.feed(message.content or ""), split.end()]
+        reasoning = (message.thoughts + "".join(r for r, _ in parts)).strip()
+        text = "".join(a for _, a in parts)
+        if not text and not reasoning and choice.finish_reason == "stop":
+            raise _TransientError("the cloud's answer is empty")
+        usage = reply.usage or _guessed_usage(request, text, reasoning)
+        return CloudAnswer(
+            text=text,
+            reasoning=reasoning,
+            finished=choice.finish_reason == "stop",
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cost_usd=self._price.of(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            latency_s=latency_s,
+        )
+
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        c = self.config
+
+        def again(error: Exception) -> bool | float:
+            if not isinstance(error, _TransientError):
+                return False
+            # Many wait for the same moment; they need not come at once.
+            return True if error.retry_after_s is None else error.retry_after_s + random.uniform(0, c.backoff_s)
+
+        tries = stamina.retry_context(
+            on=again,
+            attempts=c.max_retries + 1,
+            timeout=None,
+            wait_initial=c.backoff_s,
+            wait_max=max(30.0, c.backoff_s),
+            wait_jitter=c.backoff_s,
+        )
+        try:
+            async for one in tries:
+                with one:
+                    return await self._guarded(attempt)
+        except _TransientError as error:
+            raise CloudError(f"{error} ({c.max_retries + 1} attempts)") from error
+        raise AssertionError
+
+    async def _guarded(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        wait_s = self._breaker.wait_s()
+        if wait_s:
+            raise _TransientError(f"{self._where} failed again and again and is left alone", wait_s, down=False)
+        try:
+            result = await attempt()
+        except _TransientError as error:
+            if error.down:
+                self._breaker.failed()
+            raise
+        self._breaker.succeeded()
+        return result
+
+    @property
+    def _where(self) -> str:
+        return f"the cloud at {self.config.base_url}"
+
+    def _refusal(self, status: int, headers: httpx2.Headers, body: bytes) -> CloudError:
+        """What a status other than 200 means, and the way out."""
+        c = self.config
+        said = self._masked(_message(body))
+        if status in (401, 403):
+            key = f"the key in ${c.api_key_var}" if c.api_key_var else "a request without a key (set api_key_var)"
+            return CloudError(f"{self._where} refuses {key} ({status}): {said}")
+        if status == 404:
+            return CloudError(f"{self._where} knows no model {c.model!r}, or no such path (404): {said}")
+        if status in (408, 409, 425, 429) or status >= 500:
+            retry_after_s = _retry_after(headers.get("Retry-After"))
+            if retry_after_s is not None and retry_after_s > MAX_RETRY_AFTER_S:
+                return CloudError(f"{self._where} asks to wait for {retry_after_s:.0f} s ({status}): {said}")
+            return _TransientError(f"{self._where} answers {status}: {said}", retry_after_s, down=status >= 500)
+        return CloudError(f"{self._where} rejects the request ({status}): {said}")
+
+    def _masked(self, text: str) -> str:
+        """What the provider said, without the key, which some repeat."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _TransientError(CloudError):
+    """A failure that another attempt may mend: `retry_after_s` is what the provider asks to wait, `down` that it is
+    a failure of the provider, not its asking for patience."""
+
+    def __init__(self, text: str, retry_after_s: float | None = None, *, down: bool = True) -> None:
+        super().__init__(text)
+        self.retry_after_s, self.down = retry_after_s, down
+
+
+class _Exchange:
+    """One HTTP request and its answer, each piece waited for no longer than it may take."""
+
+    def __init__(self, cloud: OpenAICloud, request: CloudRequest, *, stream: bool) -> None:
+        self._cloud = cloud
+        self._body = json.dumps(cloud._body(request, stream=stream)).encode()
+        self._response: httpx2.Response | None = None
+        self._deadline = time.monotonic() + cloud.config.total_timeout_s
+        self._started = False
+        self.events = self._events()
+        self._worst_usd: float | None = cloud.reserve(request)
+        self.cost_usd = self._worst_usd
+        """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
+
+    async def __aenter__(self) -> _Exchange:
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Send the request and read the status.
+
+        Raises:
+            CloudError: it is not 200, or none came.
+        """
+        cloud = self._cloud
+        request = cloud._client.build_request(
+            "POST", f"{cloud.config.base_url}/chat/completions", content=self._body,
+            headers={"Content-Type": "application/json"},
+        )  # fmt: skip
+        self._response = await self._wait(cloud._client.send(request, stream=True))
+        if self._response.status_code != 200:
+            self.cost_usd = 0.0
+            said = b""
+            async for piece in self.pieces():
+                said += piece
+                if len(said) > 4096:
+                    break
+            raise cloud._refusal(self._response.status_code, self._response.headers, said)
+
+    async def close(self) -> None:
+        """Let go of the connection, which cancels an answer that is still coming, and settle the bill."""
+        if self._worst_usd is not None:
+            self._cloud.settle(self._worst_usd, self.cost_usd)
+            self._worst_usd = None
+        await self.events.aclose()
+        if self._response is not None:
+            await self._response.aclose()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes.
+
+        Raises:
+            CloudError: it stalls, breaks off, or is too long.
+        """
+        assert self._response is not None
+        pieces, size = self._response.aiter_bytes(), 0
+        while True:
+            try:
+                piece = await self._wait(anext(pieces))
+            except StopAsyncIteration:
+                return
+            self._started = True
+            size += len(piece)
+            if size > MAX_BODY_BYTES:
+                raise CloudError(f"{self._cloud._where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer")
+            yield piece
+
+    async def _events(self) -> AsyncGenerator[_Event]:
+        """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
+
+        Raises:
+            CloudError: as from `pieces`, or the provider sends an error in the stream.
+        """
+        rest = b""
+        async for piece in self.pieces():
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    return
+                yield self._event(data)
+        if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
+            yield self._event(data)
+
+    def _event(self, data: bytes) -> _Event:
+        event = _read(_Event, data)
+        if event.error is not None:
+            raise CloudError(f"{self._cloud._where} broke off: {self._cloud._masked(_message(data))}")
+        return event
+
+    async def _wait(self, what: Awaitable[T]) -> T:
+        c, where = self._cloud.config, self._cloud._where
+        name, limit_s = (
+            ("between two pieces", c.idle_timeout_s)
+            if self._started
+            else ("for the first byte", c.first_byte_timeout_s)
+        )
+        left_s = self._deadline - time.monotonic()
+        if left_s < limit_s:
+            name, limit_s = "in all", max(0.0, left_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await what
+        except TimeoutError:
+            allowed = c.total_timeout_s if name == "in all" else limit_s
+            raise _TransientError(f"{where} took longer than {allowed:g} s {name}") from None
+        except httpx2.ConnectTimeout:
+            self.cost_usd = 0.0
+            raise _TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
+        except httpx2.HTTPError as error:
+            if isinstance(error, httpx2.ConnectError):
+                self.cost_usd = 0.0
+            raise _TransientError(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from error
+
+
+class _Details(BaseModel):
+    cached_tokens: int | None = Field(None, ge=0)
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int = Field(0, ge=0)
+    prompt_tokens_details: _Details | None = None
+    prompt_cache_hit_tokens: int | None = Field(None, ge=0)
+
+    @property
+    def cached_tokens(self) -> int:
+        """As OpenAI says it, or as DeepSeek does."""
+        details = self.prompt_tokens_details
+        return (details.cached_tokens if details else None) or self.prompt_cache_hit_tokens or 0
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def thoughts(self) -> str:
+        """Reasoning under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do."""
+        return self.reasoning_content or self.reasoning or ""
+
+
+class _Choice(BaseModel):
+    message: _Message | None = None
+    delta: _Message | None = None
+    finish_reason: str | None = None
+
+
+class _Reply(BaseModel):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+class _Event(BaseModel):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _Collected:
+    """A streamed answer put together again."""
+
+    def __init__(self) -> None:
+        self._split = Thinking()
+        self._content: list[str] = []
+        self._thoughts: list[str] = []
+        self._finish_reason: str | None = None
+        self._usage: _Usage | None = None
+
+    def add(self, event: _Event) -> list[CloudChunk]:
+        """The chunks that an event makes."""
+        # Some send the usage with the last piece, some after it, some with each.
+        self._usage = event.usage or self._usage
+        chunks = []
+        for choice in event.choices[:1]:
+            self._finish_reason = choice.finish_reason or self._finish_reason
+            delta = choice.delta or _Message()
+            self._content.append(delta.content or "")
+            self._thoughts.append(delta.thoughts)
+            reasoning, text = self._split.feed(delta.content or "")
+            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning))
+        return [c for c in chunks if c.text or c.reasoning]
+
+    def rest(self) -> list[CloudChunk]:
+        """What was held back."""
+        reasoning, text = self._split.end()
+        return [CloudChunk(text=text, reasoning=reasoning)] if text or reasoning else []
+
+    def reply(self) -> _Reply:
+        """The same as an answer that was not streamed."""
+        message = _Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
+        return _Reply(choices=[_Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _read(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise _TransientError(f"the cloud's answer cannot be read: {first['msg']}") from None
+
+
+def _guessed_usage(request: CloudRequest, text: str, reasoning: str) -> _Usage:
+    """For servers that tell no usage: about four characters make a token."""
+    prompt = sum(len(m["content"]) for m in request.messages)
+    return _Usage(prompt_tokens=prompt // 4 + 1, completion_tokens=(len(text) + len(reasoning)) // 4 + 1)
+
+
+def _message(body: bytes) -> str:
+    """What an error's body says, in a line."""
+    text = body.decode(errors="replace")
+    try:
+        error = json.loads(text).get("error")
+        text = str(error.get("message", error) if isinstance(error, dict) else error or text)
+    except (ValueError, AttributeError):
+        pass
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line[:300] or "no reason given"
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for: a number, or a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _read_key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"the environment variable {variable}, which api_key_var names, holds no key")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(f"the environment variable {variable} holds characters that no key has")
+    return key

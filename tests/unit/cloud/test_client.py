@@ -1,0 +1,455 @@
+"""The HTTP cloud against a real server on loopback that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tests.servers import Exchange, Fault, Server, event, hang, reply
+
+from selfroute.cloud import make_cloud
+from selfroute.cloud.client import OpenAICloud, OpenAIConfig
+from selfroute.cloud.memory import Cloud
+from selfroute.config import Choice, validate
+from selfroute.errors import CloudError, ConfigError
+from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
+
+KEY = "sk-canary-0123456789"
+ASK = CloudRequest(messages=({"role": "user", "content": "two and two?"},))
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_CLOUD_KEY", KEY)
+
+
+def config(server: Server, **changes: Any) -> OpenAIConfig:
+    values = {
+        "base_url": server.url, "model": "gpt-4.1", "api_key_var": "TEST_CLOUD_KEY", "backoff_s": 0.01,
+        "max_retries": 2, "first_byte_timeout_s": 5, "idle_timeout_s": 5, "total_timeout_s": 20,
+        **changes,
+    }  # fmt: skip
+    return validate(OpenAIConfig, values, "test")
+
+
+def complete(server: Server, *, count: int = 1, **changes: Any) -> list[CloudAnswer]:
+    async def run() -> list[CloudAnswer]:
+        cloud = OpenAICloud(config(server, **changes))
+        try:
+            return list(await asyncio.gather(*(cloud.complete(ASK) for _ in range(count))))
+        finally:
+            await cloud.aclose()
+
+    return asyncio.run(run())
+
+
+def stream(server: Server, **changes: Any) -> list[CloudChunk]:
+    async def run() -> list[CloudChunk]:
+        cloud = OpenAICloud(config(server, **changes))
+        try:
+            return [chunk async for chunk in cloud.stream(ASK)]
+        finally:
+            await cloud.aclose()
+
+    return asyncio.run(run())
+
+
+def status(code: int, body: Any = None, **headers: str) -> Fault:
+    return lambda exchange: exchange.status(code, body or {"error": {"message": f"status {code}"}}, **headers)
+
+
+def streams(*events: Any) -> Fault:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin_stream()
+        await exchange.events(*events)
+
+    return answer
+
+
+GOOD_STREAM = streams(
+    event(reasoning_content="two plus "), event(reasoning_content="two"), event("fo"), event("ur", "stop"),
+    {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, "[DONE]",
+)  # fmt: skip
+
+
+def test_an_answer_with_its_request_and_its_price() -> None:
+    with Server() as server:
+        [answer] = complete(server, extra={"reasoning_effort": "low"}, max_tokens=50)
+        [request] = server.requests
+    assert (answer.text, answer.reasoning, answer.finished) == ("four", "", True)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (100, 10)
+    assert answer.cost_usd == pytest.approx((100 * 2.0 + 10 * 8.0) / 1e6)
+    assert 0 < answer.latency_s < 5
+    assert request.headers[":path"] == "POST /v1/chat/completions HTTP/1.1"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.body == {
+        "model": "gpt-4.1", "messages": [{"role": "user", "content": "two and two?"}], "max_tokens": 50,
+        "temperature": 0.0, "reasoning_effort": "low",
+    }  # fmt: skip
+
+
+def test_what_reasoning_models_want_otherwise() -> None:
+    with Server() as server:
+        complete(server, max_tokens_field="max_completion_tokens", send_temperature=False, max_tokens=None)
+        [request] = server.requests
+    assert request.body["max_completion_tokens"] == 2048
+    assert not {"max_tokens", "temperature"} & set(request.body)
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "reasoning"),
+    [
+        ({"content": "four", "reasoning_content": "2+2"}, "four", "2+2"),
+        ({"content": "four", "reasoning": "2+2"}, "four", "2+2"),
+        ({"content": "<think>2+2</think>\n\nfour"}, "four", "2+2"),
+        ({"content": None, "reasoning_content": "2+2 is"}, "", "2+2 is"),
+    ],
+)
+def test_reasoning_is_kept_apart(message: dict[str, Any], text: str, reasoning: str) -> None:
+    with Server(status(200, reply(message=message))) as server:
+        [answer] = complete(server)
+    assert (answer.text, answer.reasoning) == (text, reasoning)
+
+
+def test_a_cut_answer_is_not_finished() -> None:
+    cut = reply("fo")
+    cut["choices"][0]["finish_reason"] = "length"
+    with Server(status(200, cut)) as server:
+        assert not complete(server)[0].finished
+
+
+@pytest.mark.parametrize(
+    ("usage", "cost"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 60}}, 40 * 2 + 60 * 0.5 + 80),
+        ({"prompt_cache_hit_tokens": 100}, 100 * 0.5 + 80),
+        # More cached than there were: the provider's mistake is no discount.
+        ({"prompt_cache_hit_tokens": 900}, 100 * 0.5 + 80),
+    ],
+)
+def test_cached_prompt_tokens_have_their_own_price(usage: dict[str, Any], cost: float) -> None:
+    usage |= {"prompt_tokens": 100, "completion_tokens": 10}
+    with Server(status(200, reply(usage=usage))) as server:
+        assert complete(server)[0].cost_usd == pytest.approx(cost / 1e6)
+
+
+def test_a_server_without_usage_is_not_free() -> None:
+    with Server(status(200, reply("x" * 400, usage=None))) as server:
+        [answer] = complete(server)
+    assert answer.completion_tokens == 101
+    assert answer.cost_usd > 0
+
+
+async def cut_in_the_body(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b'{"choices": [')
+    exchange.writer.close()
+
+
+async def stall_in_the_body(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b'{"choices": [')
+    await hang(exchange)
+
+
+async def drip(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+    while True:
+        await exchange.send(b" ")
+        await asyncio.sleep(0.05)
+
+
+async def close_at_once(exchange: Exchange) -> None:
+    exchange.writer.close()
+
+
+TRANSIENT: dict[str, tuple[Fault, str, dict[str, Any]]] = {
+    "429": (status(429), "answers 429: status 429", {}),
+    "408": (status(408), "answers 408", {}),
+    "409": (status(409), "answers 409", {}),
+    "500": (status(500), "answers 500", {}),
+    "503 as text": (status(503, b"<html>overloaded\n</html>"), "answers 503: <html>overloaded </html>", {}),
+    "no first byte": (hang, r"longer than 0.2 s for the first byte", {"first_byte_timeout_s": 0.2}),
+    "a stall": (stall_in_the_body, r"longer than 0.2 s between two pieces", {"idle_timeout_s": 0.2}),
+    "a drip": (drip, r"longer than 0.4 s in all", {"total_timeout_s": 0.4, "idle_timeout_s": 0.3}),
+    "cut": (cut_in_the_body, "cannot be reached: RemoteProtocolError", {}),
+    "closed": (close_at_once, "cannot be reached: RemoteProtocolError", {}),
+    "no JSON": (status(200, b'{"choices": [{"mess'), "cannot be read: Invalid JSON", {}),
+    "other JSON": (status(200, {"choices": [{"message": {"content": ["four"]}}]}), "cannot be read", {}),
+    "no choice": (status(200, reply(choices=[])), "without a choice", {}),
+    "an empty choice": (status(200, reply("")), "answer is empty", {}),
+    "no end": (status(200, reply(choices=[{"message": {"content": "four"}}])), "no finish_reason", {}),
+    "negative usage": (status(200, reply(usage={"prompt_tokens": -5})), "cannot be read", {}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_what_may_pass_is_tried_again_and_then_named(name: str) -> None:
+    fault, says, changes = TRANSIENT[name]
+    with Server(fault) as server:
+        assert complete(server, **changes)[0].text == "four"
+        assert len(server.requests) == 2
+    with Server(otherwise=fault) as server:
+        with pytest.raises(CloudError, match=f"{says}.*\\(3 attempts\\)"):
+            complete(server, **changes)
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "says"),
+    [
+        (401, {"error": {"message": f"Wrong key: {KEY}"}}, r"the key in \$TEST_CLOUD_KEY \(401\): Wrong key: \*\*\*"),
+        (403, {"error": "no"}, r"refuses the key in \$TEST_CLOUD_KEY \(403\): no"),
+        (404, {"error": {"message": "what?"}}, r"knows no model 'gpt-4.1', or no such path \(404\): what\?"),
+        (400, {"error": {"message": "bad field\x1b[2J"}}, r"rejects the request \(400\): bad field \[2J$"),
+        (402, {"error": {"message": "Insufficient Balance"}}, r"rejects the request \(402\): Insufficient Balance"),
+        (307, b"", r"rejects the request \(307\)"),
+    ],
+)
+def test_what_will_not_pass_stops_at_once(code: int, body: Any, says: str) -> None:
+    with Server(otherwise=status(code, body, Location="http://127.0.0.1:1/")) as server:
+        with pytest.raises(CloudError, match=says) as caught:
+            complete(server)
+        assert len(server.requests) == 1
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_is_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    refuse = status(500, {"error": {"message": f"{KEY} was not expected"}})
+    with Server(otherwise=refuse) as server:
+        cloud = OpenAICloud(config(server))
+        with pytest.raises(CloudError) as caught:
+            asyncio.run(cloud.complete(ASK))
+    seen = [str(caught.value), repr(caught.value.__cause__), repr(cloud), str(cloud.identity), caplog.text]
+    assert not [text for text in seen if KEY in text]
+
+
+@pytest.mark.parametrize(
+    "after", [lambda: "0.4", lambda: format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)]
+)
+def test_retry_after_is_honoured(after: Callable[[], str]) -> None:
+    started = time.monotonic()
+    with Server(status(429, Retry_After=after())) as server:
+        assert complete(server)[0].text == "four"
+    assert time.monotonic() - started >= 0.4
+
+
+def test_a_long_retry_after_is_an_error_and_not_a_wait() -> None:
+    with Server(status(429, Retry_After="3600")) as server, pytest.raises(CloudError, match="asks to wait for 3600 s"):
+        complete(server)
+
+
+def test_nothing_listens() -> None:
+    with Server() as server:
+        pass
+    with pytest.raises(CloudError, match="cannot be reached: ConnectError"):
+        complete(server)
+
+
+def test_requests_at_a_time_are_bounded() -> None:
+    async def slow(exchange: Exchange) -> None:
+        await asyncio.sleep(0.05)
+        await exchange.status(200, reply())
+
+    with Server(otherwise=slow) as server:
+        assert len(complete(server, count=12, concurrency=3)) == 12
+        assert server.most_at_once == 3
+
+
+def test_a_provider_that_is_down_is_left_alone() -> None:
+    with Server(otherwise=status(500)) as server:
+        with pytest.raises(CloudError, match="is left alone"):
+            complete(server, count=8, concurrency=8, breaker_failures=3, breaker_cooldown_s=0.3, max_retries=1)
+        # The first eight went out together; of their second attempts only the one that tries may ask.
+        assert len(server.requests) <= 9
+
+
+def test_too_long_an_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfroute.cloud.client.MAX_BODY_BYTES", 1000)
+    with Server(status(200, reply("x" * 2000))) as server, pytest.raises(CloudError, match="sent more than"):
+        complete(server)
+
+
+def test_the_spend_limit_stops_before_it_is_passed() -> None:
+    # A call costs 0.00028 USD, and at worst 100 completion tokens and the prompt's bytes.
+    limit, worst = 0.0028, ((12 + 32) * 2.0 + 100 * 8.0) / 1e6
+    with Server() as server:
+        cloud = OpenAICloud(config(server, max_tokens=100, spend_limit_usd=limit))
+
+        async def run() -> list[CloudAnswer]:
+            # All at once: each holds back its worst case, and three fit.
+            answers = await asyncio.gather(*(cloud.complete(ASK) for _ in range(30)), return_exceptions=True)
+            bought = [a for a in answers if isinstance(a, CloudAnswer)]
+            assert len(bought) == int(limit / worst) == 3
+            # One by one, as far as the limit goes.
+            with suppress(CloudError):
+                while True:
+                    bought.append(await cloud.complete(ASK))
+            says = r"spend limit of 0\.0028 USD is reached: 0\.00\d+ spent, 0\.0000 held"
+            with pytest.raises(CloudError, match=says):
+                await cloud.complete(ASK)
+            await cloud.aclose()
+            return bought
+
+        bought = asyncio.run(run())
+        assert len(server.requests) == len(bought)
+    assert limit - worst < sum(a.cost_usd for a in bought) <= limit
+
+
+def test_an_attempt_that_broke_off_counts_at_its_worst_and_a_refused_one_not_at_all() -> None:
+    worst = ((12 + 32) * 2.0 + 100 * 8.0) / 1e6
+    limit = {"max_tokens": 100, "max_retries": 1, "spend_limit_usd": worst * 1.5}
+    with Server(status(500)) as server:
+        assert complete(server, **limit)[0].text == "four"
+    with Server(cut_in_the_body) as server, pytest.raises(CloudError, match="spend limit"):
+        complete(server, **limit)
+
+
+def test_what_the_ledger_holds_counts_after_a_restart(tmp_path: Path) -> None:
+    with Server() as server:
+        settings = config(server, max_tokens=10, spend_limit_usd=0.0006).model_dump(mode="json")
+        for _ in range(2):
+            cloud = Cloud(make_cloud(Choice(name="openai", **settings)), tmp_path / "cloud.sqlite")
+            try:
+                for n in range(2):
+                    request = CloudRequest(messages=({"role": "user", "content": f"problem {n}"},))
+                    cloud.ask([(f"p{n}", request)], phase="train")
+            finally:
+                cloud.close()
+        # Both problems are in the cache, and 0.00056 USD in the ledger.
+        assert len(server.requests) == 2
+        cloud = Cloud(make_cloud(Choice(name="openai", **settings)), tmp_path / "cloud.sqlite")
+        try:
+            with pytest.raises(CloudError, match=r"0\.0006 spent"):
+                cloud.ask([("p3", ASK)], phase="train")
+        finally:
+            cloud.close()
+        assert len(server.requests) == 2
+
+
+# Streams.
+
+
+def test_a_stream_gives_reasoning_text_and_the_whole() -> None:
+    with Server(GOOD_STREAM) as server:
+        *pieces, last = stream(server)
+        [request] = server.requests
+    assert request.body["stream"] is True
+    assert request.body["stream_options"] == {"include_usage": True}
+    assert "".join(p.text for p in pieces) == "four"
+    assert "".join(p.reasoning for p in pieces) == "two plus two"
+    assert last.final is not None
+    assert (last.final.text, last.final.reasoning, last.final.finished) == ("four", "two plus two", True)
+    assert last.final.cost_usd == pytest.approx(280e-6)
+
+
+async def alive(exchange: Exchange) -> None:
+    await exchange.begin_stream()
+    for _ in range(8):
+        await exchange.send(b": keep-alive\n\n")
+        await asyncio.sleep(0.1)
+    await exchange.events(event("four", "stop"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        streams(event("four", "stop")),
+        streams(event("fo"), {**event("ur", "stop"), "usage": {"prompt_tokens": 1, "completion_tokens": 2}}),
+        streams(event("<thi"), event("nk>2+2</thi"), event("nk>\n"), event("four", "stop"), "[DONE]"),
+        alive,
+    ],
+    ids=["no usage, no [DONE]", "usage with the last piece", "thinking in the text", "comments"],
+)
+def test_streams_as_servers_send_them(answer: Fault) -> None:
+    with Server(answer) as server:
+        *pieces, last = stream(server, idle_timeout_s=0.5)
+    assert "".join(p.text for p in pieces) == "four"
+    assert last.final is not None
+    assert last.final.text == "four"
+    assert last.final.cost_usd > 0
+
+
+async def stall_in_the_stream(exchange: Exchange) -> None:
+    await exchange.begin_stream()
+    await exchange.events(event("fo"))
+    await hang(exchange)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (streams(event("fo")), "no finish_reason"),
+        (streams(event("fo"), "[DONE]"), "no finish_reason"),
+        (streams(event("fo"), "{"), "cannot be read"),
+        (streams(event("fo"), {"error": {"message": f"overloaded, {KEY}"}}), r"broke off: overloaded, \*\*\*"),
+        (stall_in_the_stream, "between two pieces"),
+    ],
+)
+def test_a_stream_that_breaks_off_is_an_error_and_is_not_tried_again(fault: Fault, says: str) -> None:
+    with Server(fault) as server:
+        with pytest.raises(CloudError, match=says):
+            stream(server, idle_timeout_s=0.3)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("fault", [status(500), close_at_once, streams(), hang])
+def test_a_stream_that_did_not_begin_is_tried_again(fault: Fault) -> None:
+    with Server(fault, otherwise=GOOD_STREAM) as server:
+        assert stream(server, first_byte_timeout_s=0.3)[-1].final is not None
+        assert len(server.requests) == 2
+
+
+def test_leaving_a_stream_cancels_it_at_the_provider() -> None:
+    with Server(stall_in_the_stream) as server:
+
+        async def run() -> None:
+            cloud = OpenAICloud(config(server))
+            chunks = cast("AsyncIterator[CloudChunk]", cloud.stream(ASK))
+            assert (await anext(chunks)).text == "fo"
+            await chunks.aclose()  # type: ignore[attr-defined]
+            deadline = time.monotonic() + 5
+            while not server.left_early and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            await cloud.aclose()
+
+        asyncio.run(run())
+        assert server.left_early == 1
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"base_url": "api.deepseek.com"}, "must begin with https://"),
+        ({"base_url": "https://user:pw@host/v1"}, "must hold no user"),
+        ({"base_url": "https://host/v1?key=1"}, "must hold no user"),
+        ({"model": "mystery-9"}, "price of the cloud model 'mystery-9' is not known"),
+        ({"usd_per_million_prompt_tokens": 1.0}, "set both"),
+        ({"api_key_var": "NO_SUCH_VAR"}, "the environment variable NO_SUCH_VAR, which api_key_var names, holds no key"),
+        ({"api_key": KEY}, "did you mean api_key_var"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], says: str) -> None:
+    values = {"base_url": "https://host/v1", "model": "gpt-4.1", **changes}
+    with pytest.raises(ConfigError, match=says) as caught:
+        make_cloud(Choice(name="openai", **values))
+    assert KEY not in str(caught.value)
+
+
+def test_the_identity_holds_what_changes_an_answer_and_nothing_else() -> None:
+    with Server() as server:
+        base = OpenAICloud(config(server)).identity
+        for same in ({"max_retries": 9}, {"spend_limit_usd": 1.0}, {"api_key_var": None}):
+            assert OpenAICloud(config(server, **same)).identity == base
+        for other in ({"model": "gpt-4.1-mini"}, {"extra": {"seed": 1}}, {"max_tokens": 7}):
+            assert OpenAICloud(config(server, **other)).identity != base
