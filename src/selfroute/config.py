@@ -49,7 +49,7 @@ def build(choice: Choice, known: Mapping[str, str]) -> Any:
     Raises:
         ConfigError: an unknown name, or settings that its Config refuses.
     """
-    made = _class(choice, known)
+    made = chosen(choice, known)
     return made(validate(made.Config, choice.settings, choice.name))
 
 
@@ -61,11 +61,16 @@ def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
     Raises:
         ConfigError: as from `build`.
     """
-    settings = validate(_class(choice, known).Config, choice.settings, f"{key} {choice.name!r}", under=f"{key}.")
+    settings = validate(chosen(choice, known).Config, choice.settings, f"{key} {choice.name!r}", under=f"{key}.")
     return Choice(name=choice.name, **settings.model_dump(mode="json"))
 
 
-def _class(choice: Choice, known: Mapping[str, str]) -> Any:
+def chosen(choice: Choice, known: Mapping[str, str]) -> Any:
+    """The class that a choice names.
+
+    Raises:
+        ConfigError: there is none of that name, or it has no `Config`.
+    """
     path = known.get(choice.name, choice.name)
     module, colon, name = path.partition(":")
     if not module or not colon:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute import api
+from selfroute.cloud import patience
 from selfroute.records import lock_run, open_run, read_json
 from selfroute.types import Progress
 
@@ -32,7 +33,7 @@ def demo(
     api.require_training()
     resolved = api.load_train_config(config, overrides)
     with lock_run(out):
-        open_run(out, "train", resolved.model_dump(mode="json"), resume=True)
+        open_run(out, "train", resolved.model_dump(mode="json"), resume=True, free=patience(resolved.cloud))
 
     def missing(name: str, checkpoint: str | None) -> bool:
         file = out / "evaluations" / name / "evaluation.json"

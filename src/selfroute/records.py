@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -127,8 +127,10 @@ def lock_run(path: Path) -> Iterator[None]:
         yield
 
 
-def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: bool) -> None:
+def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: bool, free: Collection[str] = ()) -> None:
     """Create a run directory, or open it again with `resume`. One in which nothing was done yet is made anew.
+
+    `free` are keys, dots between tables, that may change on the way; the newest values stand in run.json.
 
     Raises:
         RunError: it exists and `resume` is off, or was made with another config.
@@ -139,17 +141,37 @@ def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: boo
     if file.exists() and begun:
         if not resume:
             raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")
-        before = read_json(file).get("config", {})
-        changed = sorted(k for k in {*before, *config} if before.get(k) != config.get(k))
+        known = read_json(file)
+        before, now = without(known.get("config", {}), free), without(config, free)
+        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         if changed:
             raise RunError(
                 f"{path} was made with other settings ({', '.join(changed)}): "
                 "resume with the same config, or give another --out"
             )
+        if known["config"] != config:
+            write_json(file, {**known, "config": config})
         return
     if begun:
         raise RunError(f"{path} holds results but no run.json, so it is not clear whose: give another --out")
     write_json(file, {"command": command, "config": config, **origin()})
+
+
+def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A config without some keys, dots between tables.
+
+    >>> without({"lr": 1, "cloud": {"name": "openai", "max_retries": 3}}, ["cloud.max_retries", "seed"])
+    {'lr': 1, 'cloud': {'name': 'openai'}}
+    """
+    inner: dict[str, list[str]] = {}
+    for key in keys:
+        table, _, rest = key.partition(".")
+        inner.setdefault(table, []).append(rest)
+    return {
+        k: without(v, inner[k]) if k in inner and isinstance(v, Mapping) else v
+        for k, v in config.items()
+        if "" not in inner.get(k, [])
+    }
 
 
 _PACKAGES = ("selfroute", "torch", "transformers", "accelerate", "numpy", "scikit-learn")

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from selfroute import api
 from selfroute.cloud.oracle import Oracle, OracleConfig
-from selfroute.records import read_records
+from selfroute.config import Choice
+from selfroute.errors import CloudError, RunError
+from selfroute.records import read_json, read_records
 from selfroute.types import CloudRequest
 from tests.e2e.test_cli import SMALL
 from tests.servers import Exchange, Server, reply
@@ -46,16 +48,17 @@ class Flaky:
         return None
 
 
-def train(server: Server, out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def train(
+    server: Server, out: Path, *, steps: int = 4, resume: bool = False, **cloud: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = {
         "name": "openai", "base_url": server.url, "model": "oracle", "backoff_s": 0.01,
-        "usd_per_million_prompt_tokens": 1.0, "usd_per_million_completion_tokens": 2.0,
+        "usd_per_million_prompt_tokens": 1.0, "usd_per_million_completion_tokens": 2.0, **cloud,
     }  # fmt: skip
-    config = api.load_train_config("countdown-tiny", [*SMALL, "steps=4", "problems_per_step=16"])
-    cloud = type(config.cloud)(**settings)
-    saved = api.train(config.model_copy(update={"cloud": cloud}), out)
-    steps = [{k: v for k, v in record.items() if k != "seconds"} for record in read_records(out / "metrics.jsonl")]
-    return steps, load_file(saved / "model.safetensors")
+    config = api.load_train_config("countdown-tiny", [*SMALL, f"steps={steps}", "problems_per_step=16"])
+    saved = api.train(config.model_copy(update={"cloud": Choice(**settings)}), out, resume=resume)
+    records = [{k: v for k, v in record.items() if k != "seconds"} for record in read_records(out / "metrics.jsonl")]
+    return records, load_file(saved / "model.safetensors")
 
 
 def test_faults_of_the_cloud_change_nothing_and_cost_nothing_twice(tmp_path: Path) -> None:
@@ -75,3 +78,25 @@ def test_faults_of_the_cloud_change_nothing_and_cost_nothing_twice(tmp_path: Pat
         ).fetchone()
     assert calls == problems == asked
     assert usd == pytest.approx(asked * (100 * 1.0 + 10 * 2.0) / 1e6)
+
+
+def test_a_spend_limit_stops_a_run_which_goes_on_with_a_higher_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Server(otherwise=solve) as server:
+        # 120 micro-dollars an answer, and some 350 before it is known: a few of the first step's answers fit.
+        limit = {"max_tokens": 10, "spend_limit_usd": 0.001}
+        with pytest.raises(CloudError, match=r"spend limit of 0\.001 USD is reached.*raise spend_limit_usd"):
+            train(server, run, steps=2, **limit)
+        assert 0 < len(server.requests) * 120e-6 <= 0.001
+        with pytest.raises(CloudError, match="spend limit"):
+            train(server, run, steps=2, resume=True, **limit)
+        train(server, run, steps=2, resume=True, **{**limit, "spend_limit_usd": 1.0})
+        assert read_json(run / "run.json")["config"]["cloud"]["spend_limit_usd"] == 1.0
+        with pytest.raises(RunError, match=r"made with other settings \(cloud\)"):
+            train(server, run, steps=2, resume=True, **limit, model="another")
+        once = len(server.requests)
+        whole, weights = train(server, tmp_path / "whole", steps=2, max_tokens=10)
+        assert len(server.requests) == 2 * once
+        again, same = train(server, run, steps=2, resume=True, max_tokens=10)
+    assert again == whole
+    assert all((weights[name] == same[name]).all() for name in weights)

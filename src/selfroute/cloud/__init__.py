@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfroute.config import Choice, build
+from selfroute.config import Choice, build, chosen
 from selfroute.types import CloudClient
 
 CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle", "openai": "selfroute.cloud.client:OpenAICloud"}
@@ -12,3 +12,8 @@ def make_cloud(choice: Choice) -> CloudClient:
     """The cloud that a config names."""
     client: CloudClient = build(choice, CLOUDS)
     return client
+
+
+def patience(choice: Choice) -> list[str]:
+    """Keys of a cloud's settings that change no answer, such as time-outs and limits: a run goes on with others."""
+    return [f"cloud.{key}" for key in getattr(chosen(choice, CLOUDS), "PATIENCE", ())]

@@ -92,10 +92,15 @@ class OpenAIConfig(Config):
         return base_url.rstrip("/")
 
 
+_ANSWERS = {"base_url", "model", "extra", "max_tokens", "send_temperature"}
+"""The settings that change an answer."""
+
+
 class OpenAICloud:
     """The provider; implements `types.CloudClient`."""
 
     Config = OpenAIConfig
+    PATIENCE = tuple(OpenAIConfig.model_fields.keys() - _ANSWERS)
 
     def __init__(self, config: OpenAIConfig) -> None:
         self.config = config
@@ -118,7 +123,7 @@ class OpenAICloud:
         c = self.config
         return {
             "provider": "openai",
-            **c.model_dump(include={"base_url", "model", "extra", "max_tokens", "send_temperature"}),
+            **c.model_dump(include=_ANSWERS),
         }
 
     @property

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selfroute import measures
-from selfroute.cloud import make_cloud
+from selfroute.cloud import make_cloud, patience
 from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
@@ -30,7 +30,7 @@ from selfroute.errors import DivergenceError, RunError
 from selfroute.evaluate.run import Outcome, calibration_responses, columns, evaluate, judge, solve_shares
 from selfroute.evaluate.summary import training
 from selfroute.protocol import cloud_request
-from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json
+from selfroute.records import checkpoints, lock_run, read_json, read_records, without, write_json
 from selfroute.tasks import Task, make_task
 from selfroute.train.config import TrainConfig
 from selfroute.train.loop import train
@@ -125,7 +125,9 @@ class Matrix:
         file = self.testbed / "testbed.json"
         before = read_json(file) if file.is_file() else shared
         if methods_of(self.testbed) or (self.testbed / "search").exists():
-            changed = sorted(k for k in {*flat(before), *flat(shared)} if flat(before).get(k) != flat(shared).get(k))
+            free = [f"train.{key}" for key in patience(self.config.train.cloud)]
+            old, new = flat(without(before, free)), flat(without(shared, free))
+            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             if changed:
                 raise RunError(
                     f"the rows in {self.testbed} were made with other settings ({', '.join(changed)}): give another "
@@ -190,8 +192,10 @@ class Matrix:
         done = row_info(self.testbed, method, seed)
         if done is not None:
             expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
-            if done["config"] != expected:
-                changed = sorted(k for k in expected if done["config"].get(k) != expected[k])
+            free = patience(self.config.train.cloud)
+            old, new = without(done["config"], free), without(expected, free)
+            if old != new:
+                changed = sorted(k for k in new if old.get(k) != new[k])
                 raise RunError(
                     f"{self.testbed / 'rows' / method} was made with other settings ({', '.join(changed)}): "
                     "give another --out, or remove it"

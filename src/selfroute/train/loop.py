@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from selfroute.cloud import make_cloud
+from selfroute.cloud import make_cloud, patience
 from selfroute.cloud.memory import Cloud
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
@@ -56,7 +56,7 @@ def train(
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
     with lock_run(out):
-        open_run(out, "train", config.model_dump(mode="json"), resume=resume)
+        open_run(out, "train", config.model_dump(mode="json"), resume=resume, free=patience(config.cloud))
         trainer = Trainer(config, out)
         try:
             return trainer.run(report)
