@@ -91,6 +91,14 @@ class OpenAIConfig(Config):
             raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
         return base_url.rstrip("/")
 
+    @field_validator("extra")
+    @classmethod
+    def _beside(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = sorted({"model", "messages", "stream", "max_tokens", "max_completion_tokens", "n"} & set(extra))
+        if ours:
+            raise ValueError(f"{', '.join(ours)}: set by selfroute, so that what a call may cost is known")
+        return extra
+
 
 _ANSWERS = {"base_url", "model", "extra", "max_tokens", "send_temperature"}
 """The settings that change an answer."""
@@ -239,8 +247,8 @@ class OpenAICloud:
         choice = reply.choices[0]
         message = choice.message
         assert message is not None
-        if choice.finish_reason is None:
-            raise _TransientError("the cloud's answer breaks off (it has no finish_reason)")
+        if choice.finish_reason in (None, "error", "insufficient_system_resource"):
+            raise _TransientError(f"the cloud's answer breaks off (its finish_reason is {choice.finish_reason})")
         split = Thinking()
         parts = [split.feed(message.content or ""), split.end()]
         reasoning = (message.thoughts + "".join(r for r, _ in parts)).strip()

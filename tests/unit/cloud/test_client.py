@@ -184,7 +184,12 @@ TRANSIENT: dict[str, tuple[Fault, str, dict[str, Any]]] = {
     "other JSON": (status(200, {"choices": [{"message": {"content": ["four"]}}]}), "cannot be read", {}),
     "no choice": (status(200, reply(choices=[])), "without a choice", {}),
     "an empty choice": (status(200, reply("")), "answer is empty", {}),
-    "no end": (status(200, reply(choices=[{"message": {"content": "four"}}])), "no finish_reason", {}),
+    "no end": (status(200, reply(choices=[{"message": {"content": "four"}}])), "finish_reason is None", {}),
+    "given up": (
+        status(200, reply(choices=[{"message": {"content": "fo"}, "finish_reason": "error"}])),
+        "finish_reason is error",
+        {},
+    ),
     "negative usage": (status(200, reply(usage={"prompt_tokens": -5})), "cannot be read", {}),
 }
 
@@ -386,8 +391,8 @@ async def stall_in_the_stream(exchange: Exchange) -> None:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (streams(event("fo")), "no finish_reason"),
-        (streams(event("fo"), "[DONE]"), "no finish_reason"),
+        (streams(event("fo")), "finish_reason is None"),
+        (streams(event("fo"), "[DONE]"), "finish_reason is None"),
         (streams(event("fo"), "{"), "cannot be read"),
         (streams(event("fo"), {"error": {"message": f"overloaded, {KEY}"}}), r"broke off: overloaded, \*\*\*"),
         (stall_in_the_stream, "between two pieces"),
@@ -433,6 +438,7 @@ def test_leaving_a_stream_cancels_it_at_the_provider() -> None:
         ({"base_url": "api.deepseek.com"}, "must begin with https://"),
         ({"base_url": "https://user:pw@host/v1"}, "must hold no user"),
         ({"base_url": "https://host/v1?key=1"}, "must hold no user"),
+        ({"extra": {"n": 5}}, "n: set by selfroute"),
         ({"model": "mystery-9"}, "price of the cloud model 'mystery-9' is not known"),
         ({"usd_per_million_prompt_tokens": 1.0}, "set both"),
         ({"api_key_var": "NO_SUCH_VAR"}, "the environment variable NO_SUCH_VAR, which api_key_var names, holds no key"),
