@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfroute.cloud import CLOUDS
 from selfroute.config import load as load_config
 from selfroute.config import names, resolve, validate
 from selfroute.errors import ConfigError, RunError, SelfrouteError
 from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json, write_records
 from selfroute.tasks import TASKS
-from selfroute.train.config import TrainConfig
+from selfroute.train.config import TrainConfig, whole
 from selfroute.types import HelpCall, Progress, Route
 
 if TYPE_CHECKING:
@@ -52,12 +51,7 @@ def _needs(extra: str) -> Iterator[None]:
 
 def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """A training config by package name or path, changed by `key=value` overrides, with every default written out."""
-    return _resolved(load_config(TrainConfig, name, overrides))
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    choices = {"task": resolve(config.task, TASKS, "task"), "cloud": resolve(config.cloud, CLOUDS, "cloud")}
-    return config.model_copy(update=choices)
+    return whole(load_config(TrainConfig, name, overrides))
 
 
 def train(
@@ -68,7 +62,7 @@ def train(
     report: Callable[[StepRecord], None] = lambda record: None,
 ) -> Path:
     """Post-train a device model into the run directory `out`; returns the last checkpoint."""
-    resolved = load_train_config(config) if isinstance(config, str) else _resolved(config)
+    resolved = load_train_config(config) if isinstance(config, str) else whole(config)
     with _needs("train"):
         from selfroute.train import loop
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from selfroute import api
 from selfroute.cloud import patience
 from selfroute.records import lock_run, open_run, read_json
+from selfroute.train.config import as_now
 from selfroute.types import Progress
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def demo(
     api.require_training()
     resolved = api.load_train_config(config, overrides)
     with lock_run(out):
-        open_run(out, "train", resolved.model_dump(mode="json"), resume=True, free=patience(resolved.cloud))
+        open_run(
+            out, "train", resolved.model_dump(mode="json"), resume=True, free=patience(resolved.cloud), as_now=as_now
+        )
 
     def missing(name: str, checkpoint: str | None) -> bool:
         file = out / "evaluations" / name / "evaluation.json"

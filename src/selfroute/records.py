@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -127,10 +127,19 @@ def lock_run(path: Path) -> Iterator[None]:
         yield
 
 
-def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: bool, free: Collection[str] = ()) -> None:
+def open_run(
+    path: Path,
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    resume: bool,
+    free: Collection[str] = (),
+    as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Create a run directory, or open it again with `resume`. One in which nothing was done yet is made anew.
 
-    `free` are keys, dots between tables, that may change on the way; the newest values stand in run.json.
+    `free` are keys, dots between tables, that may change on the way; the newest values stand in run.json. `as_now`
+    reads a config that an earlier version wrote down.
 
     Raises:
         RunError: it exists and `resume` is off, or was made with another config.
@@ -142,7 +151,7 @@ def open_run(path: Path, command: str, config: Mapping[str, Any], *, resume: boo
         if not resume:
             raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")
         known = read_json(file)
-        before, now = without(known.get("config", {}), free), without(config, free)
+        before, now = without(as_now(known.get("config", {})), free), without(config, free)
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         if changed:
             raise RunError(

@@ -11,8 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from selfroute.cloud import CLOUDS
 from selfroute.compare.methods import BOUNDS, METHODS, OURS, TRAINED
 from selfroute.config import Choice, Config, resolve, validate
-from selfroute.tasks import TASKS
-from selfroute.train.config import TrainConfig
+from selfroute.train.config import TrainConfig, whole
 
 QUICK = (
     *("seeds=[0, 1]", "lrs=[3e-4]", "fit_problems=60", "num_samples=3", "train.steps=2", "train.problems_per_step=8"),
@@ -60,7 +59,7 @@ class CompareConfig(Config):
             raise ValueError("lr and seed are the comparison's: set lrs and seeds")
         if train.decision_weight == 0:
             raise ValueError("decision_weight is that of GAPG + decision loss, so it must be above 0")
-        return _whole(train)
+        return whole(train)
 
     @field_validator("swap_clouds")
     @classmethod
@@ -118,7 +117,7 @@ class CompareConfig(Config):
         """The training of a method."""
         changes = self.ablations[method] if method in self.ablations else METHODS[method].changes or {}
         values = _merge(self.train.model_dump(mode="json"), {**changes, "lr": changes.get("lr", lr), "seed": seed})
-        return _whole(validate(TrainConfig, values, f"the training of {method}"))
+        return whole(validate(TrainConfig, values, f"the training of {method}"))
 
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*"
@@ -128,12 +127,6 @@ def brief(cloud: Choice) -> str:
     """A swapped cloud by what sets it apart, such as `accuracy=0.7`, fit for the name of a folder."""
     text = ",".join(f"{key}={value}" for key, value in cloud.settings.items()) or cloud.name
     return re.sub(r"[^A-Za-z0-9_.,=+-]", "-", text).lstrip(".-")
-
-
-def _whole(train: TrainConfig) -> TrainConfig:
-    """A training with every default of its task and cloud written out."""
-    choices = {"task": resolve(train.task, TASKS, "task"), "cloud": resolve(train.cloud, CLOUDS, "cloud")}
-    return train.model_copy(update=choices)
 
 
 def label(method: str) -> str:

@@ -32,7 +32,7 @@ from selfroute.evaluate.summary import training
 from selfroute.protocol import cloud_request
 from selfroute.records import checkpoints, lock_run, read_json, read_records, without, write_json
 from selfroute.tasks import Task, make_task
-from selfroute.train.config import TrainConfig
+from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.loop import train
 from selfroute.train.progress import flat
 from selfroute.types import Progress
@@ -126,7 +126,8 @@ class Matrix:
         before = read_json(file) if file.is_file() else shared
         if methods_of(self.testbed) or (self.testbed / "search").exists():
             free = [f"train.{key}" for key in patience(self.config.train.cloud)]
-            old, new = flat(without(before, free)), flat(without(shared, free))
+            known = {**before, "train": as_now(before["train"])}
+            old, new = flat(without(known, free)), flat(without(shared, free))
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             if changed:
                 raise RunError(
@@ -193,7 +194,7 @@ class Matrix:
         if done is not None:
             expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
             free = patience(self.config.train.cloud)
-            old, new = without(done["config"], free), without(expected, free)
+            old, new = without(as_now(done["config"]), free), without(expected, free)
             if old != new:
                 changed = sorted(k for k in new if old.get(k) != new[k])
                 raise RunError(
@@ -240,7 +241,7 @@ class Matrix:
         """Whether another ablation was trained with these very settings; its row then serves for this one too."""
         for other in self.config.ablations if method in self.config.ablations else ():
             done = row_info(self.testbed, other, config.seed)
-            if done is not None and done["config"] == config.model_dump(mode="json"):
+            if done is not None and as_now(done["config"]) == config.model_dump(mode="json"):
                 row = read_row(self.testbed, other, config.seed)
                 info = {**_own(row.info), "same_as": other}
                 self._write(method, config.seed, info, row.records, row.metrics)

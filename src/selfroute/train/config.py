@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from selfroute.config import Choice, Config
+from selfroute.cloud import CLOUDS
+from selfroute.config import Choice, Config, resolve, validate
 from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.errors import ConfigError
+from selfroute.tasks import TASKS
 from selfroute.train.reward import RewardConfig
 
 
@@ -69,3 +73,21 @@ class TrainConfig(Config):
         if sampling.temperature != 1 or sampling.decide != "sample" or sampling.forbid_help:
             raise ValueError("training samples from the model itself: temperature 1, decide sample, help allowed")
         return sampling
+
+
+def whole(config: TrainConfig) -> TrainConfig:
+    """A training with every default of its task and cloud written out, so that a record of it means the same for ever.
+
+    Raises:
+        ConfigError: no such task or cloud, or settings that it does not take.
+    """
+    choices = {"task": resolve(config.task, TASKS, "task"), "cloud": resolve(config.cloud, CLOUDS, "cloud")}
+    return config.model_copy(update=choices)
+
+
+def as_now(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote down, with those that came since at their defaults."""
+    try:
+        return whole(validate(TrainConfig, written, "what was written down")).model_dump(mode="json")
+    except ConfigError:
+        return dict(written)

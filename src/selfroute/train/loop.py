@@ -31,7 +31,7 @@ from selfroute.tasks import make_task
 from selfroute.train import gapg
 from selfroute.train.algorithms import ALGORITHMS, next_dual
 from selfroute.train.checkpoint import load_checkpoint, save_checkpoint, warn_of_changes
-from selfroute.train.config import TrainConfig
+from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.progress import Clock, StepRecord, flat, start_trackers, stop_signals
 from selfroute.train.reward import reward
 from selfroute.train.rows import Row, log_odds
@@ -56,7 +56,9 @@ def train(
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
     with lock_run(out):
-        open_run(out, "train", config.model_dump(mode="json"), resume=resume, free=patience(config.cloud))
+        open_run(
+            out, "train", config.model_dump(mode="json"), resume=resume, free=patience(config.cloud), as_now=as_now
+        )
         trainer = Trainer(config, out)
         try:
             return trainer.run(report)

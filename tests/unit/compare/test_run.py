@@ -18,7 +18,7 @@ from selfroute.config import validate
 from selfroute.device.hf import HFEngine, model_path
 from selfroute.errors import ConfigError, DivergenceError, RunError, TrainingError
 from selfroute.protocol import chat
-from selfroute.records import read_json
+from selfroute.records import read_json, write_json
 from selfroute.tasks.countdown import Countdown
 from selfroute.types import Problem, Split
 
@@ -99,6 +99,26 @@ def test_rows_made_with_other_settings_are_never_mixed(finished: Path) -> None:
         compare(config([OURS], train={"steps": 2}), finished)
     with pytest.raises(RunError, match=r"made with other settings \(num_samples\)"):
         compare(config([OURS], num_samples=3), finished)
+
+
+def test_rows_of_an_earlier_version_count_what_came_since_at_its_default(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for file in (
+        out / "bed/testbed.json",
+        *(out / "bed/rows").glob("*/*.json"),
+        *(out / "bed/runs").glob("*/*/run.json"),
+    ):
+        text = read_json(file)
+        for settings in (text.get("train"), text.get("config")):
+            if settings and "lr_end" in settings:
+                del settings["lr_end"], settings["cloud"]["latency_s"]
+        write_json(file, text)
+    before = stamps(out)
+    compare(config(["device_only", "cloud_only", OURS, "probe", "decision_votes", "naive_offloading"]), out)
+    assert {name: stamps(out)[name] for name in before} == before
+    with pytest.raises(RunError, match=r"made with other settings \(train\.lr_end\)"):
+        compare(config([OURS], train={"lr_end": 0.5}), out)
 
 
 class Watched(Countdown):
