@@ -16,6 +16,8 @@ class DeviceConfig(Config):
     """A shipped model, a local folder, or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the weights in memory."""
+    thinking: bool = False
+    """Whether a model whose chat template can think before it answers (Qwen3, SmolLM3) does."""
 
 
 class Sampling(Config):

@@ -33,8 +33,8 @@ from selfroute.types import Message, Response
 class HFEngine:
     """A model and its tokenizer; `generate` samples, `model` is what training updates."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+        self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -64,23 +64,36 @@ class HFEngine:
                 f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
-        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.eval().to(device), tokenizer, thinking=config.thinking)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins.
+
+        A chat template that takes no system message, such as Gemma's, gets it at the head of the user's.
 
         Raises:
             DeviceError: the chat template refuses the messages.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-            )
+            text = self._text(messages)
         except TemplateError as error:
-            raise DeviceError(
-                f"the model's chat template refuses the prompt: {error} (it must take a system and a user message)"
-            ) from error
+            if [m["role"] for m in messages[:2]] != ["system", "user"]:
+                raise DeviceError(f"the model's chat template refuses the prompt: {error}") from error
+            merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            return self.encode([merged, *messages[2:]])
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                # Templates of models that do not think leave it unread.
+                enable_thinking=self.thinking,
+            )
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text, without its end token."""

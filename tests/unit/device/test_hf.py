@@ -205,6 +205,29 @@ def test_a_model_without_a_chat_template_is_refused(engine: HFEngine) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DeviceError, match="no chat template"):
         HFEngine(engine.model, tokenizer)
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(DeviceError, match="chat template refuses the prompt: System role not supported"):
+    tokenizer.chat_template = "{{ raise_exception('Nothing is supported') }}"
+    with pytest.raises(DeviceError, match="chat template refuses the prompt: Nothing is supported"):
         HFEngine(engine.model, tokenizer).encode(chat("1 + 1"))
+
+
+def with_template(engine: HFEngine, template: str, *, thinking: bool = False) -> HFEngine:
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    tokenizer.chat_template = template
+    return HFEngine(engine.model, tokenizer, thinking=thinking)
+
+
+def test_a_template_without_a_system_message_gets_it_in_the_users(engine: HFEngine) -> None:
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
+    )
+    made = with_template(engine, refuses)
+    system, user = (m["content"] for m in chat("1 + 1"))
+    assert made.decode(made.encode(chat("1 + 1"))) == f"[user]{system}\n\n{user}[model]"
+
+
+def test_a_template_that_can_think_is_told_whether_to(engine: HFEngine) -> None:
+    template = "{{ messages[1]['content'] }}{% if enable_thinking is false %}<none>{% endif %}"
+    silent, loud = (with_template(engine, template, thinking=thinking) for thinking in (False, True))
+    assert silent.decode(silent.encode(chat("1 + 1"))) == "1 + 1<none>"
+    assert loud.decode(loud.encode(chat("1 + 1"))) == "1 + 1"

@@ -1,0 +1,80 @@
+"""Tiny random models of the architectures that people post-train: the engine against transformers itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selfroute.device.base import Sampling
+from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA_3_2 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA_3_2},
+    # Prompts are longer than the window.
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "smollm3": {},
+    "phi": {},
+    "phi3": {},
+}
+# Gemma's norms compute in single precision whatever the weights are.
+TOLERANCE = {"gemma3_text": 1e-5}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, engine: HFEngine) -> HFEngine:
+    """A random model of an architecture, in double precision, with the shipped tokenizer."""
+    settings = {**SHAPE, "vocab_size": len(engine.tokenizer) + 3, **ARCHITECTURES[request.param]}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    return HFEngine(model, engine.tokenizer)
+
+
+def prompts(engine: HFEngine) -> list[list[int]]:
+    return [engine.encode([{"role": "user", "content": "x" * n}]) for n in (3, 25, 60)]
+
+
+def test_groups_decode_as_transformers_does(tiny: HFEngine) -> None:
+    asked = prompts(tiny)
+    groups = tiny.generate(asked, [["a", "b"]] * 3, Sampling(temperature=0, max_tokens=40))
+    for prompt, (one, two) in zip(asked, groups, strict=True):
+        alone = tiny.model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
+        expected = alone[0, len(prompt) :].tolist()
+        assert list(one.token_ids) == expected[: len(one.token_ids)]
+        assert one.finished or len(one.token_ids) == len(expected) == 40
+        assert one == two
+
+
+def test_shared_prompts_have_the_gradient_of_whole_sequences(tiny: HFEngine, request: pytest.FixtureRequest) -> None:
+    model, asked = tiny.model, prompts(tiny)
+    rows = [[5, 9, 30, 31, 2], [7] * 20, [40, 41]]
+    shared = SharedPrompts(model, asked, tiny.pad)
+    logits_BTV, targets_BT, mask_BT = shared.logits([0, 1, 2], rows)
+    log_prob_BT = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
+    (log_prob_BT * mask_BT).sum().backward()
+    shared.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    for prompt, row in zip(asked, rows, strict=True):
+        logits_TV = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
+        torch.log_softmax(logits_TV, -1).gather(-1, torch.tensor(row)[:, None]).sum().backward()
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(ours) == set(whole)
+    close = TOLERANCE.get(request.node.callspec.params["tiny"], 1e-10)
+    for name, gradient in whole.items():
+        assert torch.allclose(ours[name], gradient, rtol=0, atol=close * float(gradient.abs().max())), name
