@@ -33,7 +33,7 @@ SOLVE_SAMPLES = 5
 """Extra responses to each asked test problem, help forbidden: does the device solve it in a majority of samples?"""
 
 
-_OPTIONAL = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn")
+_OPTIONAL = ("peft", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn")
 
 
 @contextmanager

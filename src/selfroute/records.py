@@ -151,7 +151,7 @@ def open_run(
         if not resume:
             raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")
         known = read_json(file)
-        before, now = without(as_now(known.get("config", {})), free), without(config, free)
+        before, now = (without(as_now(c), free) for c in (known.get("config", {}), config))
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         if changed:
             raise RunError(

@@ -9,6 +9,17 @@ from pydantic import Field
 from selfroute.config import Config
 
 
+class LoRA(Config):
+    """Train low-rank adapters in place of the model's weights."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(32, ge=1)
+    """The adapter's output is scaled by alpha / rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Modules that get one, by the ends of their names, such as `["q_proj", "v_proj"]`; all but the output layer."""
+
+
 class DeviceConfig(Config):
     """The on-device model."""
 
@@ -16,6 +27,8 @@ class DeviceConfig(Config):
     """A shipped model, a local folder, or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the weights in memory."""
+    lora: LoRA | None = None
+    """Adapters to train; None trains every weight."""
     thinking: bool = False
     """Whether a model whose chat template can think before it answers (Qwen3, SmolLM3) does."""
 

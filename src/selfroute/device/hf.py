@@ -10,6 +10,8 @@ Axes: P prompts, G responses, B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
-from selfroute.device.base import DeviceConfig, Sampling
+from selfroute.device.base import DeviceConfig, LoRA, Sampling
 from selfroute.device.prefix import SharedPrompts
 from selfroute.errors import DeviceError
 from selfroute.protocol import DecisionPoint, decision_points, find_decision
@@ -47,10 +49,10 @@ class HFEngine:
 
     @classmethod
     def load(cls, config: DeviceConfig) -> HFEngine:
-        """Load a shipped model, a local folder or a hub id.
+        """Load a shipped model, a local folder or a hub id; a folder may hold an adapter, which names its base.
 
         Raises:
-            DeviceError: nothing by that name can be loaded.
+            DeviceError: nothing by that name can be loaded, or the adapter does not fit.
         """
         where = model_path(config.model)
         if where.startswith((".", "/", "~")) and not Path(where).is_dir():
@@ -58,14 +60,16 @@ class HFEngine:
         hf_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, config.dtype))
+            base = _base_of(where)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, config.dtype))
         except (OSError, ValueError, SafetensorError) as error:
             raise DeviceError(
                 f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.eval().to(device), tokenizer, thinking=config.thinking)
+        model = _with_adapter(model, where, config.lora).eval().to(device)
+        return cls(model, tokenizer, thinking=config.thinking)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins.
@@ -145,6 +149,38 @@ class HFEngine:
             groups.append(flat[position : position + count])
             position += count
         return groups
+
+
+def _base_of(where: str) -> str:
+    """The model below an adapter's folder; anything else is its own."""
+    file = Path(where) / "adapter_config.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]) if file.is_file() else where
+
+
+def _with_adapter(model: PreTrainedModel, where: str, lora: LoRA | None) -> PreTrainedModel:
+    """The model with the adapter that its folder holds, or with a new one, which changes nothing yet."""
+    saved = (Path(where) / "adapter_config.json").is_file()
+    if not saved and lora is None:
+        return model
+    import peft
+
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is going out of use.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            if saved:
+                return peft.PeftModel.from_pretrained(model, where, is_trainable=True)
+            assert lora is not None
+            targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+            settings = peft.LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+            )
+            # Half of an adapter begins at random; the same each time, and nobody else's numbers are drawn.
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return peft.get_peft_model(model, settings)
+        except (ValueError, RuntimeError) as error:
+            raise DeviceError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
 
 
 def uniforms(stream: str, count: int) -> np.ndarray:

@@ -119,7 +119,9 @@ class SharedPrompts:
         outputs, gradients = [], []
         for (keys, values), layer in zip(self._leaves, self.cache.layers, strict=True):
             for output, leaf in ((keys, layer.keys), (values, layer.values)):
-                if leaf.grad is not None:
+                # With adapters on some modules, the first layers' keys may depend on nothing that is trained.
+                if leaf.grad is not None and output.requires_grad:
                     outputs.append(output)
                     gradients.append(leaf.grad)
-        torch.autograd.backward(outputs, gradients)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)

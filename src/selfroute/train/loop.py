@@ -75,7 +75,10 @@ class Trainer:
         model = config.device.model_copy(update={"model": str(saved[-1])}) if saved else config.device
         self.engine = HFEngine.load(model)
         self.optimizer = torch.optim.AdamW(
-            self.engine.model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0
+            [p for p in self.engine.model.parameters() if p.requires_grad],
+            lr=config.lr,
+            betas=(0.9, config.beta2),
+            weight_decay=0.0,
         )
         self.algorithm = ALGORITHMS[config.algorithm]
         self.finished = 0

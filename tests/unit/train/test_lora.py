@@ -1,0 +1,94 @@
+"""Training adapters in place of the model's weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.unit.train.test_loop import config, metrics
+
+from selfroute.device.base import DeviceConfig, LoRA
+from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts
+from selfroute.errors import DeviceError
+from selfroute.protocol import chat
+from selfroute.train.loop import train
+
+DEVICE = {"model": "countdown-1m", "lora": {"rank": 4, "alpha": 8}}
+
+
+def test_only_adapters_are_trained_and_saved(engine: HFEngine, run_dir: Path) -> None:
+    saved = train(config(device=DEVICE), run_dir)
+    assert sorted(f.name for f in saved.glob("*.safetensors")) == ["adapter_model.safetensors", "optimizer.safetensors"]
+    tuned = HFEngine.load(DeviceConfig(model=str(saved)))
+    trainable = [p for p in tuned.model.parameters() if p.requires_grad]
+    assert 0 < sum(p.numel() for p in trainable) < 0.1 * sum(p.numel() for p in tuned.model.parameters())
+    assert all(p.abs().max() > 0 for p in trainable)
+    # Merged by peft, it is a model like any other, with the base's weights below.
+    prompt = torch.tensor([tuned.encode(chat("1 + 1"))])
+    with torch.no_grad():
+        adapted = tuned.model(prompt).logits
+        merged = copy.deepcopy(tuned.model).merge_and_unload()(prompt).logits  # type: ignore[operator]
+        with tuned.model.disable_adapter():  # type: ignore[operator]
+            below = tuned.model(prompt).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert torch.equal(below, engine.model(prompt).logits)
+    assert not torch.allclose(adapted, below, atol=1e-4)
+
+
+def test_a_new_adapter_changes_nothing_and_is_the_same_each_time(engine: HFEngine) -> None:
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    one, two = (HFEngine.load(DeviceConfig(model="countdown-1m", lora=LoRA(rank=4))) for _ in range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    weights = [dict(e.model.named_parameters()) for e in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    prompt = torch.tensor([engine.encode(chat("1 + 1"))])
+    assert torch.equal(one.model(prompt).logits, engine.model(prompt).logits)
+
+
+def test_adapters_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(config(device=DEVICE, steps=4), tmp_path / "whole")
+
+    def stop(record: Any) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(device=DEVICE, steps=4, checkpoint_every=1), tmp_path / "cut", report=stop)
+    again = train(config(device=DEVICE, steps=4, checkpoint_every=1), tmp_path / "cut", resume=True)
+    first, second = (load_file(p / "adapter_model.safetensors") for p in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["down_proj"]])
+def test_adapters_have_the_gradient_of_whole_sequences(engine: HFEngine, targets: Any) -> None:
+    """Where the first layer's keys depend on no adapter too."""
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(engine.model).double(), settings)
+    prompts, rows = [engine.encode(chat(text)) for text in ("1 + 1", "2 + 2 + 2")], [[5, 6, 7], [8, 9]]
+    shared = SharedPrompts(model, prompts, engine.pad)
+    logits_BTV, targets_BT, mask_BT = shared.logits([0, 1], rows)
+    log_prob_BT = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
+    (log_prob_BT * mask_BT).sum().backward()
+    shared.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    for prompt, row in zip(prompts, rows, strict=True):
+        logits_TV = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
+        torch.log_softmax(logits_TV, -1).gather(-1, torch.tensor(row)[:, None]).sum().backward()
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(ours) == set(whole) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.allclose(ours[name], whole[name], rtol=0, atol=1e-10) for name in whole)
+
+
+def test_targets_that_are_not_there_are_named() -> None:
+    with pytest.raises(DeviceError, match=r"adapter does not fit the model: Target modules .*nothing_proj"):
+        HFEngine.load(DeviceConfig(model="countdown-1m", lora=LoRA(targets=("nothing_proj",))))
