@@ -104,7 +104,7 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
                     f"; did you mean {under}{near[0]}?" if near else f"; known: {', '.join(kind.model_fields)}"
                 )
             # Where a key for an API was written down by mistake, it is not repeated.
-            secret = key.lower().endswith("key")
+            secret = "key" in key.lower()
             got = "" if secret or fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
             lines.append(f"  {under}{key}: {fault['msg']}{got}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
@@ -146,11 +146,11 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     >>> override({"steps": 10, "cloud": {"name": "oracle"}}, ["steps=20", "cloud.accuracy=0.7"])
     {'steps': 20, 'cloud': {'name': 'oracle', 'accuracy': 0.7}}
     >>> override({"cloud": {"name": "oracle", "accuracy": 0.7}}, ["cloud.model=gpt-5", "cloud.name=openai"])
-    {'cloud': {'name': 'openai', 'model': 'gpt-5'}}
+    {'cloud': {'model': 'gpt-5', 'name': 'openai'}}
     """
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    # Names first, whatever order they were given in.
-    for item in sorted(overrides, key=lambda item: not item.partition("=")[0].endswith(".name")):
+    given: set[str] = set()
+    for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"an override is key=value, such as steps=20; got {item!r}")
@@ -164,7 +164,9 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{key}: {table!r} is a value, not a table")
-        if last == "name" and tables and place.get("name", value) != value:
-            place.clear()
+        if tables and last == "name" and place.get("name", value) != value:
+            for other in [k for k in place if ".".join([*tables, k]) not in given]:
+                del place[other]
         place[last] = value
+        given.add(key)
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute import api
-from selfroute.cloud import patience
+from selfroute.cloud import free_settings
 from selfroute.records import lock_run, open_run, read_json
 from selfroute.train.config import as_now
 from selfroute.types import Progress
@@ -35,7 +35,12 @@ def demo(
     resolved = api.load_train_config(config, overrides)
     with lock_run(out):
         open_run(
-            out, "train", resolved.model_dump(mode="json"), resume=True, free=patience(resolved.cloud), as_now=as_now
+            out,
+            "train",
+            resolved.model_dump(mode="json"),
+            resume=True,
+            free=free_settings(resolved.cloud),
+            as_now=as_now,
         )
 
     def missing(name: str, checkpoint: str | None) -> bool:

@@ -6,7 +6,7 @@
     ├── DeviceError      the on-device model or its engine
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
-    │   └── DivergenceError   its numbers are not finite any more
+    ├── DivergenceError  a model whose numbers are not finite
     └── RunError         a run directory (missing, foreign, damaged)
 
 Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
@@ -37,8 +37,8 @@ class TrainingError(SelfrouteError):
     """Training cannot go on: a checkpoint that does not fit, a file that cannot be written."""
 
 
-class DivergenceError(TrainingError):
-    """A loss, a gradient or the model's output is not finite any more: the settings are at fault, not the machine."""
+class DivergenceError(SelfrouteError):
+    """A loss, a gradient or a model's output is not finite: the settings are at fault, not the machine."""
 
 
 class RunError(SelfrouteError):

@@ -133,6 +133,10 @@ class CloudClient(Protocol):
         """Count what was spent before, by the ledger, towards a limit of its own."""
         ...
 
+    def abandoned_usd(self) -> float:
+        """What attempts that broke off since this was last asked may have cost, in USD."""
+        ...
+
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         """The whole answer. Cancelling the task cancels the request."""
         ...

@@ -14,6 +14,6 @@ def make_cloud(choice: Choice) -> CloudClient:
     return client
 
 
-def patience(choice: Choice) -> list[str]:
-    """Keys of a cloud's settings that change no answer, such as time-outs and limits: a run goes on with others."""
-    return [f"cloud.{key}" for key in getattr(chosen(choice, CLOUDS), "PATIENCE", ())]
+def free_settings(choice: Choice) -> list[str]:
+    """Keys of a cloud's settings that change no answer, such as time-outs and limits: a run may go on with others."""
+    return [f"cloud.{key}" for key in getattr(chosen(choice, CLOUDS), "FREE", ())]

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+Outcome = Literal["up", "down", "unknown"]
+
+
+class Attempt:
+    """One request; `outcome` is what it told of the provider."""
+
+    outcome: Outcome = "unknown"
 
 
 class Breaker:
-    """Opens after `failures` failures in a row, for `cooldown_s`; then one request tries, and the rest wait for it."""
+    """Opens after `failures` failures in a row, for `cooldown_s`; then one request tries, and the rest wait for it.
 
-    def __init__(self, failures: int, cooldown_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._cooldown_s, self._clock = failures, cooldown_s, clock
-        self._failures = 0
-        self._closed_again = 0.0
+    A request that has waited for `patience` such tries to fail waits no longer.
+    """
 
-    def wait_s(self) -> float:
-        """Seconds to wait before asking again; at 0 the caller may ask, and must tell how it went."""
-        if self._failures < self._limit:
-            return 0.0
-        left = self._closed_again - self._clock()
-        if left <= 0:
-            # This caller tries; the others wait for another cooldown, or until it succeeds.
-            self._closed_again = self._clock() + self._cooldown_s
-            return 0.0
-        return left
+    def __init__(self, failures: int, cooldown_s: float, patience: int) -> None:
+        self._limit, self._cooldown_s, self._patience = failures, cooldown_s, patience
+        self._failures = self._failed_tries = 0
+        self._closed_until = 0.0
+        self._trying = False
+        self._changed = asyncio.Condition()
 
-    def succeeded(self) -> None:
-        """The provider answered."""
-        self._failures = 0
+    @asynccontextmanager
+    async def attempt(self) -> AsyncIterator[Attempt]:
+        """Wait until the provider may be asked. The caller sets the outcome.
 
-    def failed(self) -> None:
-        """The provider did not answer, or not with an answer."""
-        self._failures += 1
-        if self._failures >= self._limit:
-            self._closed_again = self._clock() + self._cooldown_s
+        Raises:
+            TimeoutError: it stayed down.
+        """
+        trying = await self._admitted()
+        attempt = Attempt()
+        try:
+            yield attempt
+        finally:
+            if attempt.outcome == "up":
+                self._failures = 0
+            elif attempt.outcome == "down":
+                self._failures += 1
+                self._failed_tries += trying
+                self._closed_until = time.monotonic() + self._cooldown_s
+            if trying:
+                self._trying = False
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _admitted(self) -> bool:
+        """Wait; True for the request that tries whether the provider is up again."""
+        seen = self._failed_tries
+        while self._failures >= self._limit:
+            if self._failed_tries - seen >= self._patience:
+                raise TimeoutError
+            left_s = self._closed_until - time.monotonic()
+            if not self._trying and left_s <= 0:
+                self._trying = True
+                return True
+            # A try under way may take long; the provider may only be slow.
+            try:
+                async with asyncio.timeout(None if self._trying else left_s), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        return False

@@ -17,7 +17,6 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
 import httpx2
-import stamina
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from selfroute.cloud.breaker import Breaker
@@ -36,6 +35,13 @@ MAX_RETRY_AFTER_S = 120.0
 """A provider that asks to be left alone for longer is an error at once."""
 
 
+_NOT_EXTRA = {
+    *("model", "models", "route", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "stream"),
+    *("stream_options", "service_tier", "tools", "plugins", "web_search_options"),
+}
+"""Fields that selfroute sets itself, or that would change the price."""
+
+
 class OpenAIConfig(Config):
     """An OpenAI-compatible endpoint, and how patient to be with it."""
 
@@ -43,7 +49,7 @@ class OpenAIConfig(Config):
     """Such as `https://api.deepseek.com/v1`; `/chat/completions` is added."""
     model: str = Field(min_length=1)
     """The model's name there."""
-    api_key_var: str | None = None
+    api_key_var: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key; None for a server that wants none."""
     extra: dict[str, Any] = Field({})
     """More fields of the request, such as `{reasoning_effort = "low"}`."""
@@ -72,7 +78,7 @@ class OpenAIConfig(Config):
     breaker_cooldown_s: float = Field(20.0, gt=0)
     """Seconds for which it is."""
     spend_limit_usd: float | None = Field(None, ge=0)
-    """USD that may be spent in all, by the ledger; a call that could pass it is not made."""
+    """USD that a run may spend in all, by its ledger; a call that could pass it is not made."""
     usd_per_million_prompt_tokens: float | None = Field(None, ge=0)
     """Price of prompt tokens; None: as in the package's price file."""
     usd_per_million_completion_tokens: float | None = Field(None, ge=0)
@@ -94,21 +100,25 @@ class OpenAIConfig(Config):
     @field_validator("extra")
     @classmethod
     def _beside(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        ours = sorted({"model", "messages", "stream", "max_tokens", "max_completion_tokens", "n"} & set(extra))
+        ours = sorted(_NOT_EXTRA & set(extra))
         if ours:
-            raise ValueError(f"{', '.join(ours)}: set by selfroute, so that what a call may cost is known")
+            raise ValueError(f"{', '.join(ours)}: not here, so that what is asked, and what it may cost, is known")
         return extra
 
 
-_ANSWERS = {"base_url", "model", "extra", "max_tokens", "send_temperature"}
-"""The settings that change an answer."""
+_TIMES = {"connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "total_timeout_s"}
+_PRICES = {"usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"}
 
 
 class OpenAICloud:
     """The provider; implements `types.CloudClient`."""
 
     Config = OpenAIConfig
-    PATIENCE = tuple(OpenAIConfig.model_fields.keys() - _ANSWERS)
+    FREE = frozenset(
+        {"api_key_var", "concurrency", "max_retries", "backoff_s", "breaker_failures", "breaker_cooldown_s"}
+        | {"spend_limit_usd", *_TIMES, *_PRICES}
+    )
+    """Settings that change no answer: they are no part of the cache's key, and a run may go on with others."""
 
     def __init__(self, config: OpenAIConfig) -> None:
         self.config = config
@@ -122,17 +132,14 @@ class OpenAICloud:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
         )
         self._gate = asyncio.Semaphore(config.concurrency)
-        self._breaker = Breaker(config.breaker_failures, config.breaker_cooldown_s)
+        self._breaker = Breaker(config.breaker_failures, config.breaker_cooldown_s, config.max_retries + 1)
         # What was paid, a call that broke off counted at its worst; and the worst of the calls under way.
-        self._spent_usd = self._reserved_usd = 0.0
+        self._spent_usd = self._reserved_usd = self._abandoned_usd = 0.0
+        self._settled = asyncio.Condition()
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        c = self.config
-        return {
-            "provider": "openai",
-            **c.model_dump(include=_ANSWERS),
-        }
+        return {"provider": "openai", **self.config.model_dump(exclude=set(self.FREE))}
 
     @property
     def concurrency(self) -> int:
@@ -140,6 +147,10 @@ class OpenAICloud:
 
     def carry(self, spent_usd: float) -> None:
         self._spent_usd += spent_usd
+
+    def abandoned_usd(self) -> float:
+        abandoned, self._abandoned_usd = self._abandoned_usd, 0.0
+        return abandoned
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -156,8 +167,8 @@ class OpenAICloud:
             started = time.monotonic()
             async with _Exchange(self, request, stream=False) as exchange:
                 body = b"".join([piece async for piece in exchange.pieces()])
-                answer = self._answer(_read(_Reply, body), request, time.monotonic() - started)
-                exchange.cost_usd = answer.cost_usd
+                answer = self._answer(exchange.read(body), request, time.monotonic() - started)
+                exchange.bill(answer.cost_usd)
                 return answer
 
         async with self._gate:
@@ -174,7 +185,7 @@ class OpenAICloud:
             exchange, first = await self._retrying(lambda: self._begin(request))
             try:
                 collected = _Collected()
-                event: _Event | None = first
+                event: _Reply | None = first
                 while event is not None:
                     for chunk in collected.add(event):
                         yield chunk
@@ -182,14 +193,14 @@ class OpenAICloud:
                 for chunk in collected.rest():
                     yield chunk
                 answer = self._answer(collected.reply(), request, time.monotonic() - started)
-                exchange.cost_usd = answer.cost_usd
+                exchange.bill(answer.cost_usd)
             except _TransientError as error:
                 raise CloudError(f"{error}, in the middle of an answer") from error
             finally:
                 await exchange.close()
             yield CloudChunk(final=answer)
 
-    async def _begin(self, request: CloudRequest) -> tuple[_Exchange, _Event]:
+    async def _begin(self, request: CloudRequest) -> tuple[_Exchange, _Reply]:
         """An open stream, and its first event."""
         exchange = _Exchange(self, request, stream=True)
         try:
@@ -220,113 +231,126 @@ class OpenAICloud:
         prompt = sum(len(m["content"].encode()) + 32 for m in request.messages)
         return self._price.of(prompt, self._max_tokens(request))
 
-    def reserve(self, request: CloudRequest) -> float:
-        """Hold back the worst case of a call, in USD, and return it.
+    async def reserve(self, request: CloudRequest) -> float:
+        """Hold back the worst case of a call, in USD, and return it; where others hold back too much, wait for them.
 
         Raises:
             CloudError: with it the limit might be passed.
         """
         worst_usd, limit = self._worst_usd(request), self.config.spend_limit_usd
-        if limit is not None and self._spent_usd + self._reserved_usd + worst_usd > limit:
-            raise CloudError(
-                f"the spend limit of {limit:g} USD is reached: {self._spent_usd:.4f} spent, {self._reserved_usd:.4f} "
-                f"held back for calls under way, and this one may cost {worst_usd:.4f} (raise spend_limit_usd, or "
-                "lower max_tokens)"
-            )
-        self._reserved_usd += worst_usd
+        async with self._settled:
+            while limit is not None and self._spent_usd + self._reserved_usd + worst_usd > limit:
+                if self._spent_usd + worst_usd > limit:
+                    raise _LimitError(
+                        f"the spend limit of {limit:g} USD is reached: {self._spent_usd:.4f} are spent, and a call may "
+                        f"cost {worst_usd:.4f} (raise spend_limit_usd, or lower max_tokens)"
+                    )
+                await self._settled.wait()
+            self._reserved_usd += worst_usd
         return worst_usd
 
-    def settle(self, worst_usd: float, cost_usd: float) -> None:
+    async def settle(self, worst_usd: float, cost_usd: float, *, abandoned: bool) -> None:
         """Put what a call cost in place of what was held back for it."""
-        self._reserved_usd -= worst_usd
-        self._spent_usd += cost_usd
+        async with self._settled:
+            self._reserved_usd -= worst_usd
+            self._spent_usd += cost_usd
+            self._abandoned_usd += cost_usd if abandoned else 0.0
+            self._settled.notify_all()
 
     def _answer(self, reply: _Reply, request: CloudRequest, latency_s: float) -> CloudAnswer:
         if not reply.choices or reply.choices[0].message is None:
-            raise _TransientError("the cloud answered without a choice")
+            raise _UnreadableError("the cloud answered without a choice")
         choice = reply.choices[0]
         message = choice.message
         assert message is not None
         if choice.finish_reason in (None, "error", "insufficient_system_resource"):
-            raise _TransientError(f"the cloud's answer breaks off (its finish_reason is {choice.finish_reason})")
+            raise _UnreadableError(f"the cloud's answer breaks off (its finish_reason is {choice.finish_reason})")
         split = Thinking()
         parts = [split.feed(message.content or ""), split.end()]
         reasoning = (message.thoughts + "".join(r for r, _ in parts)).strip()
         text = "".join(a for _, a in parts)
         if not text and not reasoning and choice.finish_reason == "stop":
-            raise _TransientError("the cloud's answer is empty")
-        usage = reply.usage or _guessed_usage(request, text, reasoning)
+            raise _UnreadableError("the cloud's answer is empty")
+        usage = reply.usage or _Usage()
+        # Where a server does not tell: about four characters make a token.
+        prompt_tokens, completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        if prompt_tokens is None:
+            prompt_tokens = sum(len(m["content"]) for m in request.messages) // 4 + 1
+        if completion_tokens is None:
+            completion_tokens = (len(text) + len(reasoning)) // 4 + 1
         return CloudAnswer(
             text=text,
             reasoning=reasoning,
             finished=choice.finish_reason == "stop",
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cost_usd=self._price.of(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            cost_usd=self._price.of(prompt_tokens, completion_tokens, usage.cached_tokens),
             latency_s=latency_s,
         )
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """An attempt's result, after as many attempts as its failures are worth."""
         c = self.config
-
-        def again(error: Exception) -> bool | float:
-            if not isinstance(error, _TransientError):
-                return False
-            # Many wait for the same moment; they need not come at once.
-            return True if error.retry_after_s is None else error.retry_after_s + random.uniform(0, c.backoff_s)
-
-        tries = stamina.retry_context(
-            on=again,
-            attempts=c.max_retries + 1,
-            timeout=None,
-            wait_initial=c.backoff_s,
-            wait_max=max(30.0, c.backoff_s),
-            wait_jitter=c.backoff_s,
-        )
-        try:
-            async for one in tries:
-                with one:
-                    return await self._guarded(attempt)
-        except _TransientError as error:
-            raise CloudError(f"{error} ({c.max_retries + 1} attempts)") from error
+        unreadable = 0
+        for number in range(c.max_retries + 1):
+            try:
+                return await self._guarded(attempt)
+            except _TransientError as error:
+                unreadable += isinstance(error, _UnreadableError)
+                # What cannot be read was paid for, and is likely to come the same again.
+                if number == c.max_retries or unreadable > 1:
+                    raise CloudError(f"{error} ({number + 1} attempts)") from error
+                # Random, so that those who wait for the same moment do not all come at once.
+                pause_s = min(30.0, c.backoff_s * 2**number) if error.retry_after_s is None else error.retry_after_s
+                await asyncio.sleep(pause_s + random.uniform(0, c.backoff_s))
         raise AssertionError
 
     async def _guarded(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        wait_s = self._breaker.wait_s()
-        if wait_s:
-            raise _TransientError(f"{self._where} failed again and again and is left alone", wait_s, down=False)
         try:
-            result = await attempt()
-        except _TransientError as error:
-            if error.down:
-                self._breaker.failed()
-            raise
-        self._breaker.succeeded()
-        return result
+            async with self._breaker.attempt() as seen:
+                try:
+                    result = await attempt()
+                except _TransientError as error:
+                    seen.outcome = "down" if error.down else "up"
+                    raise
+                except _LimitError:
+                    raise
+                except CloudError:
+                    # It answered, if only to refuse.
+                    seen.outcome = "up"
+                    raise
+                seen.outcome = "up"
+                return result
+        except TimeoutError:
+            raise CloudError(f"{self._where} stays down; other requests got no answer for a while") from None
 
     @property
     def _where(self) -> str:
         return f"the cloud at {self.config.base_url}"
 
-    def _refusal(self, status: int, headers: httpx2.Headers, body: bytes) -> CloudError:
-        """What a status other than 200 means, and the way out."""
+    def _refusal(self, status: int, body: bytes, retry_after: str | None = None) -> CloudError:
+        """What a status other than 200 means, and the way out; some send it in the body of a 200."""
         c = self.config
-        said = self._masked(_message(body))
+        said = _message(self._masked(body))
         if status in (401, 403):
             key = f"the key in ${c.api_key_var}" if c.api_key_var else "a request without a key (set api_key_var)"
             return CloudError(f"{self._where} refuses {key} ({status}): {said}")
         if status == 404:
             return CloudError(f"{self._where} knows no model {c.model!r}, or no such path (404): {said}")
         if status in (408, 409, 425, 429) or status >= 500:
-            retry_after_s = _retry_after(headers.get("Retry-After"))
+            retry_after_s = _retry_after(retry_after)
             if retry_after_s is not None and retry_after_s > MAX_RETRY_AFTER_S:
                 return CloudError(f"{self._where} asks to wait for {retry_after_s:.0f} s ({status}): {said}")
             return _TransientError(f"{self._where} answers {status}: {said}", retry_after_s, down=status >= 500)
         return CloudError(f"{self._where} rejects the request ({status}): {said}")
 
-    def _masked(self, text: str) -> str:
+    def _masked(self, body: bytes) -> bytes:
         """What the provider said, without the key, which some repeat."""
-        return text.replace(self._key, "***") if self._key else text
+        return body.replace(self._key.encode(), b"***") if self._key else body
+
+
+class _LimitError(CloudError):
+    """The spend limit is reached."""
 
 
 class _TransientError(CloudError):
@@ -338,6 +362,13 @@ class _TransientError(CloudError):
         self.retry_after_s, self.down = retry_after_s, down
 
 
+class _UnreadableError(_TransientError):
+    """An answer came, and is none."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, down=False)
+
+
 class _Exchange:
     """One HTTP request and its answer, each piece waited for no longer than it may take."""
 
@@ -345,12 +376,14 @@ class _Exchange:
         self._cloud = cloud
         self._body = json.dumps(cloud._body(request, stream=stream)).encode()
         self._response: httpx2.Response | None = None
-        self._deadline = time.monotonic() + cloud.config.total_timeout_s
+        self._deadline = self._first_byte_by = 0.0
         self._started = False
         self.events = self._events()
-        self._worst_usd: float | None = cloud.reserve(request)
-        self.cost_usd = self._worst_usd
+        self._request = request
+        self._worst_usd: float | None = None
+        self.cost_usd = 0.0
         """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
+        self.billed = False
 
     async def __aenter__(self) -> _Exchange:
         try:
@@ -369,26 +402,36 @@ class _Exchange:
         Raises:
             CloudError: it is not 200, or none came.
         """
-        cloud = self._cloud
+        cloud, c = self._cloud, self._cloud.config
+        self.cost_usd = self._worst_usd = await cloud.reserve(self._request)
+        now = time.monotonic()
+        self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
         request = cloud._client.build_request(
-            "POST", f"{cloud.config.base_url}/chat/completions", content=self._body,
+            "POST", f"{c.base_url}/chat/completions", content=self._body,
             headers={"Content-Type": "application/json"},
         )  # fmt: skip
         self._response = await self._wait(cloud._client.send(request, stream=True))
-        if self._response.status_code != 200:
-            self.cost_usd = 0.0
+        status = self._response.status_code
+        if status != 200:
+            # A gateway's time-out or its bad upstream may come after the model has run.
+            if (status < 500 and status != 408) or status == 503:
+                self.cost_usd = 0.0
             said = b""
             async for piece in self.pieces():
                 said += piece
                 if len(said) > 4096:
                     break
-            raise cloud._refusal(self._response.status_code, self._response.headers, said)
+            raise cloud._refusal(status, said, self._response.headers.get("Retry-After"))
+
+    def bill(self, cost_usd: float) -> None:
+        """The whole answer came, and this is what it costs."""
+        self.cost_usd, self.billed = cost_usd, True
 
     async def close(self) -> None:
         """Let go of the connection, which cancels an answer that is still coming, and settle the bill."""
         if self._worst_usd is not None:
-            self._cloud.settle(self._worst_usd, self.cost_usd)
-            self._worst_usd = None
+            worst_usd, self._worst_usd = self._worst_usd, None
+            await self._cloud.settle(worst_usd, self.cost_usd, abandoned=not self.billed)
         await self.events.aclose()
         if self._response is not None:
             await self._response.aclose()
@@ -412,7 +455,7 @@ class _Exchange:
                 raise CloudError(f"{self._cloud._where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer")
             yield piece
 
-    async def _events(self) -> AsyncGenerator[_Event]:
+    async def _events(self) -> AsyncGenerator[_Reply]:
         """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
 
         Raises:
@@ -427,32 +470,39 @@ class _Exchange:
                 data = line.removeprefix(b"data:").strip()
                 if data == b"[DONE]":
                     return
-                yield self._event(data)
+                yield self.read(data)
         if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
-            yield self._event(data)
+            yield self.read(data)
 
-    def _event(self, data: bytes) -> _Event:
-        event = _read(_Event, data)
-        if event.error is not None:
-            raise CloudError(f"{self._cloud._where} broke off: {self._cloud._masked(_message(data))}")
-        return event
+    def read(self, data: bytes) -> _Reply:
+        """An answer, or a piece of one.
+
+        Raises:
+            CloudError: it is an error, or cannot be read.
+        """
+        try:
+            read = _Reply.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            raise _UnreadableError(f"the cloud's answer cannot be read: {first['msg']}") from None
+        if read.error is not None:
+            code = read.error.get("code") if isinstance(read.error, dict) else None
+            raise self._cloud._refusal(code if isinstance(code, int) else 500, data)
+        return read
 
     async def _wait(self, what: Awaitable[T]) -> T:
         c, where = self._cloud.config, self._cloud._where
-        name, limit_s = (
-            ("between two pieces", c.idle_timeout_s)
-            if self._started
-            else ("for the first byte", c.first_byte_timeout_s)
-        )
-        left_s = self._deadline - time.monotonic()
-        if left_s < limit_s:
-            name, limit_s = "in all", max(0.0, left_s)
+        now = time.monotonic()
+        by, name, allowed_s = self._first_byte_by, "for the first byte", c.first_byte_timeout_s
+        if self._started:
+            by, name, allowed_s = now + c.idle_timeout_s, "between two pieces", c.idle_timeout_s
+        if self._deadline < by:
+            by, name, allowed_s = self._deadline, "in all", c.total_timeout_s
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(max(0.0, by - now)):
                 return await what
         except TimeoutError:
-            allowed = c.total_timeout_s if name == "in all" else limit_s
-            raise _TransientError(f"{where} took longer than {allowed:g} s {name}") from None
+            raise _TransientError(f"{where} took longer than {allowed_s:g} s {name}") from None
         except httpx2.ConnectTimeout:
             self.cost_usd = 0.0
             raise _TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
@@ -467,8 +517,8 @@ class _Details(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = Field(0, ge=0)
-    completion_tokens: int = Field(0, ge=0)
+    prompt_tokens: int | None = Field(None, ge=0)
+    completion_tokens: int | None = Field(None, ge=0)
     prompt_tokens_details: _Details | None = None
     prompt_cache_hit_tokens: int | None = Field(None, ge=0)
 
@@ -497,11 +547,8 @@ class _Choice(BaseModel):
 
 
 class _Reply(BaseModel):
-    choices: list[_Choice]
-    usage: _Usage | None = None
+    """An answer, or an event of one that is streamed."""
 
-
-class _Event(BaseModel):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     error: Any = None
@@ -517,7 +564,7 @@ class _Collected:
         self._finish_reason: str | None = None
         self._usage: _Usage | None = None
 
-    def add(self, event: _Event) -> list[CloudChunk]:
+    def add(self, event: _Reply) -> list[CloudChunk]:
         """The chunks that an event makes."""
         # Some send the usage with the last piece, some after it, some with each.
         self._usage = event.usage or self._usage
@@ -540,23 +587,6 @@ class _Collected:
         """The same as an answer that was not streamed."""
         message = _Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
         return _Reply(choices=[_Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def _read(kind: type[M], data: bytes) -> M:
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise _TransientError(f"the cloud's answer cannot be read: {first['msg']}") from None
-
-
-def _guessed_usage(request: CloudRequest, text: str, reasoning: str) -> _Usage:
-    """For servers that tell no usage: about four characters make a token."""
-    prompt = sum(len(m["content"]) for m in request.messages)
-    return _Usage(prompt_tokens=prompt // 4 + 1, completion_tokens=(len(text) + len(reasoning)) // 4 + 1)
 
 
 def _message(body: bytes) -> str:

@@ -46,7 +46,6 @@ class Cloud:
     def __init__(self, client: CloudClient, path: Path) -> None:
         self.client = client
         self.path = path
-        self._ledger_error: CloudError | None = None
         # One event loop for the client's life (its connections belong to it), off the caller's thread, which may
         # have a loop of its own.
         self._loop = asyncio.new_event_loop()
@@ -85,21 +84,26 @@ class Cloud:
     async def _ask(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> list[CloudAnswer]:
         gate = asyncio.Semaphore(self.client.concurrency)
         under_way: dict[str, asyncio.Task[CloudAnswer]] = {}
+        stopped: CloudError | None = None
 
         async def buy(key: str, problem: str, request: CloudRequest) -> CloudAnswer:
+            nonlocal stopped
             cached = self._find(key)
             if cached is not None:
                 return cached
             async with gate:
-                # Once an answer could not be written down, none is bought any more.
-                if self._ledger_error:
-                    raise self._ledger_error
-                answer = await self.client.complete(request)
-            try:
-                self._remember(key, problem, request, answer, phase, step)
-            except CloudError as error:
-                self._ledger_error = error
-                raise
+                # What the client's own patience did not mend, or could not be written down, the next would meet too.
+                if stopped:
+                    raise stopped
+                try:
+                    try:
+                        answer = await self.client.complete(request)
+                    finally:
+                        self._note_abandoned(problem, phase, step)
+                    self._remember(key, problem, request, answer, phase, step)
+                except CloudError as error:
+                    stopped = stopped or error
+                    raise
             return answer
 
         keys = []
@@ -112,7 +116,7 @@ class Cloud:
         failures = [r for r in results.values() if isinstance(r, BaseException)]
         if failures:
             raise CloudError(
-                f"{len(failures)} of {len(results)} cloud requests failed, the first with: {failures[0]} "
+                f"{len(failures)} of {len(results)} cloud requests failed or were not sent: {stopped or failures[0]} "
                 f"(answers that came are kept in {self.path.name} and will not be paid again)"
             ) from failures[0]
         return [answer for key in keys if isinstance(answer := results[key], CloudAnswer)]
@@ -125,7 +129,7 @@ class Cloud:
     def spent(self, phase: str | None = None, *, until_step: int | None = None) -> Spent:
         """The ledger's totals: of one phase or all, up to and including a step (the same after a resume) or all."""
         query = (
-            "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
+            "SELECT COUNT(NULLIF(key, '')), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
             "COALESCE(SUM(cost_usd), 0.0) FROM calls WHERE (?1 IS NULL OR phase = ?1) AND (?2 IS NULL OR step <= ?2)"
         )
         return Spent(*self._read(query, (phase, until_step)))
@@ -142,23 +146,39 @@ class Cloud:
         except sqlite3.Error as error:
             raise CloudError(f"cannot read the cloud's cache and ledger {self.path}: {error}") from error
 
+    def _note_abandoned(self, problem: str, phase: str, step: int) -> None:
+        """A line without a key for attempts that broke off and may have been charged: money, and no call."""
+        cost_usd = self.client.abandoned_usd()
+        if cost_usd:
+            self._write([self._line("", problem, phase, step, 0, 0, cost_usd, 0.0)])
+
     def _remember(
         self, key: str, problem: str, request: CloudRequest, answer: CloudAnswer, phase: str, step: int
     ) -> None:
+        tokens = answer.prompt_tokens, answer.completion_tokens
+        self._write(
+            [
+                (
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
+                    (key, json.dumps(asdict(request)), json.dumps(asdict(answer))),
+                ),
+                self._line(key, problem, phase, step, *tokens, answer.cost_usd, answer.latency_s),
+            ]
+        )
+
+    def _line(self, *values: Any) -> tuple[str, tuple[Any, ...]]:
+        return (
+            "INSERT INTO calls (time, key, problem, phase, step, prompt_tokens, completion_tokens, cost_usd, "
+            "latency_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (time.time(), *values),
+        )
+
+    def _write(self, statements: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+        """All of it, or nothing."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
-                (key, json.dumps(asdict(request)), json.dumps(asdict(answer))),
-            )
-            self._db.execute(
-                "INSERT INTO calls (time, key, phase, step, problem, prompt_tokens, completion_tokens, cost_usd, "
-                "latency_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(time.time(), key, phase, step, problem),
-                    *(answer.prompt_tokens, answer.completion_tokens, answer.cost_usd, answer.latency_s),
-                ),
-            )
+            for statement, values in statements:
+                self._db.execute(statement, values)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:

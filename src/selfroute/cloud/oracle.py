@@ -56,6 +56,10 @@ class Oracle:
     def carry(self, spent_usd: float) -> None:
         """It has no limit."""
 
+    def abandoned_usd(self) -> float:
+        """Nothing: its answers never break off."""
+        return 0.0
+
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         """The answer to the last message's question.
 

@@ -135,8 +135,10 @@ def label(method: str) -> str:
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables merged; a change's value wins."""
+    """Nested tables merged; a change's value wins, and another choice by name stands alone."""
     merged = dict(values)
+    if changes.get("name", values.get("name")) != values.get("name"):
+        return dict(changes)
     for key, value in changes.items():
         merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value
     return merged

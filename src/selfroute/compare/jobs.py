@@ -61,6 +61,8 @@ class _Workers:
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
         self._progress = progress
         self._lock = threading.Lock()
+        # Another one, since a terminal that is held up must not hold up Ctrl-C.
+        self._progress_lock = threading.Lock()
         self._sent: signal.Signals | None = None
         self._live: set[subprocess.Popen[str]] = set()
 
@@ -83,16 +85,19 @@ class _Workers:
         assert worker.stdout is not None
         failure: errors.SelfrouteError | None = None
         with worker:
-            # A worker that ended at once does not read; its exit status is the news.
-            with suppress(BrokenPipeError):
+            try:
                 worker.stdin.write(json.dumps(part) + "\n")
                 worker.stdin.flush()
+            except BrokenPipeError:
+                # A worker that ended at once does not read; its exit status is the news.
+                with suppress(BrokenPipeError):
+                    worker.stdin.close()
             for line in worker.stdout:
                 message = json.loads(line)
                 if "error" in message:
                     failure = getattr(errors, message["error"])(message["text"])
                 else:
-                    with self._lock:
+                    with self._progress_lock:
                         self._progress(*message["progress"])
         with self._lock:
             self._live.remove(worker)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selfroute import measures
-from selfroute.cloud import make_cloud, patience
+from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
@@ -66,8 +66,9 @@ def compare(
                 # Checked, and not worth a process.
                 Matrix(part, testbed, placed).run()
         if missing:
-            jobs = min(jobs, len(missing))
-            run_parts(missing, jobs=jobs, threads=max(1, torch.get_num_threads() // jobs), progress=placed)
+            # The same however many parts are left, since their number changes how sums are rounded.
+            threads = max(1, torch.get_num_threads() // jobs)
+            run_parts(missing, jobs=min(jobs, len(missing)), threads=threads, progress=placed)
 
 
 class _Place:
@@ -125,7 +126,7 @@ class Matrix:
         file = self.testbed / "testbed.json"
         before = read_json(file) if file.is_file() else shared
         if methods_of(self.testbed) or (self.testbed / "search").exists():
-            free = [f"train.{key}" for key in patience(self.config.train.cloud)]
+            free = [f"train.{key}" for key in free_settings(self.config.train.cloud)]
             known = {**before, "train": as_now(before["train"])}
             old, new = flat(without(known, free)), flat(without(shared, free))
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
@@ -193,7 +194,7 @@ class Matrix:
         done = row_info(self.testbed, method, seed)
         if done is not None:
             expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
-            free = patience(self.config.train.cloud)
+            free = free_settings(self.config.train.cloud)
             old, new = without(as_now(done["config"]), free), without(expected, free)
             if old != new:
                 changed = sorted(k for k in new if old.get(k) != new[k])
@@ -239,9 +240,12 @@ class Matrix:
 
     def _same(self, method: str, config: TrainConfig) -> bool:
         """Whether another ablation was trained with these very settings; its row then serves for this one too."""
+        free = free_settings(config.cloud)
         for other in self.config.ablations if method in self.config.ablations else ():
             done = row_info(self.testbed, other, config.seed)
-            if done is not None and as_now(done["config"]) == config.model_dump(mode="json"):
+            if done is not None and without(as_now(done["config"]), free) == without(
+                config.model_dump(mode="json"), free
+            ):
                 row = read_row(self.testbed, other, config.seed)
                 info = {**_own(row.info), "same_as": other}
                 self._write(method, config.seed, info, row.records, row.metrics)

@@ -12,6 +12,9 @@ from typing import Any
 
 
 def main() -> None:
+    # Whatever else prints must not get between the lines of JSON.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     # Ctrl-C while torch is imported ends the worker without a word.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(1))
     from selfroute import errors
@@ -20,9 +23,6 @@ def main() -> None:
     from selfroute.config import validate
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Whatever else prints must not get between the lines of JSON.
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
 
     def say(**message: Any) -> None:
         print(json.dumps(message), file=channel, flush=True)
@@ -36,7 +36,7 @@ def main() -> None:
         # A user's own subclass is named by the one that the parent knows.
         say(error=next(c.__name__ for c in type(error).__mro__ if hasattr(errors, c.__name__)), text=str(error))
     except KeyboardInterrupt:
-        pass
+        sys.exit(130)
     finally:
         # The parent lets go when the channel closes, and nothing is left to stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA, Sampling
 from selfroute.device.prefix import SharedPrompts
-from selfroute.errors import DeviceError
+from selfroute.errors import DeviceError, DivergenceError
 from selfroute.protocol import DecisionPoint, decision_points, find_decision
 from selfroute.types import Message, Response
 
@@ -126,7 +126,7 @@ class HFEngine:
             P lists of responses, in order.
 
         Raises:
-            DeviceError: the model's logits are not finite.
+            DivergenceError: the model's logits are not finite.
         """
         was_training = self.model.training
         self.model.eval()
@@ -276,7 +276,7 @@ class _Decoder:
             for point, here, _ in pairs:
                 logits_BV[here, point.help] = -torch.inf
         if not torch.isfinite(logits_BV.logsumexp(-1)).all():
-            raise DeviceError("the model's logits are not finite")
+            raise DivergenceError("the model's logits are not finite")
         if sampling.temperature == 0:
             token_B = logits_BV.argmax(-1)
         else:

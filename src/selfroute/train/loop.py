@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from selfroute.cloud import make_cloud, patience
+from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import DeviceError, DivergenceError, TrainingError
+from selfroute.errors import DivergenceError, TrainingError
 from selfroute.protocol import chat, cloud_request, find_decision, last_boundary, parse
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
 from selfroute.tasks import make_task
@@ -52,12 +52,13 @@ def train(
     Raises:
         RunError: `out` holds another run, or one and `resume` is off.
         CloudError: the cloud failed; a checkpoint of the last finished step is saved.
-        TrainingError: a number was not finite, or the disk refused a checkpoint.
+        DivergenceError: a number was not finite.
+        TrainingError: the disk refused a checkpoint.
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
     with lock_run(out):
         open_run(
-            out, "train", config.model_dump(mode="json"), resume=resume, free=patience(config.cloud), as_now=as_now
+            out, "train", config.model_dump(mode="json"), resume=resume, free=free_settings(config.cloud), as_now=as_now
         )
         trainer = Trainer(config, out)
         try:
@@ -173,7 +174,7 @@ class Trainer:
         streams = self._streams(step, problems)
         try:
             groups = engine.generate(prompts, streams, config.sampling)
-        except DeviceError as error:
+        except DivergenceError as error:
             raise DivergenceError(f"{error} at step {step}: {_start_again(config.lr)}") from error
         decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
         correct_PG = [

@@ -1,30 +1,69 @@
 from __future__ import annotations
 
-from selfroute.cloud.breaker import Breaker
+import asyncio
+import time
+
+import pytest
+
+from selfroute.cloud.breaker import Breaker, Outcome
 
 
-def test_it_opens_lets_one_try_and_closes_again() -> None:
-    now = [0.0]
-    breaker = Breaker(failures=2, cooldown_s=10, clock=lambda: now[0])
-    breaker.failed()
-    assert breaker.wait_s() == 0
-    breaker.succeeded()
-    breaker.failed()
-    assert breaker.wait_s() == 0
-    breaker.failed()
-    assert breaker.wait_s() == 10
-    now[0] = 4
-    assert breaker.wait_s() == 6
-    now[0] = 10
-    # One tries; the others wait for how it goes.
-    assert breaker.wait_s() == 0
-    assert breaker.wait_s() == 10
-    breaker.failed()
-    now[0] = 15
-    assert breaker.wait_s() == 5
-    now[0] = 20
-    assert breaker.wait_s() == 0
-    breaker.succeeded()
-    assert breaker.wait_s() == 0
-    breaker.failed()
-    assert breaker.wait_s() == 0
+async def ask(breaker: Breaker, outcome: Outcome, takes_s: float = 0.0) -> float:
+    """One request that ends in an outcome; returns how long it waited to be admitted."""
+    started = time.monotonic()
+    async with breaker.attempt() as attempt:
+        waited = time.monotonic() - started
+        await asyncio.sleep(takes_s)
+        attempt.outcome = outcome
+    return waited
+
+
+def test_it_opens_after_failures_in_a_row_and_closes_after_a_try() -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=2, cooldown_s=0.2, patience=3)
+        for outcome in ("down", "up", "down", "unknown"):
+            assert await ask(breaker, outcome) < 0.1  # type: ignore[arg-type]
+        assert await ask(breaker, "down") < 0.1
+        # Open: the next waits, tries, and is answered; then nobody waits.
+        assert await ask(breaker, "up") >= 0.19
+        assert await ask(breaker, "up") < 0.1
+
+    asyncio.run(run())
+
+
+def test_one_tries_and_the_others_wait_for_it() -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=1, cooldown_s=0.1, patience=2)
+        await ask(breaker, "down")
+        waits = await asyncio.gather(*(ask(breaker, "up", takes_s=0.5) for _ in range(4)))
+        first, *others = sorted(waits)
+        assert 0.09 <= first < 0.4
+        assert all(wait >= 0.55 for wait in others)
+
+    asyncio.run(run())
+
+
+def test_waiting_ends_when_tries_fail_and_when_a_try_is_cancelled_another_begins() -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=1, cooldown_s=0.05, patience=2)
+        await ask(breaker, "down")
+        tries = [asyncio.create_task(ask(breaker, "down")) for _ in range(4)]
+        results = await asyncio.gather(*tries, return_exceptions=True)
+        assert sum(isinstance(r, TimeoutError) for r in results) == 2
+        cancelled = asyncio.create_task(ask(breaker, "up", takes_s=60))
+        await asyncio.sleep(0.2)
+        cancelled.cancel()
+        assert await asyncio.wait_for(ask(breaker, "up"), 5) < 1
+
+    asyncio.run(run())
+
+
+def test_patience_is_counted_from_when_a_request_came() -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=1, cooldown_s=0.01, patience=1)
+        for _ in range(5):
+            await ask(breaker, "down")
+        with pytest.raises(TimeoutError):
+            await asyncio.gather(*(ask(breaker, "down") for _ in range(2)))
+
+    asyncio.run(run())

@@ -48,13 +48,25 @@ def test_what_came_before_a_failure_is_kept_and_not_paid_again(tmp_path: Path) -
     (tmp_path / "broken").touch()
     client = flaky(tmp_path, answers_first=4)
     cloud = Cloud(client, tmp_path / "cloud.sqlite")
-    with pytest.raises(CloudError, match=r"6 of 10 cloud requests failed, the first with: connection refused"):
+    with pytest.raises(CloudError, match=r"6 of 10 cloud requests failed or were not sent: connection refused"):
         cloud.ask(QUESTIONS, phase="train", step=3)
     assert cloud.spent("train").calls == 4
     (tmp_path / "broken").unlink()
     assert len(cloud.ask(QUESTIONS, phase="train", step=3)) == 10
     assert cloud.spent("train").calls == 10
-    assert len(client.asked) == 16
+    # The fifth failed, and the others were not sent.
+    assert len(client.asked) == 5 + 6
+    cloud.close()
+
+
+def test_after_a_failure_nothing_more_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    client = flaky(tmp_path)
+    cloud = Cloud(client, tmp_path / "cloud.sqlite")
+    many = [(f"{n}", CloudRequest(messages=({"role": "user", "content": f"{n}"},))) for n in range(200)]
+    with pytest.raises(CloudError, match="200 of 200"):
+        cloud.ask(many, phase="train")
+    assert len(client.asked) <= client.concurrency
     cloud.close()
 
 
