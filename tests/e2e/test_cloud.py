@@ -70,11 +70,13 @@ def test_faults_of_the_cloud_change_nothing_and_cost_nothing_twice(tmp_path: Pat
         again, same = train(server, tmp_path / "flaky")
         assert len(server.requests) == asked + len(flaky.failed)
     assert set(flaky.failed.values()) == {0, 1, 2}
-    assert again == steps
+    # What broke off may have been charged, and stands in the ledger as money.
+    assert [{**step, "cost_usd": 0} for step in again] == [{**step, "cost_usd": 0} for step in steps]
+    assert sum(step["cost_usd"] for step in again) > sum(step["cost_usd"] for step in steps)
     assert all((weights[name] == same[name]).all() for name in weights)
     with sqlite3.connect(tmp_path / "flaky/cloud.sqlite") as db:
         calls, problems, usd = db.execute(
-            "SELECT COUNT(*), COUNT(DISTINCT problem), SUM(cost_usd) FROM calls"
+            "SELECT COUNT(*), COUNT(DISTINCT problem), SUM(cost_usd) FROM calls WHERE key != ''"
         ).fetchone()
     assert calls == problems == asked
     assert usd == pytest.approx(asked * (100 * 1.0 + 10 * 2.0) / 1e6)
