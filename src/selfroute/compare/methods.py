@@ -25,6 +25,10 @@ _PAPER: Mapping[str, Any] = {"decision_weight": 0.0, "reward": {"format": 0.0}}
 small one would weigh as much as a correct answer)."""
 
 
+_NO_HELP: Mapping[str, Any] = {"sampling": {"forbid_help": True}}
+"""No help call is sampled in training: every response teaches solving."""
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A row: its name for people, its kind, and either the changes to the training's settings of a trained method, or
@@ -42,7 +46,7 @@ METHODS: Mapping[str, Method] = {
     TASK_TUNED: Method(
         "Task-Tuning Only",
         "paper",
-        {**_PAPER, "algorithm": "rloo", "reward": {"cloud": 0.0, "format": 0.0}},
+        {**_PAPER, "algorithm": "rloo", "reward": {"cloud": 0.0, "format": 0.0}, **_NO_HELP},
     ),
     "naive_offloading": Method("Task-Tuning & Naive Offloading", "paper", on=TASK_TUNED),
     "router": Method("Task-Tuning & Router", "paper", on=TASK_TUNED),
@@ -50,7 +54,7 @@ METHODS: Mapping[str, Method] = {
     "grpo": Method("Collaboration-Aware Tuning, std", "paper", {**_PAPER, "algorithm": "grpo"}),
     "gapg": Method("GAPG", "paper", {**_PAPER, "algorithm": "gapg", "d1": "any_correct"}),
     "gapg_mixed": Method("GAPG, D1 mixed", "paper", {**_PAPER, "algorithm": "gapg", "d1": "mixed"}),
-    OURS: Method("GAPG + decision loss", "ours", {"algorithm": "gapg", "d1": "any_correct"}),
+    OURS: Method("GAPG + decision loss", "ours", {"algorithm": "gapg", "d1": "any_correct", **_NO_HELP}),
     "decision_votes": Method("GAPG + decision loss, k samples vote", "ours", on=OURS),
     "da_grpo": Method("DA-GRPO", "later", {**_PAPER, "algorithm": "da_grpo"}),
     "lagrangian_gapg": Method("Lagrangian GAPG", "later", {**_PAPER, "algorithm": "lagrangian_gapg"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfroute.cloud import CLOUDS
 from selfroute.config import Choice, Config, resolve, validate
@@ -27,7 +27,8 @@ class TrainConfig(Config):
     reward: RewardConfig = RewardConfig()
     """alpha_a, alpha_c, alpha_f."""
     sampling: Sampling = Sampling(max_tokens=160)
-    """How training responses are drawn; the temperature must be 1."""
+    """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
+    solving, and the decision loss alone teaches asking."""
     evaluation: Sampling = Sampling(max_tokens=160)
     """How responses are drawn when the run is evaluated, calibrated and asked."""
     seed: int = 0
@@ -70,9 +71,17 @@ class TrainConfig(Config):
     @field_validator("sampling")
     @classmethod
     def _own_distribution(cls, sampling: Sampling) -> Sampling:
-        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.forbid_help:
-            raise ValueError("training samples from the model itself: temperature 1, decide sample, help allowed")
+        if sampling.temperature != 1 or sampling.decide != "sample":
+            raise ValueError("training samples from the model itself: temperature 1, decide sample")
         return sampling
+
+    @model_validator(mode="after")
+    def _something_teaches_asking(self) -> TrainConfig:
+        if self.sampling.forbid_help and not self.decision_weight and self.reward.cloud:
+            raise ValueError(
+                "with sampling.forbid_help no help call is sampled: only the decision loss can teach asking"
+            )
+        return self
 
 
 def whole(config: TrainConfig) -> TrainConfig:

@@ -34,7 +34,7 @@ from selfroute.train.checkpoint import load_checkpoint, save_checkpoint, warn_of
 from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.progress import Clock, StepRecord, flat, start_trackers, stop_signals
 from selfroute.train.reward import reward
-from selfroute.train.rows import Row, log_odds
+from selfroute.train.rows import Row, log_odds, without_help
 from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
 
 
@@ -355,7 +355,10 @@ class Trainer:
             )
             loss = logits_BTV.new_zeros(())
             if any(row.advantage for row in chosen):
-                log_prob_BT = -cross_entropy(logits_BTV.transpose(1, 2).float(), targets_BT, reduction="none")
+                policy_BTV = logits_BTV
+                if config.sampling.forbid_help:
+                    policy_BTV = without_help(logits_BTV, chosen, self.engine.points)
+                log_prob_BT = -cross_entropy(policy_BTV.transpose(1, 2).float(), targets_BT, reduction="none")
                 advantage_B = torch.tensor([row.advantage for row in chosen], device=device)
                 loss = loss + gapg.policy_loss((log_prob_BT * mask_BT).sum(1), advantage_B, count)
             deciding = [(b, row, row.point) for b, row in enumerate(chosen) if row.point is not None]

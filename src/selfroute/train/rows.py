@@ -41,3 +41,19 @@ def log_odds(logits_TV: torch.Tensor, row: Row, point: DecisionPoint) -> torch.T
     target_T = torch.tensor(row.token_ids[path], device=logits_TV.device)
     log_prob = -cross_entropy(logits_TV[path].float(), target_T, reduction="sum")
     return log_prob - torch.log(-torch.expm1(log_prob.clamp_max(-1e-6)))
+
+
+def without_help(logits_BTV: torch.Tensor, rows: Sequence[Row], points: Sequence[DecisionPoint]) -> torch.Tensor:
+    """The logits of the distribution that responses were drawn from while help was forbidden, (B, T, V).
+
+    At each decision point the help call has probability 0, so that a response's gradient says nothing of asking. Rows
+    without an advantage were not drawn, and stay as they are.
+    """
+    masked_BTV = logits_BTV.clone()
+    for b, row in enumerate(rows):
+        if not row.advantage:
+            continue
+        for point in points:
+            here = [t for t in range(len(row.token_ids)) if point.ends(row.token_ids[:t])]
+            masked_BTV[b, here, point.help] = -torch.inf
+    return masked_BTV

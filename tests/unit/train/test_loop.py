@@ -473,12 +473,23 @@ def test_an_existing_run_is_not_overwritten(run_dir: Path) -> None:
     assert train(config(steps=1), run_dir, resume=True).name == "step-000001"
 
 
-@pytest.mark.parametrize(
-    "sampling", [{"temperature": 0.5}, {"decide": "threshold"}, {"forbid_help": True}], ids=lambda s: next(iter(s))
-)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.5}, {"decide": "threshold"}], ids=lambda s: next(iter(s)))
 def test_training_samples_from_the_model_itself(sampling: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="training samples from the model itself"):
         config(sampling=sampling)
+
+
+def test_without_sampled_help_calls_the_decision_is_learned_all_the_same(run_dir: Path) -> None:
+    changes = {"sampling": {"max_tokens": 60, "forbid_help": True}, "decision_weight": 10.0}
+    train(config(steps=3, **changes), run_dir)
+    steps = metrics(run_dir)
+    assert all(step["help"] == 0 for step in steps)
+    # Cut responses are among them: their help calls were not drawn, and have no advantage.
+    assert any(step["undecided"] > 0 for step in steps)
+    assert all(step["decision_loss"] > 0 and math.isfinite(step["grad_norm"]) for step in steps)
+    with pytest.raises(ConfigError, match="only the decision loss can teach asking"):
+        config(**{**changes, "decision_weight": 0.0})
+    config(**{**changes, "decision_weight": 0.0}, reward={"cloud": 0.0, "format": 0.0})
 
 
 def test_a_tracker_logs_each_step(run_dir: Path) -> None:
