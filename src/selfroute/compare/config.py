@@ -115,7 +115,8 @@ class CompareConfig(Config):
 
     def training(self, method: str, *, lr: float, seed: int) -> TrainConfig:
         """The training of a method."""
-        changes = self.ablations[method] if method in self.ablations else METHODS[method].changes or {}
+        changes = METHODS[OURS if method in self.ablations else method].changes or {}
+        changes = _merge(dict(changes), self.ablations.get(method, {}))
         values = _merge(self.train.model_dump(mode="json"), {**changes, "lr": changes.get("lr", lr), "seed": seed})
         return whole(validate(TrainConfig, values, f"the training of {method}"))
 

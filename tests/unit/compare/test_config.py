@@ -38,7 +38,9 @@ def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
     for method in TRAINED:
         other = config.training(method, lr=1e-4, seed=0).model_dump()
         changed = {key for key in ours if ours[key] != other[key]}
-        assert changed <= {"algorithm", "d1", "decision_weight", "reward"}, method
+        assert changed <= {"algorithm", "d1", "decision_weight", "reward", "sampling"}, method
+        # Where no call is rewarded, or every decision's both outcomes are known, none is sampled.
+        assert other["sampling"]["forbid_help"] == (method in (OURS, TASK_TUNED))
         assert (method == OURS) == (not changed)
         assert other["decision_weight"] == (ours["decision_weight"] if method == OURS else 0)
         # The paper's v4 reward has no format term.
@@ -59,6 +61,7 @@ def test_ablations_change_ours() -> None:
     assert config.trained == ["G=4", "fast"]
     assert config.training("G=4", lr=1e-4, seed=3).num_responses == 4
     assert config.training("fast", lr=1e-4, seed=3).lr == 1e-3
+    assert config.training("G=4", lr=1e-4, seed=3).sampling.forbid_help
     assert label("G=4") == "GAPG + decision loss, G=4"
 
 
