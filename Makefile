@@ -13,7 +13,7 @@ demo: $(VENV)/.train-ready
 	$(BIN)/selfroute demo --out "$(OUT)"
 
 test: lint
-	$(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadgroup
 
 test-slow: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "slow and not gpu"
