@@ -1,6 +1,6 @@
 # make demo    the main job, in its own virtual environment; OUT=DIR sets where
 # make test    lint, types, import contract, tests
-# make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: every warm start
+# make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: the other warm starts
 # PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README).
 PYTHON ?= python3
 VENV ?= .venv

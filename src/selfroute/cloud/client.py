@@ -12,16 +12,15 @@ import os
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
 import httpx2
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from selfroute.cloud.breaker import Breaker
 from selfroute.cloud.prices import price_of
 from selfroute.cloud.thinking import Thinking
+from selfroute.cloud.wire import Collected, Reply, Usage, message_of, parse_retry_after
 from selfroute.config import Config
 from selfroute.errors import CloudError, ConfigError
 from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
@@ -184,8 +183,8 @@ class OpenAICloud:
             started = time.monotonic()
             exchange, first = await self._retrying(lambda: self._begin(request))
             try:
-                collected = _Collected()
-                event: _Reply | None = first
+                collected = Collected()
+                event: Reply | None = first
                 while event is not None:
                     for chunk in collected.add(event):
                         yield chunk
@@ -200,7 +199,7 @@ class OpenAICloud:
                 await exchange.close()
             yield CloudChunk(final=answer)
 
-    async def _begin(self, request: CloudRequest) -> tuple[_Exchange, _Reply]:
+    async def _begin(self, request: CloudRequest) -> tuple[_Exchange, Reply]:
         """An open stream, and its first event."""
         exchange = _Exchange(self, request, stream=True)
         try:
@@ -257,7 +256,7 @@ class OpenAICloud:
             self._abandoned_usd += cost_usd if abandoned else 0.0
             self._settled.notify_all()
 
-    def _answer(self, reply: _Reply, request: CloudRequest, latency_s: float) -> CloudAnswer:
+    def _answer(self, reply: Reply, request: CloudRequest, latency_s: float) -> CloudAnswer:
         if not reply.choices or reply.choices[0].message is None:
             raise _UnreadableError("the cloud answered without a choice")
         choice = reply.choices[0]
@@ -271,7 +270,7 @@ class OpenAICloud:
         text = "".join(a for _, a in parts)
         if not text and not reasoning and choice.finish_reason == "stop":
             raise _UnreadableError("the cloud's answer is empty")
-        usage = reply.usage or _Usage()
+        usage = reply.usage or Usage()
         # Where a server does not tell: about four characters make a token.
         prompt_tokens, completion_tokens = usage.prompt_tokens, usage.completion_tokens
         if prompt_tokens is None:
@@ -331,17 +330,17 @@ class OpenAICloud:
     def _refusal(self, status: int, body: bytes, retry_after: str | None = None) -> CloudError:
         """What a status other than 200 means, and the way out; some send it in the body of a 200."""
         c = self.config
-        said = _message(self._masked(body))
+        said = message_of(self._masked(body))
         if status in (401, 403):
             key = f"the key in ${c.api_key_var}" if c.api_key_var else "a request without a key (set api_key_var)"
             return CloudError(f"{self._where} refuses {key} ({status}): {said}")
         if status == 404:
             return CloudError(f"{self._where} knows no model {c.model!r}, or no such path (404): {said}")
         if status in (408, 409, 425, 429) or status >= 500:
-            retry_after_s = _retry_after(retry_after)
-            if retry_after_s is not None and retry_after_s > MAX_RETRY_AFTER_S:
-                return CloudError(f"{self._where} asks to wait for {retry_after_s:.0f} s ({status}): {said}")
-            return _TransientError(f"{self._where} answers {status}: {said}", retry_after_s, down=status >= 500)
+            wait_s = parse_retry_after(retry_after)
+            if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
+                return CloudError(f"{self._where} asks to wait for {wait_s:.0f} s ({status}): {said}")
+            return _TransientError(f"{self._where} answers {status}: {said}", wait_s, down=status >= 500)
         return CloudError(f"{self._where} rejects the request ({status}): {said}")
 
     def _masked(self, body: bytes) -> bytes:
@@ -455,7 +454,7 @@ class _Exchange:
                 raise CloudError(f"{self._cloud._where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer")
             yield piece
 
-    async def _events(self) -> AsyncGenerator[_Reply]:
+    async def _events(self) -> AsyncGenerator[Reply]:
         """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
 
         Raises:
@@ -474,14 +473,14 @@ class _Exchange:
         if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
             yield self.read(data)
 
-    def read(self, data: bytes) -> _Reply:
+    def read(self, data: bytes) -> Reply:
         """An answer, or a piece of one.
 
         Raises:
             CloudError: it is an error, or cannot be read.
         """
         try:
-            read = _Reply.model_validate_json(data)
+            read = Reply.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             raise _UnreadableError(f"the cloud's answer cannot be read: {first['msg']}") from None
@@ -510,109 +509,6 @@ class _Exchange:
             if isinstance(error, httpx2.ConnectError):
                 self.cost_usd = 0.0
             raise _TransientError(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from error
-
-
-class _Details(BaseModel):
-    cached_tokens: int | None = Field(None, ge=0)
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int | None = Field(None, ge=0)
-    completion_tokens: int | None = Field(None, ge=0)
-    prompt_tokens_details: _Details | None = None
-    prompt_cache_hit_tokens: int | None = Field(None, ge=0)
-
-    @property
-    def cached_tokens(self) -> int:
-        """As OpenAI says it, or as DeepSeek does."""
-        details = self.prompt_tokens_details
-        return (details.cached_tokens if details else None) or self.prompt_cache_hit_tokens or 0
-
-
-class _Message(BaseModel):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    @property
-    def thoughts(self) -> str:
-        """Reasoning under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do."""
-        return self.reasoning_content or self.reasoning or ""
-
-
-class _Choice(BaseModel):
-    message: _Message | None = None
-    delta: _Message | None = None
-    finish_reason: str | None = None
-
-
-class _Reply(BaseModel):
-    """An answer, or an event of one that is streamed."""
-
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: Any = None
-
-
-class _Collected:
-    """A streamed answer put together again."""
-
-    def __init__(self) -> None:
-        self._split = Thinking()
-        self._content: list[str] = []
-        self._thoughts: list[str] = []
-        self._finish_reason: str | None = None
-        self._usage: _Usage | None = None
-
-    def add(self, event: _Reply) -> list[CloudChunk]:
-        """The chunks that an event makes."""
-        # Some send the usage with the last piece, some after it, some with each.
-        self._usage = event.usage or self._usage
-        chunks = []
-        for choice in event.choices[:1]:
-            self._finish_reason = choice.finish_reason or self._finish_reason
-            delta = choice.delta or _Message()
-            self._content.append(delta.content or "")
-            self._thoughts.append(delta.thoughts)
-            reasoning, text = self._split.feed(delta.content or "")
-            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning))
-        return [c for c in chunks if c.text or c.reasoning]
-
-    def rest(self) -> list[CloudChunk]:
-        """What was held back."""
-        reasoning, text = self._split.end()
-        return [CloudChunk(text=text, reasoning=reasoning)] if text or reasoning else []
-
-    def reply(self) -> _Reply:
-        """The same as an answer that was not streamed."""
-        message = _Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
-        return _Reply(choices=[_Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
-
-
-def _message(body: bytes) -> str:
-    """What an error's body says, in a line."""
-    text = body.decode(errors="replace")
-    try:
-        error = json.loads(text).get("error")
-        text = str(error.get("message", error) if isinstance(error, dict) else error or text)
-    except (ValueError, AttributeError):
-        pass
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line[:300] or "no reason given"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
 
 
 def _read_key(variable: str | None) -> str:

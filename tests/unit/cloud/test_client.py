@@ -230,6 +230,7 @@ def test_a_refusal_in_the_body_of_a_200_is_a_refusal() -> None:
         (404, {"error": {"message": "what?"}}, r"knows no model 'gpt-4.1', or no such path \(404\): what\?"),
         (400, {"error": {"message": "bad field\x1b[2J"}}, r"rejects the request \(400\): bad field \[2J$"),
         (402, {"error": {"message": "Insufficient Balance"}}, r"rejects the request \(402\): Insufficient Balance"),
+        (400, b"[" * 50_000, r"rejects the request \(400\): \[\[\["),
         (307, b"", r"rejects the request \(307\)"),
     ],
 )

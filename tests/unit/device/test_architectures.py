@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.gradients import assert_the_gradient_of_whole_sequences
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfroute.device.base import Sampling
 from selfroute.device.hf import HFEngine
-from selfroute.device.prefix import SharedPrompts
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -61,20 +61,6 @@ def test_groups_decode_as_transformers_does(tiny: HFEngine) -> None:
 
 
 def test_shared_prompts_have_the_gradient_of_whole_sequences(tiny: HFEngine, request: pytest.FixtureRequest) -> None:
-    model, asked = tiny.model, prompts(tiny)
-    rows = [[5, 9, 30, 31, 2], [7] * 20, [40, 41]]
-    shared = SharedPrompts(model, asked, tiny.pad)
-    logits_BTV, targets_BT, mask_BT = shared.logits([0, 1, 2], rows)
-    log_prob_BT = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
-    (log_prob_BT * mask_BT).sum().backward()
-    shared.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    for prompt, row in zip(asked, rows, strict=True):
-        logits_TV = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
-        torch.log_softmax(logits_TV, -1).gather(-1, torch.tensor(row)[:, None]).sum().backward()
-    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert set(ours) == set(whole)
     close = TOLERANCE.get(request.node.callspec.params["tiny"], 1e-10)
-    for name, gradient in whole.items():
-        assert torch.allclose(ours[name], gradient, rtol=0, atol=close * float(gradient.abs().max())), name
+    rows = [[5, 9, 30, 31, 2], [7] * 20, [40, 41]]
+    assert_the_gradient_of_whole_sequences(tiny.model, prompts(tiny), rows, tiny.pad, close=close)

@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.gradients import assert_the_gradient_of_whole_sequences
 from tests.unit.train.test_loop import config, metrics
 
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.device.hf import HFEngine
-from selfroute.device.prefix import SharedPrompts
 from selfroute.errors import DeviceError
 from selfroute.protocol import chat
 from selfroute.train.loop import train
@@ -74,19 +74,7 @@ def test_adapters_have_the_gradient_of_whole_sequences(engine: HFEngine, targets
     settings = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(engine.model).double(), settings)
     prompts, rows = [engine.encode(chat(text)) for text in ("1 + 1", "2 + 2 + 2")], [[5, 6, 7], [8, 9]]
-    shared = SharedPrompts(model, prompts, engine.pad)
-    logits_BTV, targets_BT, mask_BT = shared.logits([0, 1], rows)
-    log_prob_BT = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
-    (log_prob_BT * mask_BT).sum().backward()
-    shared.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    for prompt, row in zip(prompts, rows, strict=True):
-        logits_TV = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
-        torch.log_softmax(logits_TV, -1).gather(-1, torch.tensor(row)[:, None]).sum().backward()
-    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert set(ours) == set(whole) == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all(torch.allclose(ours[name], whole[name], rtol=0, atol=1e-10) for name in whole)
+    assert_the_gradient_of_whole_sequences(model, prompts, rows, engine.pad, close=1e-10)
 
 
 def test_targets_that_are_not_there_are_named() -> None:
