@@ -11,10 +11,16 @@ from selfroute.device.prefix import SharedPrompts
 
 
 def assert_the_gradient_of_whole_sequences(
-    model: PreTrainedModel, prompts: Sequence[list[int]], rows: Sequence[list[int]], pad: int, *, close: float
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    rows: Sequence[list[int]],
+    pad: int,
+    *,
+    close: float,
+    recompute: bool = False,
 ) -> None:
     """One row a prompt; `close` is relative to each weight's largest gradient."""
-    shared = SharedPrompts(model, prompts, pad)
+    shared = SharedPrompts(model, prompts, pad, recompute=recompute)
     logits_BTV, targets_BT, mask_BT = shared.logits(range(len(rows)), rows)
     log_prob_BT = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
     (log_prob_BT * mask_BT).sum().backward()

@@ -33,7 +33,7 @@ SOLVE_SAMPLES = 5
 """Extra responses to each asked test problem, help forbidden: does the device solve it in a majority of samples?"""
 
 
-_OPTIONAL = ("peft", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn")
+_OPTIONAL = ("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn")
 
 
 @contextmanager
@@ -67,6 +67,20 @@ def train(
         from selfroute.train import loop
 
         return loop.train(resolved, Path(out), resume=resume, report=report)
+
+
+def memory(config: TrainConfig) -> str:
+    """What training will take of memory, in words, worked out without loading the weights.
+
+    Raises:
+        DeviceError: the model's config cannot be read.
+    """
+    with _needs("train"):
+        from selfroute.device.memory import gigabytes
+        from selfroute.train.memory import memory as memory_of
+
+        needed, free = memory_of(config)
+        return f"{needed}; {gigabytes(free)} free"
 
 
 def require_training() -> None:

@@ -40,6 +40,11 @@ Overrides = Annotated[
 Run = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 
 
+def _first() -> bool:
+    """Whether this is the one of several training processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _echo(text: str = "") -> None:
     typer.echo(text)
 
@@ -68,13 +73,13 @@ class _Printer:
                 if shown == 1 and r.step > 1:
                     _echo(f"resumed after step {r.step - 1}")
                 _echo(
-                    f"{'step':>9}  reward  solved  asked  wrong undec. |D1| |D2|  calls      USD"
+                    f"{'step':>9}  reward  solved   asks  wrong undec. |D1| |D2|  calls      USD"
                     + ("   sample  cloud update" if parts else "")
                     + "  seconds"
                 )
             s = r.seconds
             _echo(
-                f"{r.step:4d}/{total:<4d}  {r.reward:6.3f}  {r.local_accuracy:6.1%} {r.help:6.1%} {r.wrong:6.1%}"
+                f"{r.step:4d}/{total:<4d}  {r.reward:6.3f}  {r.local_accuracy:6.1%} {r.asking:6.1%} {r.wrong:6.1%}"
                 f" {r.undecided:6.1%} {r.d1:4d} {r.d2:4d}  {r.cloud_calls:5d} {r.cost_usd:8.4f}"
                 + (f"   {s['sample']:6.2f} {s['cloud']:6.2f} {s['update']:6.2f}" if parts else "")
                 + f"  {s['total']:7.2f}"
@@ -106,7 +111,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the memory that it takes, and stop.")
+    ] = False,
 ) -> None:
     """Post-train a device model with GAPG and the decision loss.
 
@@ -118,6 +125,15 @@ def train(
     resolved = api.load_train_config(config, overrides or [])
     if dry_run:
         _dry_run(resolved)
+    try:
+        if _first():
+            typer.echo(f"memory: {api.memory(resolved)}", err=True)
+    except SelfrouteError as error:
+        # A dry run needs neither the model nor a network.
+        if not dry_run:
+            raise
+        typer.echo(f"memory: not known ({error})", err=True)
+    if dry_run:
         return
     run = out or Path("runs") / Path(config).stem
     if resume and not checkpoints(run):
@@ -316,6 +332,11 @@ def main() -> None:
         return f"selfroute: {message}\n" if ours else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = brief
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["train"]:
+        typer.secho("selfroute: train alone runs in several processes", fg="red", err=True)
+        sys.exit(1)
+    if not _first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         app()
     except (SelfrouteError, OSError) as error:

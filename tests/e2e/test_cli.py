@@ -95,12 +95,24 @@ def test_the_readmes_python_runs_in_a_fresh_process(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> None:
     out = selfroute("train", "countdown-tiny", "steps=7", "cloud.accuracy=0.5", "--dry-run", cwd=tmp_path)
-    config = json.loads(out)
+    # The memory goes to stderr, which `selfroute` here returns last.
+    printed, memory = out.split("\nmemory: ")
+    assert re.fullmatch(r"about \d\.\d GB at most \(weights .*\); \d+\.\d GB free\n", memory)
+    config = json.loads(printed)
     assert (config["steps"], config["cloud"]["accuracy"], config["budget"]) == (7, 0.5, 0.3)
     # Settings left alone are written out too.
     assert (config["cloud"]["latency_s"], config["task"]["seed"]) == (2.0, 0)
     assert json.loads(selfroute("warmstart", "countdown-1m", "--dry-run", cwd=tmp_path))["hidden_size"] == 128
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = selfroute("train", "countdown-qwen2.5-3b", "--dry-run", cwd=tmp_path)
+    assert '"model": "Qwen/Qwen2.5-3B-Instruct"' in out
+    assert "memory: not known (cannot load the device model 'Qwen/Qwen2.5-3B-Instruct'" in out
+    out = selfroute("train", "countdown-tiny", "device.model=./none", "--dry-run", cwd=tmp_path)
+    assert "memory: not known (cannot load the device model './none'" in out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 
 from selfroute import measures
 from selfroute.compare.config import label
-from selfroute.compare.methods import METHODS, OURS
+from selfroute.compare.methods import METHODS, OURS, TASK_TUNED
 from selfroute.compare.results import Cell, Testbed
 from selfroute.evaluate.figures import INK, MUTED, axes
 from selfroute.measures import Floats
@@ -90,7 +90,7 @@ def draw_curves(testbed: Testbed) -> Figure:
 
 
 def draw_dynamics(testbed: Testbed) -> Figure | None:
-    """Help share and local accuracy by training step, the mean over seeds: a collapse is a line that goes to zero."""
+    """How readily it asks and what it solves by training step, the mean over seeds: a collapse is a line at zero."""
     found = {m: [r.metrics for r in rows.values() if r.metrics] for m, rows in testbed.rows.items() if m in METHODS}
     trained = {m: runs for m, runs in found.items() if runs}
     if not trained:
@@ -100,11 +100,14 @@ def draw_dynamics(testbed: Testbed) -> Figure | None:
         steps = min(map(len, runs))
         x = [s["step"] for s in runs[0][:steps]]
         width = 2.4 if method == OURS else 1.2
-        for axis, key in ((left, "help"), (right, "local_accuracy")):
-            y = 100 * np.mean([[s[key] for s in run[:steps]] for run in runs], axis=0)
-            shown = label(method) if axis is left else None
-            axis.plot(x, y, color=COLOURS.get(method, INK), linewidth=width, label=shown)
-    left.set(xlabel="step", ylabel="help calls (% of responses)", title=testbed.name, ylim=(-1, None))
+        # Nothing that the task-tuned model learns from asks. Steps of an earlier version know the share of help calls
+        # among all responses alone, and nothing where help was forbidden.
+        if method != TASK_TUNED and any(s.get("asking", s["help"]) for run in runs for s in run):
+            y = 100 * np.mean([[s.get("asking", s["help"]) for s in run[:steps]] for run in runs], axis=0)
+            left.plot(x, y, color=COLOURS.get(method, INK), linewidth=width)
+        y = 100 * np.mean([[s["local_accuracy"] for s in run[:steps]] for run in runs], axis=0)
+        right.plot(x, y, color=COLOURS.get(method, INK), linewidth=width, label=label(method))
+    left.set(xlabel="step", ylabel="probability of asking at a decision (%)", title=testbed.name, ylim=(-1, None))
     right.set(xlabel="step", ylabel="solved by the device (% of responses)")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure

@@ -210,10 +210,22 @@ def _curves(found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
 
 
 def _training(found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
-    keys = ("step", "reward", "local_accuracy", "help", "wrong", "undecided", "d1", "d2", "dual", "cloud_calls")
+    keys = (
+        "step",
+        "reward",
+        "local_accuracy",
+        "help",
+        "asking",
+        "wrong",
+        "undecided",
+        "d1",
+        "d2",
+        "dual",
+        "cloud_calls",
+    )
     yield "testbed", "method", "seed", *keys
     for testbed in found:
         for method, by_seed in testbed.rows.items():
             for seed, row in by_seed.items():
                 for step in row.metrics:
-                    yield testbed.name, method, seed, *(step[k] for k in keys)
+                    yield testbed.name, method, seed, *(step.get(k) for k in keys)

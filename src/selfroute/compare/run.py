@@ -383,7 +383,7 @@ class Matrix:
 
 
 def _load(run: Path, config: TrainConfig) -> HFEngine:
-    return HFEngine.load(DeviceConfig(model=str(checkpoints(run)[-1]), dtype=config.device.dtype))
+    return HFEngine.load(config.device.model_copy(update={"model": str(checkpoints(run)[-1])}))
 
 
 def _record(

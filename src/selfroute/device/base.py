@@ -26,7 +26,9 @@ class DeviceConfig(Config):
     model: str = "countdown-1m"
     """A shipped model, a local folder, or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Precision of the weights in memory."""
+    """Precision of the weights in memory. A half-precision model is trained through a copy in float32."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where it runs; `auto` takes the first of these that is there."""
     lora: LoRA | None = None
     """Adapters to train; None trains every weight."""
     thinking: bool = False

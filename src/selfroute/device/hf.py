@@ -52,52 +52,39 @@ class HFEngine:
         """Load a shipped model, a local folder or a hub id; a folder may hold an adapter, which names its base.
 
         Raises:
-            DeviceError: nothing by that name can be loaded, or the adapter does not fit.
+            DeviceError: nothing by that name can be loaded, the adapter does not fit, or the device is not there.
         """
         where = model_path(config.model)
         if where.startswith((".", "/", "~")) and not Path(where).is_dir():
             raise DeviceError(f"cannot load the device model {config.model!r}: no such folder")
+        device = place(config)
         hf_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
-            base = _base_of(where)
+            base = base_of(where)
             model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, config.dtype))
         except (OSError, ValueError, SafetensorError) as error:
             raise DeviceError(
                 f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = _with_adapter(model, where, config.lora).eval().to(device)
         return cls(model, tokenizer, thinking=config.thinking)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins.
 
-        A chat template that takes no system message, such as Gemma's, gets it at the head of the user's.
-
         Raises:
             DeviceError: the chat template refuses the messages.
         """
-        try:
-            text = self._text(messages)
-        except TemplateError as error:
-            if [m["role"] for m in messages[:2]] != ["system", "user"]:
-                raise DeviceError(f"the model's chat template refuses the prompt: {error}") from error
-            merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return self.encode([merged, *messages[2:]])
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _text(self, messages: Sequence[Message]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                # Templates of models that do not think leave it unread.
-                enable_thinking=self.thinking,
-            )
+        text = self.tokenizer.apply_chat_template(
+            accepted(self.tokenizer, messages),
+            tokenize=False,
+            add_generation_prompt=True,
+            # Templates of models that do not think leave it unread.
+            enable_thinking=self.thinking,
         )
+        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text, without its end token."""
@@ -151,10 +138,47 @@ class HFEngine:
         return groups
 
 
-def _base_of(where: str) -> str:
+def accepted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The messages as a chat template takes them: where it refuses a system message, that heads the user's.
+
+    Raises:
+        DeviceError: the chat template refuses them all the same.
+    """
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    try:
+        tokenizer.apply_chat_template(plain, tokenize=False)
+    except TemplateError as error:
+        if [m["role"] for m in plain[:2]] != ["system", "user"]:
+            raise DeviceError(f"the model's chat template refuses the prompt: {error}") from error
+        merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
+        return accepted(tokenizer, [merged, *plain[2:]])
+    return plain
+
+
+def place(config: DeviceConfig) -> str:
+    """The device to run on."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = config.device if config.device != "auto" else next(name for name, found in there.items() if found)
+    if not there[name]:
+        raise DeviceError(f"torch finds no {name} device here (device.device=auto takes what is there)")
+    if name == "mps" and config.dtype == "float64":
+        raise DeviceError("an mps device has no float64: set device.dtype=float32")
+    return name
+
+
+def base_of(where: str) -> str:
     """The model below an adapter's folder; anything else is its own."""
     file = Path(where) / "adapter_config.json"
     return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]) if file.is_file() else where
+
+
+def adapter_of(where: str) -> LoRA | None:
+    """The shape of the adapter that a folder holds."""
+    file = Path(where) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return LoRA(rank=saved["r"], alpha=saved["lora_alpha"], targets=tuple(saved["target_modules"]))
 
 
 def _with_adapter(model: PreTrainedModel, where: str, lora: LoRA | None) -> PreTrainedModel:
@@ -219,7 +243,9 @@ class _Decoder:
         self.alive = torch.arange(rows, device=device)
         self.tokens: list[list[int]] = [list(start) for start in starts]
         self.scores: list[dict[int, float]] = [{} for _ in names]
-        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(device)
+        # An mps device has no double precision, in which tokens are drawn.
+        exact = "cpu" if device.type == "mps" else device
+        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(exact)
 
     def run(self, progress: Callable[[int], None] | None) -> list[Response]:
         model, sampling = self.engine.model, self.sampling
@@ -280,13 +306,14 @@ class _Decoder:
         if sampling.temperature == 0:
             token_B = logits_BV.argmax(-1)
         else:
-            probability_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=-1)
-            step = torch.tensor([len(self.tokens[row]) for row in rows], device=logits_BV.device)
-            draw_B = self.uniforms[self.alive, step.clamp_max(self.uniforms.shape[1] - 1)]
+            exact = self.uniforms.device
+            probability_BV = torch.softmax(logits_BV.to(exact).double() / sampling.temperature, dim=-1)
+            step = torch.tensor([len(self.tokens[row]) for row in rows], device=exact)
+            draw_B = self.uniforms[self.alive.to(exact), step.clamp_max(self.uniforms.shape[1] - 1)]
             cumulative_BV = probability_BV.cumsum(-1)
             draw_B = draw_B * cumulative_BV[:, -1]
             token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
-            token_B = token_B.clamp_max(logits_BV.shape[-1] - 1)
+            token_B = token_B.clamp_max(logits_BV.shape[-1] - 1).to(logits_BV.device)
         for point, here, scores in pairs:
             for b, score in zip(here, scores, strict=True):
                 row, token = rows[b], int(token_B[b])

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from selfroute.errors import DeviceError
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -52,20 +58,24 @@ def pack(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
 class SharedPrompts:
     """The key-value caches of P prompts, computed in one forward pass, each without its last token.
 
-    The last prompt token opens each row instead, so that every logit comes from the row's own pass.
+    The last prompt token opens each row instead, so that every logit comes from the row's own pass. With `recompute`,
+    a layer's activations are not kept for the backward pass, but computed again in it.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> None:
-        self.model, self.prompts, self.pad = model, prompts, pad
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, *, recompute: bool = False
+    ) -> None:
+        self.model, self.prompts, self.pad, self.recompute = model, prompts, pad, recompute
         ids, self.mask = pad_left([p[:-1] for p in prompts], pad, model.device)
-        self.cache: DynamicCache = model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=DynamicCache(config=model.config),
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values
+        with self._run(DynamicCache(config=model.config)) as self.cache:
+            model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self._leaves: list[tuple[Tensor, Tensor]] = []
         if torch.is_grad_enabled():
             for layer in self.cache.layers:
@@ -91,28 +101,46 @@ class SharedPrompts:
         targets, _ = pad_right(rows, self.pad, self.model.device)
         return output.logits, targets, mask.bool()
 
-    def states(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `logits` gives, with the last hidden states (B, T, hidden size) after the logits."""
-        output, mask = self._forward(index, rows, output_hidden_states=True)
-        targets, _ = pad_right(rows, self.pad, self.model.device)
-        return output.logits, output.hidden_states[-1], targets, mask.bool()
+    def states(self, index: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        """The last hidden states, which predict each token of `rows`, (B, T, hidden size); see `logits`."""
+        output, _ = self._forward(index, rows, output_hidden_states=True, logits_to_keep=1)
+        states: Tensor = output.hidden_states[-1]
+        return states
 
-    def _forward(self, index: Sequence[int], rows: Sequence[Sequence[int]], **kwargs: bool) -> tuple[Any, Tensor]:
+    def _forward(self, index: Sequence[int], rows: Sequence[Sequence[int]], **kwargs: int) -> tuple[Any, Tensor]:
         device = self.model.device
         which = torch.tensor(list(index), device=device)
         inputs = [[self.prompts[i][-1], *row[:-1]] for i, row in zip(index, rows, strict=True)]
         ids, mask = pad_right(inputs, self.pad, device)
         prompt_mask = self.mask.index_select(0, which)
         positions = prompt_mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
-            position_ids=positions,
-            past_key_values=self.expand(which),
-            use_cache=True,
-            **kwargs,
-        )
+        with self._run(self.expand(which)) as cache:
+            output = self.model(
+                input_ids=ids,
+                attention_mask=torch.cat([prompt_mask, mask], dim=1),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **kwargs,
+            )
         return output, mask
+
+    @contextmanager
+    def _run(self, cache: DynamicCache) -> Iterator[DynamicCache]:
+        """The cache to run the model on; within, layers forget their activations if they are to."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            yield cache
+            return
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise DeviceError(f"{type(self.model).__name__} has no layers that can be computed again")
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield _ReplayedCache(cache)
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def backward(self) -> None:
         """The second stage: push the gradients that rows left on the shared caches through the prompts' pass."""
@@ -125,3 +153,18 @@ class SharedPrompts:
                     gradients.append(leaf.grad)
         if outputs:
             torch.autograd.backward(outputs, gradients)
+
+
+class _ReplayedCache(DynamicCache):
+    """A cache that a recomputing layer may fill twice: each time it begins from what it held at first."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.__dict__.update(vars(cache))
+        self.before, self.layers = cache.layers, list(cache.layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.layers[layer_idx] = copy.copy(self.before[layer_idx])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values

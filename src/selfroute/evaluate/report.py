@@ -189,11 +189,11 @@ def draw_training(steps: Sequence[Mapping[str, Any]]) -> Figure:
     x = [s["step"] for s in steps]
     for key, label, color in (
         ("local_accuracy", "solved", OURS),
-        ("help", "asked", CLOUD),
+        ("asking", "asks (of decisions)", CLOUD),
         ("wrong", "wrong", WRONG),
         ("undecided", "undecided", MUTED),
     ):
-        left.plot(x, [100 * s[key] for s in steps], color=color, label=label, linewidth=1.6)
+        left.plot(x, [100 * s.get(key, s["help"]) for s in steps], color=color, label=label, linewidth=1.6)
     left.set(xlabel="step", ylabel="share of responses (%)", ylim=(0, 100))
     right.plot(x, [s["reward"] for s in steps], color=INK, label="mean reward", linewidth=1.6)
     right.set(xlabel="step", ylabel="mean reward")

@@ -173,7 +173,7 @@ class Encoder:
     def _probability(self, rows: Sequence[Sequence[int]]) -> list[float]:
         self.model.eval()
         parts = [self._logits(rows[i : i + 256]).softmax(-1)[:, 1] for i in range(0, len(rows), 256)]
-        return [float(p) for p in torch.cat(parts).double().cpu()]
+        return [float(p) for p in torch.cat(parts).cpu().double()]
 
 
 def _small(vocabulary: int) -> BertConfig:

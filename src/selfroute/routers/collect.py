@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from selfroute.device.base import Sampling
+from selfroute.device.head import Head, log_probs
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.protocol import chat, last_boundary
@@ -74,17 +74,18 @@ def _read(
 ) -> list[tuple[float, np.ndarray]]:
     """For each response, exp(mean log-probability) and the hidden state where it chose to answer."""
     found: list[tuple[float, np.ndarray]] = [(0.0, np.zeros(0))] * len(responses)
+    head = Head(engine.model)
     for begin in range(0, len(responses), 256):
         batch = range(begin, min(begin + 256, len(responses)))
         shared = SharedPrompts(engine.model, [prompts[i] for i in batch], engine.pad)
         rows = [responses[i].token_ids for i in batch]
         for part in pack(rows, 8192):
-            logits_BTV, hidden_BTH, targets_BT, mask_BT = shared.states(part, [rows[b] for b in part])
-            log_prob_BT = -cross_entropy(logits_BTV.transpose(1, 2).float(), targets_BT, reduction="none") * mask_BT
-            mean_B = log_prob_BT.sum(1) / mask_BT.sum(1)
+            states_BTH = shared.states(part, [rows[b] for b in part])
             for n, b in enumerate(part):
+                targets_T = torch.tensor(rows[b], device=states_BTH.device)
+                mean = log_probs(head, states_BTH[n, : len(rows[b])], targets_T).mean()
                 at = _decision(engine, responses[begin + b])
-                found[begin + b] = mean_B[n].exp().item(), hidden_BTH[n, at].float().cpu().numpy()
+                found[begin + b] = mean.exp().item(), states_BTH[n, at].float().cpu().numpy()
     return found
 
 

@@ -93,7 +93,8 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, A
 
 def warn_of_changes(path: Path, state: dict[str, Any]) -> None:
     """Warn where what made a checkpoint has changed: going on from it, numbers will differ by rounding."""
-    made = state["made_with"]
+    # Checkpoints of an earlier version were made in one process.
+    made = {"processes": 1, **state["made_with"]}
     changed = [
         f"{name} {made.get(name)} is now {value}" for name, value in _made_with().items() if made.get(name) != value
     ]
@@ -110,6 +111,7 @@ def _made_with() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "processor": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
     }
 

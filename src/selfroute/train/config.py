@@ -61,6 +61,8 @@ class TrainConfig(Config):
     """The gradient is scaled down to this norm where it is longer; 0 leaves it as it is."""
     micro_batch_tokens: int = Field(4096, ge=1)
     """Padded response tokens in one forward pass; changes speed, memory and rounding only."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     checkpoint_every: int = Field(25, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,23 @@ from typing import Any
 
 from selfroute.errors import ConfigError
 from selfroute.train.config import TrainConfig
+from selfroute.train.plan import Judged
+from selfroute.types import Answer, HelpCall, Undecided
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What a step did, as it stands in metrics.jsonl; shares are of the batch's responses."""
+    """What a step did, as it stands in metrics.jsonl; shares are of the batch's responses.
+
+    `help` is the share that asked, `asking` the mean probability of asking over the decisions that were made, which
+    shows where help calls are forbidden too; cut responses made none.
+    """
 
     step: int
     reward: float
     local_accuracy: float
     help: float
+    asking: float
     wrong: float
     undecided: float
     d1: int
@@ -39,6 +47,19 @@ class StepRecord:
     decision_loss: float
     grad_norm: float
     seconds: dict[str, float]
+
+
+def shares(judged: Sequence[Judged]) -> dict[str, float]:
+    """The shares of a step's responses, by their names in `StepRecord`."""
+    everyone = [(d, ok) for one in judged for d, ok in zip(one.decisions, one.correct, strict=True)]
+    odds = [r.score for one in judged for r in one.responses if r.score is not None]
+    return {
+        "local_accuracy": sum(ok for _, ok in everyone) / len(everyone),
+        "help": sum(isinstance(d, HelpCall) for d, _ in everyone) / len(everyone),
+        "asking": sum(0.5 + 0.5 * math.tanh(score / 2) for score in odds) / len(odds) if odds else 0.0,
+        "wrong": sum(isinstance(d, Answer) and not ok for d, ok in everyone) / len(everyone),
+        "undecided": sum(isinstance(d, Undecided) for d, _ in everyone) / len(everyone),
+    }
 
 
 def start_trackers(config: TrainConfig, out: Path) -> Any:

@@ -280,7 +280,7 @@ def level(engine: HFEngine, config: WarmstartConfig) -> tuple[float, float]:
         owners, rows, traces = _traces(engine, problems, config, rng)
         shared = SharedPrompts(model, [engine.encode(chat(p.question)) for p in problems], engine.pad)
         for part in pack(rows, config.micro_batch_tokens):
-            _, hidden_BTH, _, _ = shared.states([owners[i] for i in part], [rows[i] for i in part])
+            hidden_BTH = shared.states([owners[i] for i in part], [rows[i] for i in part])
             for b, i in enumerate(part):
                 states[traces[i].hit].append(hidden_BTH[b, decides(rows[i], engine).index(True)])
     if not states[True] or not states[False]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfroute.device.base import Sampling
 from selfroute.device.hf import HFEngine
+from selfroute.device.prefix import SharedPrompts
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -60,7 +61,26 @@ def test_groups_decode_as_transformers_does(tiny: HFEngine) -> None:
         assert one == two
 
 
-def test_shared_prompts_have_the_gradient_of_whole_sequences(tiny: HFEngine, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prompts_have_the_gradient_of_whole_sequences(
+    tiny: HFEngine, request: pytest.FixtureRequest, recompute: bool
+) -> None:
     close = TOLERANCE.get(request.node.callspec.params["tiny"], 1e-10)
     rows = [[5, 9, 30, 31, 2], [7] * 20, [40, 41]]
-    assert_the_gradient_of_whole_sequences(tiny.model, prompts(tiny), rows, tiny.pad, close=close)
+    assert_the_gradient_of_whole_sequences(tiny.model, prompts(tiny), rows, tiny.pad, close=close, recompute=recompute)
+
+
+def test_gradient_checkpointing_keeps_less(tiny: HFEngine) -> None:
+    kept = {}
+    for recompute in (False, True):
+        sizes: list[int] = []
+
+        def note(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            shared = SharedPrompts(tiny.model, prompts(tiny), tiny.pad, recompute=recompute)
+            shared.logits(range(3), [[7] * 60] * 3)
+        kept[recompute] = sum(sizes)
+    assert kept[True] < kept[False] / 2

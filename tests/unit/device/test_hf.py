@@ -200,6 +200,13 @@ def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
         HFEngine.load(DeviceConfig(model=str(tmp_path / "none")))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert HFEngine.load(DeviceConfig()).model.device.type in ("cpu", "mps")
+    with pytest.raises(DeviceError, match="no cuda device here"):
+        HFEngine.load(DeviceConfig(device="cuda"))
+
+
 def test_a_model_without_a_chat_template_is_refused(engine: HFEngine) -> None:
     tokenizer = copy.deepcopy(engine.tokenizer)
     tokenizer.chat_template = None

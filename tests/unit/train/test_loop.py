@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from selfroute.config import validate
 from selfroute.errors import (
@@ -22,13 +23,15 @@ from selfroute.errors import (
     RunError,
     TrainingError,
 )
-from selfroute.protocol import DecisionPoint, chat, find_decision, parse
+from selfroute.protocol import chat, find_decision, parse
 from selfroute.records import checkpoints, read_json, read_records, write_json
 from selfroute.train.algorithms import ALGORITHMS
 from selfroute.train.config import TrainConfig
+from selfroute.train.gapg import Selection
 from selfroute.train.loop import Trainer, train
+from selfroute.train.plan import Judged, Plan, batch
 from selfroute.train.progress import StepRecord
-from selfroute.train.rows import Row, log_odds
+from selfroute.train.ranks import Ranks
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
 SMALL = {
@@ -52,11 +55,19 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def trainer(run: Path, **changes: Any) -> Iterator[Trainer]:
-    made = Trainer(config(**changes), run)
+    made = Trainer(config(**changes), run, Ranks())
     try:
         yield made
     finally:
         made.cloud.close()
+
+
+def plans_of(made: Trainer) -> list[Plan]:
+    """The plans that a trainer makes from now on."""
+    seen: list[Plan] = []
+    rows = made.planner.rows
+    made.planner.rows = lambda plan: seen.append(plan) or rows(plan)  # type: ignore[method-assign, func-returns-value]
+    return seen
 
 
 class RowCounter:
@@ -106,22 +117,18 @@ def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> 
     # Pairs often earn the same: such groups have no policy gradient.
     with trainer(run_dir, decision_weight=weight, problems_per_step=24, num_responses=2) as made:
         counter = RowCounter(made)
-        plan: list[Any] = []
-        rows_of = made._rows
-
-        def remember(*args: Any) -> Any:
-            plan.append(args)
-            return rows_of(*args)
-
-        made._rows = remember  # type: ignore[method-assign]
+        plans = plans_of(made)
         record = made.step(1)
-    [(kept, groups, decisions, rewards, _, _)] = plan
+    [plan] = plans
+    kept, rewards = plan.selection.kept, plan.rewards_PG
     expected = owners = 0
     for p in kept:
         mean = rewards[p].mean().item()
         equal = bool((rewards[p] == rewards[p, 0]).all())
         mine = 0
-        for response, decision, value in zip(groups[p], decisions[p], rewards[p].tolist(), strict=True):
+        for response, decision, value in zip(
+            plan.judged[p].responses, plan.judged[p].decisions, rewards[p].tolist(), strict=True
+        ):
             policy = not equal and value != mean
             learns = weight > 0 and (isinstance(decision, Answer) or not response.finished)
             # A cut response's decision is a row of its own: it ends elsewhere than its tokens.
@@ -157,15 +164,13 @@ def test_an_empty_selection_changes_nothing(run_dir: Path) -> None:
 
 def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
     with trainer(run_dir, problems_per_step=12) as made:
-        plan: list[Any] = []
-        rows_of = made._rows
-        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        plans = plans_of(made)
         record = made.step(1)
-        [(_, _, decisions, rewards, _, cloud_correct)] = plan
-        asked = [c is not None for c in cloud_correct]
-        for group, was_asked, values in zip(decisions, asked, rewards, strict=True):
+        [plan] = plans
+        asked = [c is not None for c in plan.cloud_correct_P]
+        for one, was_asked, values in zip(plan.judged, asked, plan.rewards_PG, strict=True):
             solved = bool((values >= 1).any())
-            assert was_asked == (not solved or any(isinstance(d, HelpCall) for d in group))
+            assert was_asked == (not solved or any(isinstance(d, HelpCall) for d in one.decisions))
         assert record.cloud_calls == sum(asked) == made.cloud.spent("train").calls
         assert 0 < sum(asked) < 12
     with trainer(run_dir.with_name("call"), problems_per_step=12, decision_cloud="call") as made:
@@ -175,20 +180,18 @@ def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["rloo", "dr_grpo", "grpo", "da_grpo", "lagrangian_gapg"])
 def test_without_the_filter_every_problem_counts_and_failures_need_no_cloud(run_dir: Path, algorithm: str) -> None:
     with trainer(run_dir, algorithm=algorithm, decision_weight=0.0, problems_per_step=12) as made:
-        made.dual = 0.5
-        plan: list[Any] = []
-        rows_of = made._rows
-        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        made.planner.dual = 0.5
+        plans = plans_of(made)
         record = made.step(1)
-    [(kept, _, decisions, rewards, advantages, cloud_correct)] = plan
-    assert kept == tuple(range(12))
-    asks = torch.tensor([[isinstance(d, HelpCall) for d in group] for group in decisions], dtype=torch.float64)
-    assert [c is not None for c in cloud_correct] == asks.any(1).tolist()
-    assert torch.equal(advantages, ALGORITHMS[algorithm].advantages(rewards, asks, 0.5))
-    assert record.rows == int((advantages != 0).sum())
+    [plan] = plans
+    assert plan.selection.kept == tuple(range(12))
+    asks = torch.tensor([[isinstance(d, HelpCall) for d in one.decisions] for one in plan.judged], dtype=torch.float64)
+    assert [c is not None for c in plan.cloud_correct_P] == asks.any(1).tolist()
+    assert torch.equal(plan.advantages_PG, ALGORITHMS[algorithm].advantages(plan.rewards_PG, asks, 0.5))
+    assert record.rows == int((plan.advantages_PG != 0).sum())
     assert record.dual == 0.5
     moves = algorithm in ("da_grpo", "lagrangian_gapg")
-    assert made.dual == pytest.approx(0.5 + 0.2 * (record.help - 0.3) if moves else 0.5)
+    assert made.planner.dual == pytest.approx(0.5 + 0.2 * (record.help - 0.3) if moves else 0.5)
 
 
 def test_accuracy_alone_never_asks_the_cloud(run_dir: Path) -> None:
@@ -212,6 +215,13 @@ def test_lambda_survives_a_resume(tmp_path: Path) -> None:
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    shape = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200, "num_attention_heads": 64}
+    AutoConfig.for_model("llama", **shape).save_pretrained(tmp_path / "huge")
+    with pytest.raises(DeviceError, match=r"not enough memory: .* take \d+\.\d GB of \d+\.\d GB that are free"):
+        train(config(device={"model": str(tmp_path / "huge")}), tmp_path / "run")
+
+
 def test_at_most_one_call_a_problem_over_many_passes(run_dir: Path) -> None:
     train(config(steps=8, task={"name": "countdown", "train": 12, "calibration": 1, "test": 1}), run_dir)
     [last] = read_records(run_dir / "metrics.jsonl")[-1:]
@@ -220,8 +230,8 @@ def test_at_most_one_call_a_problem_over_many_passes(run_dir: Path) -> None:
 
 def test_every_pass_sees_each_problem_once(run_dir: Path) -> None:
     with trainer(run_dir) as made:
-        first = [p.id for step in range(1, 11) for p in made.batch(step)]
-        second = [p.id for step in range(11, 21) for p in made.batch(step)]
+        first = [p.id for step in range(1, 11) for p in batch(made.config, made.problems, step)]
+        second = [p.id for step in range(11, 21) for p in batch(made.config, made.problems, step)]
     assert sorted(first) == sorted(second) == sorted(p.id for p in made.problems)
     assert first != second
 
@@ -230,20 +240,21 @@ def test_the_update_is_the_formula(run_dir: Path) -> None:
     """The gradient of a step equals that of the loss written out in float64, one response at a time."""
     exact = {"device": {"model": "countdown-1m", "dtype": "float64"}, "sampling": {"max_tokens": 200}}
     with trainer(run_dir, decision_weight=2.0, max_grad_norm=1e9, **exact) as made:
-        plan: list[Any] = []
-        rows_of = made._rows
-        made._rows = lambda *a: plan.append(a) or rows_of(*a)  # type: ignore[method-assign, func-returns-value]
+        plans = plans_of(made)
         before = {k: v.clone() for k, v in made.engine.model.state_dict().items()}
         made.step(1)
         got = {n: p.grad.clone() for n, p in made.engine.model.named_parameters() if p.grad is not None}
         made.engine.model.load_state_dict(before)
-        [(kept, groups, decisions, rewards, _, cloud_correct)] = plan
-        engine, problems = made.engine, made.batch(1)
+        [plan] = plans
+        kept, rewards = plan.selection.kept, plan.rewards_PG
+        engine, problems = made.engine, batch(made.config, made.problems, 1)
         total = torch.zeros((), dtype=torch.float64)
         for p in kept:
             prompt = engine.encode(chat(problems[p].question))
             mean = rewards[p].mean()
-            for response, decision, value in zip(groups[p], decisions[p], rewards[p], strict=True):
+            for response, decision, value in zip(
+                plan.judged[p].responses, plan.judged[p].decisions, rewards[p], strict=True
+            ):
                 ids = list(response.token_ids)
                 log_prob = torch.log_softmax(engine.model(torch.tensor([[*prompt, *ids]])).logits[0], -1)
                 chosen = log_prob[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).sum()
@@ -253,8 +264,8 @@ def test_the_update_is_the_formula(run_dir: Path) -> None:
                     assert found is not None
                     index, point = found
                     at = log_prob[len(prompt) - 1 + index]
-                    correct = cloud_correct[p]
-                    share = made._cloud_share() if correct is None else float(correct)
+                    correct = plan.cloud_correct_P[p]
+                    share = made.planner.cloud_share() if correct is None else float(correct)
                     gap = 0.25 * share - value.item()
                     odds = at[point.help] - at[point.answer]
                     total = total + 2.0 * abs(gap) * torch.nn.functional.softplus(-math.copysign(1, gap) * odds) / (
@@ -275,37 +286,12 @@ def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
         tokenizer = made.engine.tokenizer
         ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+4=5,", add_special_tokens=False)
         cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
-        rewards = torch.zeros(1, 2, dtype=torch.float64)
-        rows = made._rows([0], [[cut, cut]], [[Undecided(), Undecided()]], rewards, rewards, [True])
+        nothing = torch.zeros(1, 2, dtype=torch.float64)
+        judged = [Judged([cut, cut], [Undecided(), Undecided()], [False, False])]
+        rows = made.planner.rows(Plan(judged, [True], nothing, Selection((), (0,), (0,)), nothing, 0.0))
     assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<unknown"] * 2
     assert all(r.gap == 0.25 and r.advantage == 0 and r.decision_index == len(r.token_ids) - 1 for r in rows)
     assert [tokenizer.decode(list(r.token_ids[r.boundary :])) for r in rows] == ["<unknown"] * 2
-
-
-def test_the_odds_of_a_decision_by_hand() -> None:
-    # Four tokens of probability 1/8, 1/2, 1/4, 1/8 at each of three places.
-    logits_TV = torch.tensor([0.125, 0.5, 0.25, 0.125]).log().repeat(3, 1).requires_grad_()
-    point = DecisionPoint((1,), help=2, answer=3)
-    answered = log_odds(logits_TV, Row(0, (0, 1, 3), 0.0, 0.1, 2, point), point)
-    assert answered.item() == pytest.approx(math.log(0.25 / 0.125))
-    # Cut after token 0: asking there takes tokens 1 and 2, of probability 1/2 * 1/4, against everything else.
-    cut = log_odds(logits_TV, Row(0, (0, 1, 2), 0.0, 0.1, 2, point, boundary=1), point)
-    assert cut.item() == pytest.approx(math.log(0.125 / 0.875))
-    cut.backward()
-    assert logits_TV.grad is not None
-    # d log(p / (1 - p)) = d log p / (1 - p): the place before the boundary is not touched.
-    expected = [[0.0] * 4, [-0.125, 0.5, -0.25, -0.125], [-0.125, -0.5, 0.75, -0.125]]
-    assert torch.allclose(logits_TV.grad * 0.875, torch.tensor(expected))
-
-
-def test_the_odds_of_a_certain_help_call_are_finite() -> None:
-    logits_TV = torch.tensor([[0.0, 200.0], [0.0, 200.0]]).requires_grad_()
-    point = DecisionPoint((1,), help=1, answer=0)
-    odds = log_odds(logits_TV, Row(0, (1, 1), 0.0, 0.1, 1, point, boundary=0), point)
-    odds.backward()
-    assert math.isfinite(odds.item())
-    assert logits_TV.grad is not None
-    assert torch.isfinite(logits_TV.grad).all()
 
 
 def test_a_failing_cloud_stops_the_run_and_is_not_paid_twice(tmp_path: Path) -> None:
@@ -343,7 +329,7 @@ def ledger(run: Path) -> list[tuple[Any, ...]]:
 def test_a_cut_cloud_answer_is_none(run_dir: Path) -> None:
     with trainer(run_dir, cloud={"name": "tests.clouds:CutOracle", "accuracy": 1.0}, problems_per_step=12) as made:
         made.step(1)
-        assert set(made.cloud_correct.values()) == {False}
+        assert set(made.planner.cloud_correct.values()) == {False}
 
 
 def test_a_step_that_could_not_be_written_down_is_not_saved(run_dir: Path) -> None:
@@ -445,7 +431,7 @@ def test_the_learning_rate_falls_in_a_straight_line(run_dir: Path) -> None:
 
 def test_a_problem_twice_in_a_batch_gets_fresh_responses(run_dir: Path) -> None:
     with trainer(run_dir, task={"name": "countdown", "train": 4, "calibration": 1, "test": 1}) as made:
-        streams = made._streams(1, made.batch(1))
+        streams = made._streams(1, batch(made.config, made.problems, 1))
     assert len({name for group in streams for name in group}) == 6 * 4
 
 

@@ -1,0 +1,356 @@
+"""GAPG inside TRL's GRPOTrainer, for many GPUs and machines: FSDP, DeepSpeed and vLLM rollouts are TRL's.
+
+    accelerate launch -m selfroute.train.trl CONFIG [KEY=VALUE]... --out DIR
+
+A thin adapter: what a batch teaches comes from `plan`, as in our own loop, the decision loss from `rows` and `gapg`.
+TRL's loss is set to the sum of a response's log-probabilities times its advantage; advantages are ours, zero for what
+the filter leaves out, so its rows still cost a pass. Left out on purpose: forbidding help in rollouts.
+
+Axes: B rows, K last tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from selfroute.cloud import free_settings, make_cloud
+from selfroute.cloud.memory import Cloud
+from selfroute.config import load
+from selfroute.device.base import DeviceConfig
+from selfroute.device.hf import HFEngine, accepted, place
+from selfroute.device.prefix import pad_left
+from selfroute.errors import ConfigError, DivergenceError, RunError, SelfrouteError
+from selfroute.protocol import chat
+from selfroute.records import lock_run, open_run, read_json, write_json
+from selfroute.tasks import make_task
+from selfroute.train import gapg
+from selfroute.train.config import TrainConfig, as_now, whole
+from selfroute.train.plan import Plan, Planner, batch
+from selfroute.train.ranks import Ranks
+from selfroute.train.rows import Row, log_odds, row_log_probs
+from selfroute.types import Response
+
+
+class TRLConfig(TrainConfig):
+    """A run through TRL: the settings of `selfroute train`, and TRL's own."""
+
+    trl: dict[str, Any] = Field({})
+    """Passed to TRL's GRPOConfig as they are: `use_vllm`, `per_device_train_batch_size`, `fsdp`, `deepspeed`, ..."""
+
+
+def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
+    """TRL's settings that make its loss the unbiased policy gradient, and one generation batch one update.
+
+    Raises:
+        ConfigError: settings that TRL cannot follow or that change the method, or a batch that does not divide.
+    """
+    if config.sampling.forbid_help:
+        raise ConfigError("TRL's rollouts cannot forbid help: set sampling.forbid_help=false")
+    if config.device.dtype == "float16":
+        raise ConfigError("float16 is not trained through TRL: set device.dtype=bfloat16")
+    rows = config.problems_per_step * config.num_responses
+    size = config.trl.get("per_device_train_batch_size", config.num_responses)
+    if rows % (size * processes):
+        raise ConfigError(
+            f"{config.problems_per_step} problems of {config.num_responses} responses do not divide into batches of "
+            f"{size} on {processes} processes (trl.per_device_train_batch_size)"
+        )
+    half = config.device.dtype == "bfloat16"
+    ours: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": config.steps,
+        "num_generations": config.num_responses,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": rows // (size * processes),
+        "generation_batch_size": rows,
+        "max_completion_length": config.sampling.max_tokens,
+        "chat_template_kwargs": {"enable_thinking": config.device.thinking},
+        # The model's own distribution.
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "mask_truncated_completions": False,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "generation_kwargs": None,
+        # -A_i times the sum of a response's log-probabilities, averaged over all rows; no KL, no second use of a batch.
+        "loss_type": "luspo",
+        "importance_sampling_level": "sequence",
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "num_iterations": 1,
+        "delta": None,
+        "entropy_coef": 0.0,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "router_aux_loss_coef": 0.0,
+        "reward_weights": None,
+        "disable_dropout": True,
+        "vllm_importance_sampling_correction": False,
+        "learning_rate": config.lr,
+        "adam_beta1": 0.9,
+        "adam_beta2": config.beta2,
+        "weight_decay": 0.0,
+        # A step of numbers that are not finite is an error, not one to leave out of the log.
+        "logging_nan_inf_filter": False,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        # The order of the problems is ours.
+        "shuffle_dataset": False,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": half,
+        "use_cpu": place(config.device) == "cpu",
+        "logging_steps": 1,
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": config.keep_checkpoints,
+        "report_to": list(config.trackers) or "none",
+    }
+    schedule = {"warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs"}
+    fixed = sorted(set(config.trl) & (set(ours) | schedule) - {"per_device_train_batch_size", "report_to"})
+    if fixed:
+        raise ConfigError(f"the method or the run's own settings fix {', '.join('trl.' + name for name in fixed)}")
+    return GRPOConfig(**{**ours, **config.trl})
+
+
+class GAPGTrainer(GRPOTrainer):
+    """TRL's trainer with our plan and the decision loss.
+
+    Args:
+        config: the run's settings.
+        out: the run directory.
+        rollout_func: as TRL's; None samples as TRL does.
+    """
+
+    def __init__(self, config: TRLConfig, out: Path, *, rollout_func: Callable[..., Any] | None = None) -> None:
+        args = grpo_config(config, out, int(os.environ.get("WORLD_SIZE", 1)))
+        self.config, self.ranks = config, Ranks(place(config.device))
+        self.task = make_task(config.task)
+        self.problems = {p.id: p for p in self.task.load("train")}
+        model, tokenizer = _model(config)
+        ordered = [p for step in range(1, config.steps + 1) for p in batch(config, list(self.problems.values()), step)]
+        dataset = Dataset.from_list(
+            [{"prompt": accepted(tokenizer, chat(p.question)), "problem": p.id} for p in ordered]
+        )
+        self.plan: Plan | None = None
+        self.learns = False
+        self._rewards: list[float] = []
+
+        def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+            return self._rewards
+
+        super().__init__(
+            model,
+            reward,
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            rollout_func=rollout_func,
+        )
+        self.engine = HFEngine(self.accelerator.unwrap_model(self.model), tokenizer, thinking=config.device.thinking)
+        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite") if self.ranks.first else None
+        self.planner = Planner(config, self.task, tokenizer, self.engine.points, self.cloud, self.ranks)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate falls in a straight line to `lr_end`, as in our loop."""
+        last, end = max(1, self.config.steps - 1), self.config.lr_end
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: 1 - min(1.0, step / last) * (1 - end)
+        )
+        return self.lr_scheduler
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        """Plan the batch of all processes first; TRL then reads its rewards off the plan."""
+        here = [(one["problem"], tuple(map(int, ids))) for one, ids in zip(inputs, completion_ids_list, strict=True)]
+        everything = gather_object(here)
+        G = self.config.num_responses
+        groups = [everything[at : at + G] for at in range(0, len(everything), G)]
+        problems = [self.problems[group[0][0]] for group in groups]
+
+        def judge() -> list[Any]:
+            share = self.ranks.share(range(len(groups)))
+            return [self.planner.judge(problems[p], [self._response(ids) for _, ids in groups[p]]) for p in share]
+
+        self.plan = self.planner.plan(self.state.global_step + 1, problems, self.ranks.gather(judge))
+        # Now, so that a checkpoint after the update holds it.
+        self.planner.follow(self.plan)
+        self.learns = bool(self.planner.rows(self.plan))
+        begin = self.ranks.rank * len(here)
+        mine = range(begin, begin + len(here))
+        kept = set(self.plan.selection.kept)
+        # TRL averages over all rows, kept or not.
+        scale = len(everything) / self.plan.count if self.plan.count else 0.0
+        self._advantages = [self.plan.advantages_PG[i // G, i % G].item() * scale * (i // G in kept) for i in mine]
+        self._decisions = [self.planner.decision(self.plan, i // G, i % G) if i // G in kept else None for i in mine]
+        self._rewards = [self.plan.rewards_PG[i // G, i % G].item() for i in mine]
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return rewards
+
+    def _response(self, ids: tuple[int, ...]) -> Response:
+        return Response(self.engine.decode(ids), ids, ids[-1] in self.engine.end_tokens, None, None)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output["advantages"] = torch.tensor(self._advantages).to(output["advantages"])
+        # Says after TRL's shuffle which decision is whose.
+        output["row"] = torch.arange(len(self._decisions))
+        return output
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = super()._compute_loss(model, inputs)
+        if self.config.decision_weight > 0:
+            loss = loss + self._decision_loss(model, inputs)
+        return loss
+
+    def _decision_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The decision loss of a micro-batch, from a pass up to each decision. Every process makes one, with sharded
+        weights none may stay away."""
+        assert self.plan is not None
+        decisions = [self._decisions[i] for i in inputs["row"].tolist()]
+        last = max((len(_path(row)) for row in decisions if row), default=1)
+        sequences, rows = [], []
+        for ids, mask, row in zip(inputs["prompt_ids"], inputs["prompt_mask"], decisions, strict=True):
+            prompt = ids[mask.bool()].tolist()
+            tokens = [*prompt, *row.token_ids[:-1]] if row else prompt[:1]
+            # Aligned at their ends, the decision is the last of K tokens.
+            sequences.append([self.engine.pad] * (last - len(tokens)) + tokens)
+            rows.append(_at_the_end(row, last) if row else Row(0, [0] * last, 0.0))
+        ids, mask = pad_left(sequences, self.engine.pad, inputs["prompt_ids"].device)
+        logits_BKV = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            logits_to_keep=last,
+        ).logits
+        nothing: Tensor = logits_BKV.sum() * 0.0
+        if not any(decisions):
+            return nothing
+        log_prob_B = row_log_probs(_same, logits_BKV, rows)
+        log_odds_D = log_odds(_same, logits_BKV, rows, log_prob_B)
+        gap_D = torch.tensor([row.gap for row in rows if row.point], device=logits_BKV.device)
+        loss = gapg.decision_loss(log_odds_D, gap_D, self.config.decision_weight, self.plan.count)
+        # Gradients are averaged over the processes.
+        return loss * self.ranks.size
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise DivergenceError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower lr")
+        if not self.learns:
+            # Nothing to learn from: weights without a gradient stay as they are, momentum or not.
+            self.model.zero_grad(set_to_none=True)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.ranks.first:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_json(
+                folder / "planner.json", {"cloud_correct": self.planner.cloud_correct, "dual": self.planner.dual}
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / "planner.json"
+        if not file.is_file():
+            raise RunError(f"{resume_from_checkpoint} was not written whole: remove it to resume from the one before")
+        state = read_json(file)
+        self.planner.cloud_correct, self.planner.dual = state["cloud_correct"], state["dual"]
+
+
+def _model(config: TRLConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The device model; one for bfloat16 keeps float32 weights, and runs under autocast."""
+    half = config.device.dtype == "bfloat16"
+    device: DeviceConfig = config.device.model_copy(update={"device": "cpu", **({"dtype": "float32"} if half else {})})
+    engine = HFEngine.load(device)
+    return engine.model, engine.tokenizer
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _path(row: Row) -> Sequence[int]:
+    """The tokens at the end of a decision's row whose probabilities are read."""
+    return row.token_ids[row.decision_index if row.boundary is None else row.boundary :]
+
+
+def _at_the_end(row: Row, last: int) -> Row:
+    """A decision's row by its `last` tokens alone."""
+    path = _path(row)
+    return replace(
+        row,
+        token_ids=[*[0] * (last - len(path)), *path],
+        decision_index=last - 1,
+        boundary=None if row.boundary is None else last - len(path),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train by the settings of a config; what `accelerate launch -m selfroute.train.trl` runs."""
+    parser = argparse.ArgumentParser(prog="selfroute.train.trl", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "config", help="a config that comes with selfroute, or a .toml file; [trl] holds TRL's settings"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as trl.use_vllm=true; [trl] is TRL's"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the run directory to write")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    given = parser.parse_args(arguments)
+    try:
+        train(load(TRLConfig, given.config, given.overrides), given.out, resume=given.resume)
+    except (SelfrouteError, OSError) as error:
+        sys.exit(f"selfroute: {error}")
+
+
+def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:
+    """Train through TRL; returns the last checkpoint, from which `selfroute evaluate` and `calibrate` go on.
+
+    Raises:
+        ConfigError, RunError: settings or a folder that do not fit.
+        DivergenceError: the loss was not finite.
+    """
+    written_out = whole(config)
+    assert isinstance(written_out, TRLConfig)
+    config = written_out
+    first = os.environ.get("RANK", "0") == "0"
+    with lock_run(out) if first else nullcontext():
+        if first:
+            settings = config.model_dump(mode="json")
+            ours = {key: value for key, value in settings.items() if key != "trl"}
+            open_run(out, "train", ours, resume=resume, free=free_settings(config.cloud), as_now=as_now)
+        trainer = GAPGTrainer(config, out)
+        try:
+            last = get_last_checkpoint(str(out)) if resume else None
+            trainer.train(resume_from_checkpoint=last)
+        finally:
+            if trainer.cloud:
+                trainer.cloud.close()
+        final = out / "checkpoints" / f"step-{config.steps:06d}"
+        trainer.save_model(str(final))
+        if first:
+            # Whole now, for those who evaluate it.
+            write_json(final / "state.json", {"step": config.steps})
+    return final
+
+
+if __name__ == "__main__":
+    main()

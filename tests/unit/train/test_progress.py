@@ -1,0 +1,30 @@
+"""The shares that a step reports."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from selfroute.train.plan import Judged
+from selfroute.train.progress import shares
+from selfroute.types import Answer, HelpCall, Response, Undecided
+
+
+def response(score: float | None) -> Response:
+    return Response("", (), True, score, None if score is None else 0)
+
+
+def test_the_shares_of_a_step_by_hand() -> None:
+    one = Judged([response(0.0), response(math.log(3))], [HelpCall(), Answer("1", True)], [False, True])
+    two = Judged([response(-math.log(3)), response(None)], [Answer("2", True), Undecided()], [False, False])
+    found = shares([one, two])
+    # Of three decisions, asking has the probabilities 1/2, 3/4 and 1/4; the cut response made none.
+    assert found == {
+        "local_accuracy": 0.25, "help": 0.25, "asking": pytest.approx(0.5), "wrong": 0.25, "undecided": 0.25,
+    }  # fmt: skip
+
+
+def test_certain_decisions_and_none() -> None:
+    assert shares([Judged([response(800.0)], [HelpCall()], [False])])["asking"] == 1.0
+    assert shares([Judged([response(None)], [Undecided()], [False])])["asking"] == 0.0

@@ -1,0 +1,122 @@
+"""The same rollouts through TRL's trainer and through our loop: the same gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.unit.train.test_loop import plans_of, trainer
+
+from selfroute.config import validate
+from selfroute.errors import ConfigError
+from selfroute.protocol import chat
+from selfroute.train.plan import batch
+from selfroute.train.trl import TRLConfig, grpo_config
+
+ROOT = Path(__file__).parents[3]
+SETTINGS: dict[str, Any] = {
+    "steps": 1, "problems_per_step": 6, "num_responses": 4, "max_grad_norm": 1e9,
+    "device": {"model": "countdown-1m", "dtype": "float32"},
+    # Some responses are cut, so that their decisions are learned from too.
+    "sampling": {"max_tokens": 80},
+}  # fmt: skip
+
+
+def run(*command: str, processes: int) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, *command],
+        capture_output=True, text=True, timeout=400, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("processes", "weight"), [(1, 0.0), (1, 3.0), pytest.param(2, 0.0, marks=pytest.mark.slow), (2, 3.0)]
+)
+def test_the_gradient_is_that_of_our_loop(tmp_path: Path, processes: int, weight: float) -> None:
+    changes = {**SETTINGS, "decision_weight": weight}
+    with trainer(tmp_path / "ours", **changes) as made:
+        plans = plans_of(made)
+        record = made.step(1)
+        ours = {n: p.grad for n, p in made.engine.model.named_parameters() if p.grad is not None}
+        config = made.config.model_dump(mode="json")
+    [plan] = plans
+    assert 0 < len(plan.selection.kept) < 6
+    assert record.undecided > 0
+    recorded = {
+        chat(p.question)[-1]["content"]: [list(r.token_ids) for r in one.responses]
+        for p, one in zip(batch(made.config, made.problems, 1), plan.judged, strict=True)
+    }
+    config["trl"] = {"per_device_train_batch_size": 3, "disable_tqdm": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rollouts.json").write_text(json.dumps(recorded))
+    arguments = ["config.json", "rollouts.json", "theirs", "gradient.safetensors"]
+    run("-m", "tests.trl_replay", *(str(tmp_path / a) for a in arguments), processes=processes)
+    theirs = load_file(tmp_path / "gradient.safetensors")
+    assert {n.removeprefix("module.") for n in theirs} == set(ours)
+    for name, gradient in theirs.items():
+        expected = ours[name.removeprefix("module.")]
+        assert torch.allclose(gradient, expected, rtol=0, atol=1e-5 * float(expected.abs().max()) + 1e-8), name
+
+
+SMALL = [
+    "countdown-tiny", "steps=3", "problems_per_step=4", "num_responses=4", "checkpoint_every=2", "task.train=40",
+    "sampling.max_tokens=60", "trl.disable_tqdm=true",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_it_trains_by_the_same_config_and_resumes(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    run("-m", "selfroute.train.trl", *SMALL, *out, processes=1)
+    tuned = load_file(tmp_path / "run/checkpoints/step-000003/model.safetensors")
+    base = load_file(ROOT / "src/selfroute/models/countdown-1m/model.safetensors")
+    assert any(not torch.equal(tuned[name], base[name].float()) for name in tuned)
+    with sqlite3.connect(tmp_path / "run/cloud.sqlite") as db:
+        [(calls, problems)] = db.execute("SELECT COUNT(*), COUNT(DISTINCT problem) FROM calls").fetchall()
+    remembered = json.loads((tmp_path / "run/checkpoint-3/planner.json").read_text())
+    assert 0 < calls == problems == len(remembered["cloud_correct"])
+    shutil.rmtree(tmp_path / "run/checkpoint-3")
+    run("-m", "selfroute.train.trl", *SMALL, *out, "--resume", processes=1)
+    again = json.loads((tmp_path / "run/checkpoint-3/planner.json").read_text())
+    before = json.loads((tmp_path / "run/checkpoint-2/planner.json").read_text())
+    assert before["cloud_correct"].items() <= again["cloud_correct"].items()
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+    # What selfroute trained it can evaluate, whoever's loop it was.
+    assert "own decision" in run("-m", "selfroute", "evaluate", str(tmp_path / "run"), processes=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"forbid_help": True}}, "cannot forbid help"),
+        ({"trl": {"per_device_train_batch_size": 5}}, "do not divide into batches of 5 on 1 processes"),
+        ({"trl": {"beta": 0.1, "use_vllm": True}}, "fix trl.beta"),
+        ({"trl": {"warmup_steps": 7, "entropy_coef": 0.1}}, "fix trl.entropy_coef, trl.warmup_steps"),
+        ({"device": {"dtype": "float16"}}, "device.dtype=bfloat16"),
+    ],
+)
+def test_what_the_method_does_not_allow_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = validate(TRLConfig, changes, "test")
+    with pytest.raises(ConfigError, match=message):
+        grpo_config(config, tmp_path, 1)
+
+
+def test_trls_settings_pass_through(tmp_path: Path) -> None:
+    config = validate(TRLConfig, {"trl": {"use_vllm": True, "per_device_train_batch_size": 16}, "lr": 3e-5}, "test")
+    made = grpo_config(config, tmp_path, 2)
+    assert (made.use_vllm, made.per_device_train_batch_size, made.learning_rate) == (True, 16, 3e-5)
+    assert made.gradient_accumulation_steps == 64 * 8 // (16 * 2)
