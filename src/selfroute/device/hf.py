@@ -98,6 +98,7 @@ class HFEngine:
         sampling: Sampling,
         *,
         starts: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Response]]:
         """Sample `len(streams[p])` responses for each prompt; a stream's name fixes that response's randomness.
@@ -107,6 +108,7 @@ class HFEngine:
             streams: for each prompt, a name for each response.
             sampling: temperature, limits, and what may be decided.
             starts: for each prompt, tokens that its responses begin with (they count towards `max_tokens`).
+            limits: for each prompt, a token limit of each response, up to `max_tokens`.
             progress: called with the number of responses that finished since the last call.
 
         Returns:
@@ -122,13 +124,14 @@ class HFEngine:
             counts = [len(s) for s in streams]
             names = [name for group in streams for name in group]
             owners = [p for p, count in enumerate(counts) for _ in range(count)]
+            most = [n for group in limits for n in group] if limits else [sampling.max_tokens] * len(names)
             for begin in range(0, len(names), sampling.batch_size):
                 part = slice(begin, begin + sampling.batch_size)
                 first = owners[part][0]
                 used = prompts[first : owners[part][-1] + 1]
                 begins = [list(starts[p]) if starts else [] for p in owners[part]]
                 local = [p - first for p in owners[part]]
-                flat += _Decoder(self, used, local, begins, names[part], sampling).run(progress)
+                flat += _Decoder(self, used, local, begins, names[part], most[part], sampling).run(progress)
         finally:
             self.model.train(was_training)
         groups, position = [], 0
@@ -223,9 +226,10 @@ class _Decoder:
         owners: Sequence[int],
         starts: Sequence[list[int]],
         names: Sequence[str],
+        limits: Sequence[int],
         sampling: Sampling,
     ) -> None:
-        self.engine, self.sampling = engine, sampling
+        self.engine, self.limits, self.sampling = engine, limits, sampling
         device = engine.model.device
         rows = len(names)
         if any(starts):
@@ -248,7 +252,7 @@ class _Decoder:
         self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(exact)
 
     def run(self, progress: Callable[[int], None] | None) -> list[Response]:
-        model, sampling = self.engine.model, self.sampling
+        model = self.engine.model
         ends = torch.tensor(sorted(self.engine.end_tokens), device=model.device)
         done = torch.zeros(len(self.tokens), dtype=torch.bool, device=model.device)
         finished = [False] * len(self.tokens)
@@ -268,9 +272,9 @@ class _Decoder:
                 if not was_over:
                     self.tokens[row].append(token)
                     finished[row] = token in self.engine.end_tokens
-                    newly += finished[row] or len(self.tokens[row]) >= sampling.max_tokens
-            lengths = torch.tensor([len(self.tokens[row]) for row in rows], device=model.device)
-            done = done | torch.isin(self.last, ends) | (lengths >= sampling.max_tokens)
+                    newly += finished[row] or len(self.tokens[row]) >= self.limits[row]
+            full = [len(self.tokens[row]) >= self.limits[row] for row in rows]
+            done = done | torch.isin(self.last, ends) | torch.tensor(full, device=model.device)
             if progress and newly:
                 progress(newly)
             # Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows.
