@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfroute.errors import ReproducibilityWarning, SelfrouteError
+from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.records import checkpoints
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def main() -> None:
     def brief(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
-        ours = issubclass(category, ReproducibilityWarning)
+        ours = issubclass(category, (DataWarning, ReproducibilityWarning))
         return f"selfroute: {message}\n" if ours else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = brief

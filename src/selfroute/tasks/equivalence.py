@@ -2,9 +2,9 @@ r"""Whether an answer to a maths problem is the reference, in stages that each m
 
     the same text -> exact numbers -> words -> tuples, sets, intervals, matrices part by part -> math-verify
 
-The first three decide for numbers and words in microseconds; formulas go to math-verify in a pool of processes, within a
-hard time limit. An answer must be worked out: where the reference is a number only a number that is written out will do,
-and nowhere an operation that the reference is without, since `37\times49` would hand the problem back.
+Numbers and words are decided in microseconds; formulas go to math-verify in a pool of processes, within a hard time
+limit. An answer must be worked out: where the reference is a number, only one that is written out will do, and nowhere
+an operation that the reference is without, since `37\times49` would hand the problem back.
 """
 
 from __future__ import annotations

@@ -15,16 +15,15 @@ _WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
 ROW = "\ue000"
 """Stands for the row break of a matrix, two backslashes, so that no pattern takes half of it for a command."""
 
+_VULGAR = {c: unicodedata.normalize("NFKC", c).split("⁄") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 _CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−–—﹣－", "-"),
-        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/"},
-        **{"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm "},
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha "},
-        **{"°": r"\degree ", "º": r"\degree ", "％": "%", "⟨": r"\langle ", "⟩": r"\rangle "},
-        **{c: "^" + str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-        **{c: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("⁄")) for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
-    }
+    dict.fromkeys("−–—﹣－", "-")
+    | {"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/", "％": "%"}
+    | {"π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset "}
+    | {"°": r"\degree ", "º": r"\degree ", "⟨": r"\langle ", "⟩": r"\rangle "}
+    | {c: rf"\frac{{{top}}}{{{bottom}}}" for c, (top, bottom) in _VULGAR.items()}
 )
 
 # In order; what stands on the left is another spelling of the right, or has no meaning.
@@ -181,6 +180,7 @@ def squeezed(text: str) -> str:
 
 
 def _spelled(text: str) -> str:
+    text = re.sub(f"[{_RAISED}]+", lambda m: "^{" + "".join(str(_RAISED.index(c)) for c in m[0]) + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
     text = "".join(c if c.isprintable() else " " for c in text).replace("\\\\", ROW)
     for pattern, to in _SPELLINGS:
@@ -248,7 +248,7 @@ def _squeezed(text: str) -> str:
     text = " ".join(text.split())
     text = re.sub(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", "", text)
     text = re.sub(r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1", text)
-    text = re.sub(r",{2,}", ",", text).strip(",")
+    text = re.sub(r",{2,}", ",", text).strip(",").removeprefix("+")
     while text.startswith("{") and closing(text) == len(text) - 1:
         text = text[1:-1]
     return text

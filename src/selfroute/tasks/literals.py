@@ -1,4 +1,4 @@
-r"""Numbers that are written out, as exact fractions: 33, 27.0, 1,234, 3/4, \frac{3}{4}, 1\frac{1}{2}, 2^{10}, 6\times10^{23}, 15%.
+r"""Numbers that are written out, exactly: 033, 27.0, 1,234, \frac{3}{4}, 1\frac{1}{2}, 2^{10}, 6\times10^{23}, 15%.
 
 Left out on purpose: arithmetic. `37\times49` is no number here, so that a problem cannot be handed back as its answer.
 """

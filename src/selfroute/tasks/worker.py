@@ -1,7 +1,7 @@
 """A worker process: runs one function for its pool until the pool is gone.
 
-Started as `python -m selfroute.tasks.worker FD package.module:function MEMORY_BYTES`. What is said over the socket FD is
-JSON: first `{}` or an error, then a reply to each request `[limit_s, arguments]`.
+Started as `python -m selfroute.tasks.worker FD package.module:function MEMORY_BYTES`. Over the socket FD goes JSON:
+first `{}` or an error, then a reply to each request `[limit_s, arguments]`.
 """
 
 from __future__ import annotations
