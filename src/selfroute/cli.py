@@ -16,6 +16,7 @@ import typer
 
 from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.records import checkpoints
+from selfroute.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,6 +147,12 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Other problems for the run's model, such as task.dataset=aime24.", metavar="[KEY=VALUE]..."
+        ),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Set the dial to this share of calls, as `calibrate` found it.")
     ] = None,
@@ -153,12 +160,16 @@ def evaluate(
 ) -> None:
     """Evaluate a run on its test problems and print the table.
 
-    Without --budget the model's own decisions are sampled. The records go to RUN/evaluations/.
+    Without --budget the model's own decisions are sampled. The records go to RUN/evaluations/, those of other problems
+    to RUN/benchmarks/.
     """
     from selfroute import api
 
-    api.evaluate(run, budget=budget, untrained=before, progress=_Printer().progress)
-    _table(api.report(run))
+    where = api.benchmark(run, overrides, budget=budget) if overrides else run
+    api.evaluate(where, budget=budget, untrained=before, progress=_Printer().progress)
+    _table(api.report(where))
+    if overrides:
+        _echo(f"kept in {where}: selfroute report {where}")
 
 
 @app.command()
@@ -319,6 +330,9 @@ def _console() -> Console:
         # A pipe has no width of its own.
         console = Console(width=max(console.width, 200))
     return console
+
+
+app.add_typer(tasks_app, name="tasks")
 
 
 def main() -> None:
