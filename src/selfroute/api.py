@@ -208,7 +208,7 @@ def evaluate(
 
 
 def benchmark(run: str | Path, changes: Sequence[str], *, budget: float | None = None) -> Path:
-    """A run directory inside a run: its model, calibrated for `budget`, and other problems (`["task.dataset=aime24"]`)."""
+    """A run directory inside a run: its model, calibrated for `budget`, and other problems (`task.dataset=aime24`)."""
     from selfroute.evaluate import benchmark as other
 
     config = run_config(Path(run))

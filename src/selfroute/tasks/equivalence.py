@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from selfroute.tasks.latex import Normal, extract, normal, squeezed, units_differ
+from selfroute.tasks.latex import ROW, Normal, extract, normal, squeezed, units_differ
 from selfroute.tasks.literals import number
 from selfroute.tasks.pool import Done, Pool
 from selfroute.tasks.shapes import Shape, as_intervals, shape, ungrouped
@@ -104,7 +104,7 @@ def canonical(answer: str) -> str:
     """
     given = _read(extract(answer[-MAX_ANSWER_CHARS:])[:MAX_FORMULA_CHARS])
     value = number(given.text)
-    return given.text if value is None else str(value.value)
+    return given.text.replace(ROW, "\\\\") if value is None else str(value.value)
 
 
 def _read(text: str) -> Normal:
@@ -145,8 +145,9 @@ class _Comparison:
         if gold is None:
             return None
         if given is None:
-            # 100,200 is a number, or two of them.
-            listed = "," in b.text and shape(a.text)
+            # 100,200 is a number, or two of them, and {5} a set of one.
+            made = shape(a.text)
+            listed = made and ("," in b.text or (made.kind == "list" and len(made.parts) == 1))
             return None if listed else Verdict(False, f"not a number written out: {_cut(a.text)}")
         if given.bar and not given.lowest and (self.lowest or gold.value.denominator == 1):
             return Verdict(False, f"not worked out: the fraction {_cut(a.text)}")

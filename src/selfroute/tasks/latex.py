@@ -55,7 +55,6 @@ _SPELLINGS = tuple(
         (r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
-        (r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2"),
     )
 )
 
@@ -93,6 +92,12 @@ _UNITS = {
 }
 """Words of units whose difference matters, by the unit that they mean."""
 
+# After a number these change it.
+_AMOUNTS = re.compile(
+    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|hundred|thousand|[mbtr]+illion|dozen|"
+    r"squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|tenths?|hundredths?)\b",
+    re.IGNORECASE,
+)
 _LEAD = re.compile(
     r"\A\W{0,9}(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]?\s*", re.I
 )
@@ -208,7 +213,7 @@ def _without_unit(text: str) -> tuple[str, str]:
         r"(.*?[0-9a-zA-Z})\]%])\s*" + _WRAP + r"\{([^{}]*[a-zA-Z][^{}]*)\}\s*(?:\^\{?-?[0-9]\}?)?", text
     )
     # One letter may be a constant, such as \mathrm{e}.
-    if match and (_unit(match[2]) in _UNITS or re.fullmatch(r"\s*(?!(?:and|or|if|for|when|to)\b)\S{2}.*", match[2])):
+    if match and (_unit(match[2]) in _UNITS or len(match[2].strip()) > 1) and not _AMOUNTS.search(match[2]):
         return match[1], _unit(match[2])
     if text.endswith("\\degree"):
         return text.removesuffix("\\degree").rstrip(), "degree"
@@ -218,6 +223,9 @@ def _without_unit(text: str) -> tuple[str, str]:
     if match and match[2].lower() == "percent":
         return match[1] + "%", ""
     if match and all(_unit(part) in _UNITS for part in match[2].split("/")):
+        return match[1], _unit(match[2])
+    match = re.fullmatch(r"([-+]?[0-9][0-9.,/]*)\s+([a-zA-Z]{3,}(?: [a-zA-Z]+){0,2})", text)
+    if match and not _AMOUNTS.search(match[2]):
         return match[1], _unit(match[2])
     return text, ""
 
@@ -244,7 +252,7 @@ def _squeezed(text: str) -> str:
     """Text without its commands, degree signs, and spaces but for those between two letters or digits."""
     text = _WRAPPED.sub(_unwrapped, text)
     text = re.sub(r"(?<=[\s0-9})])(?:and|or)(?=[\s\\(-])", ",", text)
-    text = re.sub(r"\\degree(?![a-z])", "", text)
+    text = re.sub(r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2", re.sub(r"\\degree(?![a-z])", "", text))
     text = " ".join(text.split())
     text = re.sub(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", "", text)
     text = re.sub(r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1", text)
