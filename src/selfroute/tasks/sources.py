@@ -133,7 +133,7 @@ def _csv(file: Path) -> Iterator[Row]:
                 fault = "has another number of cells than the first line" if torn else ""
                 yield Row(f"{file.name}:{reader.line_num}", values, fault)
         except csv.Error as error:
-            raise TaskError(f"{file}:{reader.line_num} is not CSV: {error}") from error
+            raise TaskError(f"{file.name} is not CSV after line {reader.line_num}: {error}") from error
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -201,14 +201,17 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
                 datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=revision)
                 for config in hub.configs
             ]
-        except HfHubHTTPError as error:
+        except (HfHubHTTPError, FileNotFoundError, ValueError) as error:
+            # Not there, not for everybody, or of another layout.
             refused.append(f"{what}: {_first_line(error)}")
         except Exception as error:
-            # No network has many names.
-            raise TaskError(f"cannot load {what}: {_first_line(error)}.\n{advice}") from error
+            # No network has many names. Offline the cache may hold a mirror.
+            refused.append(f"{what}: {_first_line(error)}")
+            if not _offline():
+                break
         else:
             return _hub_rows(hub, loaded)
-    raise TaskError("the hub has none of these:\n  " + "\n  ".join(refused) + f"\n{advice}")
+    raise TaskError("cannot load from the hub:\n  " + "\n  ".join(refused) + f"\n{advice}")
 
 
 def _hub_rows(hub: Hub, loaded: Sequence[Any]) -> Iterator[Row]:

@@ -7,18 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.golden.maths_pairs import RIGHT, WRONG
 
 from selfroute.tasks.equivalence import LIMIT_S, MAX_ANSWER_CHARS, MAX_FORMULA_CHARS, canonical, judge
 from selfroute.tasks.latex import extract, normal
 from selfroute.tasks.literals import number
 from selfroute.tasks.shapes import as_intervals, shape
-from tests.golden.maths_pairs import RIGHT, WRONG
 
-PIECES = st.sampled_from(
+SPELLED = (
     r"\frac \sqrt \boxed \text \pm \cup \{ \} \begin{pmatrix} \end{pmatrix} \le \pi \infty \times \int \\ \ "
-    r"{ } ( ) [ ] , + - * / ^ _ = < > % $ ! | & 1 23 0.5 x east cm 10^ ° ½ ²".split(" ")
-    + [" ", "\x00", "\ud800"]
+    "{ } ( ) [ ] , + - * / ^ _ = < > % $ ! | & 1 23 0.5 x east cm 10^ ° ½ ²"
 )
+PIECES = st.sampled_from([*SPELLED.split(" "), " ", "\x00", "\ud800"])
 LATEX = st.lists(PIECES, max_size=30).map("".join)
 REFERENCES = ["8", r"\frac{1}{2}", "x^2+1", "(1,2)", "1,2", r"\text{east}", r"[0,\infty)", "10\\%", "2516_8"]
 
