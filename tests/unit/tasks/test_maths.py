@@ -47,7 +47,7 @@ def test_every_setting_has_a_row_and_every_row_a_setting() -> None:
 @pytest.mark.parametrize(
     ("dataset", "test", "train"),
     [
-        ("math-lighteval", 6, 19),
+        ("math-lighteval", 6, 28),
         ("math-500", 4, 0),
         ("agieval-math", 3, 0),
         ("amc23", 3, 0),
@@ -110,8 +110,8 @@ def test_splits_do_not_depend_on_the_order_or_the_format_of_a_file(tmp_path: Pat
     splits = ("train", "calibration", "test")
     whole = task(path=str(tmp_path / "all.parquet"))
     cut = {split: whole.load(split) for split in splits if whole._splits[split]}
-    assert sum(map(len, cut.values())) == 19
-    assert len({p.id for problems in cut.values() for p in problems}) == 19
+    assert sum(map(len, cut.values())) == 28
+    assert len({p.id for problems in cut.values() for p in problems}) == 28
     again = task(path=str(tmp_path / "all.json"))
     assert {split: again.load(split) for split in cut} == cut
     # With test problems of its own, those that the hash would test are trained on.
