@@ -83,7 +83,7 @@ def judge(answer: str, references: Sequence[str], question: str = "") -> Verdict
 
 
 # The G responses of a problem often agree, and an answer that hangs is waited for once.
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)
 def _judge(given: str, references: tuple[str, ...], question: str) -> Verdict:
     deadline = time.monotonic() + LIMIT_S
     comparison = _Comparison(question, lambda a, b: _POOL.call(a, b, limit_s=max(0.05, deadline - time.monotonic())))
@@ -133,6 +133,9 @@ class _Comparison:
         if a.text == b.text:
             return Verdict(True, "the same text")
         if a.words or b.words:
+            # Short words, such as yes, are told from formulas by a text command alone.
+            if a.text.lower() == b.text.lower():
+                return Verdict(True, "the same words")
             return Verdict(False, f"is {_cut(a.text)}, not {_cut(b.text)}")
         for decide in (self._numbers, self._bases, self._parts):
             found = decide(a, b, depth)
@@ -152,9 +155,12 @@ class _Comparison:
         if given.bar and not given.lowest and (self.lowest or gold.value.denominator == 1):
             return Verdict(False, f"not worked out: the fraction {_cut(a.text)}")
         want, got = gold.value, given.value
-        if self.percent and gold.percent != given.percent:
-            want, got = want * (100 if gold.percent else 1), got * (100 if given.percent else 1)
         equal = want == got
+        if self.percent and gold.percent and not given.percent:
+            # 10 is 10 %, and 0.1 is a tenth of one.
+            want, equal = want * 100, want * 100 == got
+        elif self.percent and given.percent and not gold.percent:
+            equal = equal or want == got * 100
         return Verdict(equal, f"the number {_cut(str(got))}" + ("" if equal else f", not {_cut(str(want))}"))
 
     def _bases(self, a: Normal, b: Normal, depth: int) -> Verdict | None:

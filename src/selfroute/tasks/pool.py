@@ -43,7 +43,7 @@ class Pool:
         memory_bytes: address space that a worker may take.
     """
 
-    def __init__(self, path: str, *, size: int, memory_bytes: int = 4 * 2**30) -> None:
+    def __init__(self, path: str, *, size: int, memory_bytes: int = 2 * 2**30) -> None:
         self.path, self.size, self.memory_bytes = path, size, memory_bytes
         self._empty()
         atexit.register(self.close)
