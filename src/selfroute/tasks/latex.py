@@ -50,6 +50,7 @@ _SPELLINGS = tuple(
         (r"\\operatorname\*?\s*\{([a-z]+)\}", r"\\\1 "),
         (r"\\%", "%"),
         (r"\*\*", "^"),
+        (r"(?<![a-zA-Z\\])(sin|cos|tan|cot|ln|log|pi|sqrt)(?![a-z])", r"\\\1 "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
@@ -199,7 +200,7 @@ def _words(text: str) -> str:
     In a text command, or with a word of four letters: shorter ones may be products of variables.
     """
     plain, wraps = _WRAPPED.subn(r"\1", text)
-    plain = " ".join(plain.split()).strip(" .,")
+    plain = re.sub(r"\s*,\s*", ",", " ".join(plain.split())).strip(" .,")
     inner = plain[1:-1] if re.fullmatch(r"\([A-Za-z]\)", plain) else plain
     if not _WORDS.fullmatch(inner) or len(inner) == 1:
         return ""

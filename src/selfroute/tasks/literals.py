@@ -25,6 +25,7 @@ _FORMS = tuple(
         r"(?P<whole>[0-9]+) (?P<n>[0-9]+)/(?P<d>[0-9]+)",
         rf"(?P<n>{_PLAIN})(?:(?:\\times|\\cdot|\*)10\^(?:\{{(?P<e>[+-]?[0-9]{{1,4}})\}}|(?P<e2>-?[0-9]{{1,4}}))"
         r"|[eE](?P<e3>[+-]?[0-9]{1,4}))",
+        r"(?P<n>[0-9]*\.[0-9]*)\\overline\{(?P<again>[0-9]+)\}",
     )
 )
 _THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
@@ -70,6 +71,10 @@ def _made(parts: dict[str, str | None], sign: int, percent: bool) -> Number | No
     if top is None or not bottom or abs(exponent) * 4 > MAX_BITS:
         return None
     value = int(parts.get("whole") or 0) + top / bottom * Fraction(10) ** exponent
+    again = parts.get("again")
+    if again:
+        places = len((parts["n"] or "").partition(".")[2])
+        value += Fraction(int(again), (10 ** len(again) - 1) * 10**places)
     whole = top.denominator == bottom.denominator == 1 and bottom > 1
     lowest = whole and gcd(top.numerator, bottom.numerator) == 1
     return Number(sign * value / (100 if percent else 1), percent, bool(parts.get("d")), lowest)
@@ -78,7 +83,7 @@ def _made(parts: dict[str, str | None], sign: int, percent: bool) -> Number | No
 def _power(text: str) -> Fraction | None:
     sign = -1 if text.startswith("-") else 1
     base, _, raised = text.lstrip("+-").partition("^")
-    value, exponent = Fraction(base), int(raised.strip("{}") or 1)
+    value, exponent = Fraction(f"0{base}"), int(raised.strip("{}") or 1)
     bits = max(value.numerator.bit_length(), value.denominator.bit_length())
     if bits * abs(exponent) > MAX_BITS or (value == 0 and exponent <= 0):
         return None

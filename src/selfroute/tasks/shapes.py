@@ -40,13 +40,14 @@ def shape(text: str) -> Shape | None:
     >>> shape(r"1\pm\pi").parts
     ('1+\\pi', '1-\\pi')
     """
+    enclosed = _enclosed(text)
+    if enclosed:
+        return enclosed
     union = split(text, "\\cup")
     if len(union) > 1:
         return Shape("union", tuple(union))
     parts = [signed for part in split(text, ",") for signed in _signs(part)]
-    if len(parts) > 1:
-        return Shape("list", tuple(parts))
-    return _enclosed(text)
+    return Shape("list", tuple(parts)) if len(parts) > 1 else None
 
 
 def _enclosed(text: str) -> Shape | None:

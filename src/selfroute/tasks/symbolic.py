@@ -5,6 +5,7 @@ math-verify's own time limits are off: they use SIGALRM, and the pool's limit en
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -23,6 +24,8 @@ def equal(answer: str, reference: str) -> bool | None:
 
 
 def _read(text: str) -> list[Any]:
+    # Whether it takes a formula for a complex one depends on spaces around i.
+    text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " i ", text)
     read: list[Any] = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
     return read
 
