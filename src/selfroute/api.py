@@ -207,6 +207,16 @@ def evaluate(
     return outcomes
 
 
+def benchmark(run: str | Path, changes: Sequence[str], *, budget: float | None = None) -> Path:
+    """A run directory inside a run: its model, calibrated for `budget`, and other problems (`task.dataset=aime24`)."""
+    from selfroute.evaluate import benchmark as other
+
+    config = run_config(Path(run))
+    if budget is not None:
+        turned(config.evaluation, Path(run), budget)
+    return other.benchmark(Path(run), config, changes)
+
+
 def _under(name: str, progress: Progress | None) -> Progress:
     return lambda what, done, total: progress(f"{name}, {what}", done, total) if progress else None
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfroute.errors import ReproducibilityWarning, SelfrouteError
+from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.records import checkpoints
+from selfroute.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,6 +147,12 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Other problems for the run's model, such as task.dataset=aime24.", metavar="[KEY=VALUE]..."
+        ),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Set the dial to this share of calls, as `calibrate` found it.")
     ] = None,
@@ -153,12 +160,16 @@ def evaluate(
 ) -> None:
     """Evaluate a run on its test problems and print the table.
 
-    Without --budget the model's own decisions are sampled. The records go to RUN/evaluations/.
+    Without --budget the model's own decisions are sampled. The records go to RUN/evaluations/, those of other problems
+    to RUN/benchmarks/.
     """
     from selfroute import api
 
-    api.evaluate(run, budget=budget, untrained=before, progress=_Printer().progress)
-    _table(api.report(run))
+    where = api.benchmark(run, overrides, budget=budget) if overrides else run
+    api.evaluate(where, budget=budget, untrained=before, progress=_Printer().progress)
+    _table(api.report(where))
+    if overrides:
+        _echo(f"kept in {where}: selfroute report {where}")
 
 
 @app.command()
@@ -321,6 +332,9 @@ def _console() -> Console:
     return console
 
 
+app.add_typer(tasks_app, name="tasks")
+
+
 def main() -> None:
     """The console script: errors and warnings of selfroute are one message, without a place in the code."""
     usual = warnings.formatwarning
@@ -328,7 +342,7 @@ def main() -> None:
     def brief(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
-        ours = issubclass(category, ReproducibilityWarning)
+        ours = issubclass(category, (DataWarning, ReproducibilityWarning))
         return f"selfroute: {message}\n" if ours else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = brief

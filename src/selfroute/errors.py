@@ -45,5 +45,9 @@ class RunError(SelfrouteError):
     """A run directory is missing, belongs to other settings, or is damaged."""
 
 
+class DataWarning(UserWarning):
+    """Problems are not what was to be expected, such as test problems among those for training."""
+
+
 class ReproducibilityWarning(UserWarning):
     """A run goes on under other conditions than it began, and its numbers will differ by rounding."""

@@ -69,7 +69,8 @@ def proportion(values: Floats) -> Measure:
     z, p = 1.959964, float(values.mean())
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Measure(p, max(0.0, middle - half), min(1.0, middle + half))
+    # At 0 and 1 rounding would put an end on the wrong side of the share.
+    return Measure(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resamples: int = 1000) -> Measure:

@@ -23,6 +23,16 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """A task, or one data set of a task, for people: its name, where its problems come from, how many, and whose."""
+
+    name: str
+    source: str
+    size: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier says of one answer; `reason` is for people and is never parsed."""
 

@@ -91,6 +91,10 @@ def test_intervals() -> None:
     assert wilson.value == 1
     assert wilson.low == pytest.approx(0.963, abs=1e-3)
     assert m.proportion(np.array([])).json() is None
+    for n in range(1, 200):
+        for share in (np.zeros(n), np.ones(n)):
+            found = m.proportion(share)
+            assert found.low <= found.value <= found.high
     big = Columns(*(np.tile(x, 100) for x in (C.score, C.asked, C.device, C.cloud)))
     interval = m.bootstrap(big, m.routing_gain_captured, resamples=200)
     assert interval.low < interval.value < interval.high

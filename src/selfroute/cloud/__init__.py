@@ -7,6 +7,9 @@ from selfroute.types import CloudClient
 
 CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle", "openai": "selfroute.cloud.client:OpenAICloud"}
 
+SERVES = {"oracle": ("countdown", "addition")}
+"""Clouds that answer some of the tasks that come with selfroute, and which; the others answer anything."""
+
 
 def make_cloud(choice: Choice) -> CloudClient:
     """The cloud that a config names."""

@@ -7,30 +7,34 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from selfroute.config import Choice, build
-from selfroute.types import Problem, Split, Verdict
+from selfroute.types import About, Problem, Split, Verdict
 
 TASKS = {
     "countdown": "selfroute.tasks.countdown:Countdown",
     "addition": "selfroute.tasks.addition:Addition",
+    "maths": "selfroute.tasks.maths:Maths",
 }
 
 
 class Task(Protocol):
     """What a task gives.
 
-    `load`: the problems of a split. `training_problems`: problems of the training split, drawn without end. `verify`: a
-    verdict. `read`: a problem in a user's own words. `variants`: up to `count` questions that ask the same as a problem
-    in other words. `canonical`: an answer in a form that equal answers share; it must not tell whether the answer is
-    right.
+    `ABOUT`: its data sets, for people. `load`: the problems of a split. `training_problems`: problems of the training
+    split, drawn without end. `verify`: a verdict. `solution`: a right answer, None where there is none. `read`: a
+    problem in a user's own words. `variants`: up to `count` questions that ask the same as a problem in other words.
+    `canonical`: an answer in a form that equal answers share; it must not tell whether the answer is right.
     """
 
     config: Any
+    ABOUT: tuple[About, ...]
 
     def load(self, split: Split) -> list[Problem]: ...
 
     def training_problems(self, rng: random.Random) -> Iterator[Problem]: ...
 
     def verify(self, answer: str, problem: Problem) -> Verdict: ...
+
+    def solution(self, problem: Problem) -> str | None: ...
 
     def read(self, text: str) -> Problem: ...
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from selfroute.config import Config
 from selfroute.errors import TaskError
 from selfroute.tasks.splits import problem_hash, split_of_hash
-from selfroute.types import Problem, Solved, Split, Verdict
+from selfroute.types import About, Problem, Solved, Split, Verdict
 
 
 class AdditionConfig(Config):
@@ -45,6 +45,7 @@ class Addition:
     """The task: `load` gives the problems of a split, `verify` judges an answer, `read` takes a user's own words."""
 
     Config = AdditionConfig
+    ABOUT = (About("addition", "generated from a seed", "5,000 train / 500 calibration / 1,000 test", "Apache-2.0"),)
 
     def __init__(self, config: AdditionConfig) -> None:
         self.config = config
@@ -84,6 +85,10 @@ class Addition:
         if not re.fullmatch(r"[0-9]{1,30}", text):
             return Verdict(False, "not a whole number")
         return Verdict(text == total, f"is {text}" + ("" if text == total else f", not {total}"))
+
+    def solution(self, problem: Problem) -> str:
+        """The sum."""
+        return str(problem.reference["sum"])
 
     def read(self, text: str) -> Problem:
         """A problem in a user's own words, such as `12 plus 34`.

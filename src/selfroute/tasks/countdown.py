@@ -19,7 +19,7 @@ from selfroute.errors import TaskError
 from selfroute.tasks.expressions import canonical, solve, verify
 from selfroute.tasks.files import read_rows
 from selfroute.tasks.splits import problem_hash, split_of_hash
-from selfroute.types import Problem, Solved, Split, Verdict
+from selfroute.types import About, Problem, Solved, Split, Verdict
 
 
 class CountdownConfig(Config):
@@ -68,6 +68,14 @@ class Countdown:
     """The task: `load` gives the problems of a split, `verify` judges an answer, `read` takes a user's own words."""
 
     Config = CountdownConfig
+    ABOUT = (
+        About(
+            "countdown",
+            "generated from a seed, or task.path=FILE",
+            "5,000 train / 500 calibration / 1,000 test",
+            "Apache-2.0",
+        ),
+    )
 
     def __init__(self, config: CountdownConfig) -> None:
         self.config = config
@@ -123,6 +131,10 @@ class Countdown:
     def verify(self, answer: str, problem: Problem) -> Verdict:
         """Whether `answer` makes the target from exactly the given numbers."""
         return verify(answer, problem.reference["numbers"], problem.reference["target"])
+
+    def solution(self, problem: Problem) -> str | None:
+        """An expression that makes the target."""
+        return solve(problem.reference["numbers"], problem.reference["target"])
 
     def read(self, text: str) -> Problem:
         """A problem in a user's own words, such as `numbers 3, 7, 25; target 46` or `make 46 from 3, 7 and 25`.

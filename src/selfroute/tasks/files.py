@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from selfroute.errors import TaskError
+from selfroute.tasks.sources import parquet_schema, read_files, refuse
 
 
 def read_rows(path: Path) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -18,24 +18,19 @@ def read_rows(path: Path) -> Iterator[tuple[tuple[int, ...], int]]:
     """
     if not path.is_file():
         raise TaskError(f"no such file: {path} (a .jsonl or .parquet file with columns `nums` and `target`)")
-    if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.suffix == ".jsonl":
-        rows = _jsonl_rows(path)
-    else:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise TaskError(f"cannot read {path.name}: give a .jsonl or .parquet file")
-    bad: list[str] = []
+    if path.suffix == ".parquet":
+        _check_columns(path)
     good: list[tuple[tuple[int, ...], int]] = []
-    for place, row in rows:
-        fault = _fault(row)
+    faults: list[str] = []
+    for row in read_files([path]):
+        fault = row.fault or _fault(row.values)
         if fault:
-            bad.append(f"{path.name}:{place}: {fault}")
+            faults.append(f"{row.place}: {fault}")
         else:
-            assert isinstance(row, dict)
-            good.append((tuple(row["nums"]), row["target"]))
-    if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise TaskError(f"{len(bad)} bad rows:\n  " + "\n  ".join(bad[:10]) + more)
+            good.append((tuple(row.values["nums"]), row.values["target"]))
+    refuse(faults)
     yield from good
 
 
@@ -45,10 +40,8 @@ def _is_list(kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _fault(row: object) -> str | None:
-    if isinstance(row, _NotJSON):
-        return f"is not JSON: {row.args[0]}"
-    if not isinstance(row, dict) or "nums" not in row or "target" not in row:
+def _fault(row: Mapping[str, Any]) -> str:
+    if "nums" not in row or "target" not in row:
         return "needs the columns `nums` and `target`"
     numbers, target = row["nums"], row["target"]
 
@@ -59,46 +52,20 @@ def _fault(row: object) -> str | None:
         return f"`nums` must be 2 to 6 whole numbers, not {str(numbers)[:60]}"
     if not whole(target):
         return f"`target` must be a whole number, not {str(target)[:60]}"
-    return None
+    return ""
 
 
-class _NotJSON(Exception):  # noqa: N818
-    """Stands for a line that cannot be read."""
+def _check_columns(path: Path) -> None:
+    schema = parquet_schema(path)
+    missing = {"nums", "target"} - set(schema.names)
+    if missing:
+        raise TaskError(f"{path.name} has no column {' and '.join(sorted(missing))}")
+    from pyarrow import types
 
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
-    # A byte-order mark, as some editors write, is not part of the first line.
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, _NotJSON(error)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise TaskError("reading Parquet needs pyarrow: pip install 'selfroute[train]'") from error
-    try:
-        table = parquet.ParquetFile(path)
-        missing = {"nums", "target"} - set(table.schema_arrow.names)
-        if missing:
-            raise TaskError(f"{path.name} has no column {' and '.join(sorted(missing))}")
-        for name, kind, fits in (
-            ("nums", "a list of integers", lambda t: _is_list(t) and pyarrow.types.is_integer(t.value_type)),
-            ("target", "integers", pyarrow.types.is_integer),
-        ):
-            found = table.schema_arrow.field(name).type
-            if not fits(found):
-                raise TaskError(f"{path.name}: column {name!r} must hold {kind}, not {found}")
-        number = 0
-        for batch in table.iter_batches(columns=["nums", "target"]):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise TaskError(f"cannot read {path.name} as Parquet: {error}") from error
+    for name, kind, fits in (
+        ("nums", "a list of integers", lambda t: _is_list(t) and types.is_integer(t.value_type)),
+        ("target", "integers", types.is_integer),
+    ):
+        found = schema.field(name).type
+        if not fits(found):
+            raise TaskError(f"{path.name}: column {name!r} must hold {kind}, not {found}")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from selfroute.cloud import CLOUDS
+from selfroute.cloud import CLOUDS, SERVES
 from selfroute.config import Choice, Config, resolve, validate
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.errors import ConfigError
@@ -76,6 +76,16 @@ class TrainConfig(Config):
         if sampling.temperature != 1 or sampling.decide != "sample":
             raise ValueError("training samples from the model itself: temperature 1, decide sample")
         return sampling
+
+    @model_validator(mode="after")
+    def _cloud_serves_the_task(self) -> TrainConfig:
+        served = SERVES.get(self.cloud.name, ())
+        if served and self.task.name in TASKS and self.task.name not in served:
+            raise ValueError(
+                f"the cloud {self.cloud.name!r} has exact solvers for {' and '.join(served)} alone, none for "
+                f"{self.task.name}: name a real one, such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_teaches_asking(self) -> TrainConfig:

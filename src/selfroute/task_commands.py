@@ -1,0 +1,99 @@
+"""`selfroute tasks`: what tasks there are, their problems, and whether they judge as they should."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from selfroute.errors import TaskError
+
+if TYPE_CHECKING:
+    from selfroute.tasks import Task
+    from selfroute.types import Split
+
+app = typer.Typer(invoke_without_command=True, help="List tasks, show their problems, check their verifiers.")
+
+Name = Annotated[str, typer.Argument(help="A task, such as countdown or maths, or package.module:Class.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(help="Its settings, such as dataset=math-500 path=FILE.", metavar="[KEY=VALUE]..."),
+]
+SplitOption = Annotated[str, typer.Option("--split", help="train, calibration or test.")]
+
+
+@app.callback()
+def tasks(context: typer.Context) -> None:
+    """List the tasks, with the source, the size and the licence of each data set."""
+    if context.invoked_subcommand:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfroute.config import Choice, chosen
+    from selfroute.tasks import TASKS
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("task", "source", "size", "licence"):
+        table.add_column(heading, overflow="fold")
+    for name in TASKS:
+        for about in chosen(Choice(name=name), TASKS).ABOUT:
+            table.add_row(about.name, about.source, about.size, about.licence)
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+@app.command()
+def show(
+    name: Name,
+    settings: Settings = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Problems to show.")] = 3,
+    split: SplitOption = "test",
+) -> None:
+    """Show problems, as the device model gets them, and their reference answers."""
+    from selfroute.protocol import chat
+
+    task = _task(name, settings)
+    for p in task.load(_split(split))[:number]:
+        typer.echo(f"{p.id}")
+        for message in chat(p.question):
+            typer.echo(_indented(message["role"], message["content"]))
+        typer.echo(_indented("solution", task.solution(p) or "none is known") + "\n")
+
+
+@app.command()
+def check(name: Name, settings: Settings = None, split: SplitOption = "test") -> None:
+    """Check that every reference answer verifies itself, and that another problem's answer does not.
+
+    Prints what fails, and then exits with 1.
+    """
+    from selfroute.tasks.check import check as faults_of
+
+    task = _task(name, settings)
+    problems = task.load(_split(split))
+    faults = [fault for fault in faults_of(task, problems) if fault]
+    for fault in faults:
+        what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
+        typer.echo(f"{fault.problem}: {what}: {fault.answer!r} ({fault.reason})")
+    if faults:
+        raise TaskError(f"{len(faults)} of {len(problems)} problems fail")
+    typer.echo(f"all {len(problems)} problems pass")
+
+
+def _task(name: str, settings: list[str] | None) -> Task:
+    from selfroute.config import Choice, override
+    from selfroute.tasks import make_task
+
+    return make_task(Choice(**override({"name": name}, settings or [])))
+
+
+def _split(name: str) -> Split:
+    for split in ("train", "calibration", "test"):
+        if split == name:
+            return split
+    raise TaskError(f"no such split: {name!r} (train, calibration or test)")
+
+
+def _indented(label: str, text: str) -> str:
+    first, *rest = text.splitlines() or [""]
+    return "\n".join([f"  {label:9} {first}", *(f"  {'':9} {line}".rstrip() for line in rest)])

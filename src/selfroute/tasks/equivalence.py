@@ -1,0 +1,231 @@
+r"""Whether an answer to a maths problem is the reference, in stages that each may decide:
+
+    the same text -> exact numbers -> words -> tuples, sets, intervals, matrices part by part -> math-verify
+
+Numbers and words are decided in microseconds; formulas go to math-verify in a pool of processes, within a hard time
+limit. An answer must be worked out: where the reference is a number, only one that is written out will do, and nowhere
+an operation that the reference is without, since `37\times49` would hand the problem back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from selfroute.tasks.latex import ROW, Normal, extract, normal, squeezed, units_differ
+from selfroute.tasks.literals import number
+from selfroute.tasks.pool import Done, Pool
+from selfroute.tasks.shapes import Shape, as_intervals, shape, ungrouped
+from selfroute.types import Verdict
+
+MAX_ANSWER_CHARS = 4000
+"""Longer answers are not read; an honest one is its final answer, with perhaps a sentence around it."""
+MAX_FORMULA_CHARS = 500
+MAX_PARTS = 40
+MAX_DEPTH = 3
+"""Of a set of tuples of tuples."""
+LIMIT_S = 5.0
+"""Of one verdict's time with math-verify, in seconds."""
+
+_POOL = Pool("selfroute.tasks.symbolic:equal", size=min(4, os.cpu_count() or 1))
+
+# Operations that turn a problem into its answer without solving it, by what they are.
+_OPERATIONS = {
+    "a factorial": re.compile(r"!"),
+    "a sum": re.compile(r"\\sum(?![a-z])"),
+    "a product": re.compile(r"\\prod(?![a-z])"),
+    "an integral": re.compile(r"\\i{1,3}nt(?![a-z])|\\oint"),
+    "a limit": re.compile(r"\\lim(?![a-z])"),
+    "a derivative": re.compile(r"\\frac\{d\}|\\partial"),
+    "a binomial": re.compile(r"\\[dt]?binom(?![a-z])|\\choose"),
+    "a divisor or remainder": re.compile(r"\\(?:gcd|lcm|[bp]?mod)(?![a-z])"),
+    "a minimum or maximum": re.compile(r"\\(?:min|max|inf|sup)(?![a-z])"),
+    "a rounding": re.compile(r"\\[lr](?:floor|ceil)"),
+    "an absolute value or determinant": re.compile(r"\\det(?![a-z])|[vV]matrix|\|"),
+    "a logarithm": re.compile(r"\\(?:ln|log|lg)(?![a-z])"),
+    "a trigonometric function": re.compile(
+        r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-z])|(?<![a-z\\])(?:sin|cos|tan)(?![a-z])"
+    ),
+    "a product of numbers": re.compile(
+        r"(?:[0-9]|\\frac\{[0-9]+\}\{[0-9]+\})(?:\\times|\\cdot|\*)(?!10\^)[0-9]|[0-9]\)?\([0-9.]+\)"
+    ),
+    "a quotient": re.compile(r"\\div(?![a-z])"),
+    "a sum of numbers": re.compile(r"(?<![0-9a-zA-Z}^.\\])[0-9.]+[-+][0-9.]+(?![0-9.a-zA-Z\\^{(])"),
+    "a tower of powers": re.compile(r"\^\{?[0-9.]+\^"),
+}
+_BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
+
+
+def judge(answer: str, references: Sequence[str], question: str = "") -> Verdict:
+    r"""Whether an answer is one of the references. Total: it never raises on any text, and its time is bounded.
+
+    Args:
+        answer: what the device or the cloud answered; its last `\boxed{}` counts, or all of it where there is none.
+        references: golds; any of them will do.
+        question: says whether a percentage is asked for (then 10 and 10% mean the same) or lowest terms, and what an
+            answer must not repeat.
+
+    Raises:
+        TaskError: no worker for math-verify can be started, whatever the answer.
+    """
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Verdict(False, f"longer than {MAX_ANSWER_CHARS} characters")
+    if not references:
+        return Verdict(False, "no reference answer is known")
+    given = extract(answer)
+    if len(given) > MAX_FORMULA_CHARS:
+        return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters")
+    return _judge(given, tuple(references), question)
+
+
+# The G responses of a problem often agree, and an answer that hangs is waited for once.
+@lru_cache(maxsize=16384)
+def _judge(given: str, references: tuple[str, ...], question: str) -> Verdict:
+    deadline = time.monotonic() + LIMIT_S
+    comparison = _Comparison(question, lambda a, b: _POOL.call(a, b, limit_s=max(0.05, deadline - time.monotonic())))
+    reasons = []
+    for reference in references:
+        found = comparison.compare(_read(given), _read(extract(reference)))
+        if found.correct:
+            return found
+        reasons.append(found.reason)
+    return Verdict(False, "; ".join(dict.fromkeys(reasons)))
+
+
+def canonical(answer: str) -> str:
+    """The final answer in a form that equal numbers, and one formula in several spellings, share.
+
+    >>> canonical(r"\\boxed{\\dfrac{1}{2}}"), canonical("x = 0.5"), canonical(r"x^{2} + 1")
+    ('1/2', '1/2', 'x^2+1')
+    """
+    given = _read(extract(answer[-MAX_ANSWER_CHARS:])[:MAX_FORMULA_CHARS])
+    value = number(given.text)
+    return given.text.replace(ROW, "\\\\") if value is None else str(value.value)
+
+
+def _read(text: str) -> Normal:
+    read = normal(text)
+    return replace(read, text=ungrouped(read.text))
+
+
+class _Comparison:
+    """Answers to one question against its references. `symbolic` compares two formulas."""
+
+    def __init__(self, question: str, symbolic: Callable[[str, str], Done]) -> None:
+        self.question, self.symbolic = question, symbolic
+        self.percent = bool(re.search(r"percent|%", question, re.IGNORECASE))
+        self.lowest = bool(re.search(r"simplif|simplest|reduce|lowest terms", question, re.IGNORECASE))
+
+    def compare(self, a: Normal, b: Normal, depth: int = 0) -> Verdict:
+        """The answer `a` against the reference `b`."""
+        if b.unit and not a.unit and a.text.endswith(b.unit):
+            a = _read(a.text.removesuffix(b.unit))
+        if not a.text:
+            return Verdict(False, "no final answer")
+        if units_differ(a.unit, b.unit):
+            return Verdict(False, f"in {a.unit}, not {b.unit}")
+        if a.left and b.left and a.left != b.left:
+            return Verdict(False, f"is of {a.left}, not {b.left}")
+        if a.text == b.text:
+            return Verdict(True, "the same text")
+        if a.words or b.words:
+            # Short words, such as yes, are told from formulas by a text command alone.
+            if a.text.lower() == b.text.lower():
+                return Verdict(True, "the same words")
+            return Verdict(False, f"is {_cut(a.text)}, not {_cut(b.text)}")
+        for decide in (self._numbers, self._bases, self._parts):
+            found = decide(a, b, depth)
+            if found:
+                return found
+        return self._formulas(a.text, b.text)
+
+    def _numbers(self, a: Normal, b: Normal, depth: int) -> Verdict | None:
+        gold, given = number(b.text), number(a.text)
+        if gold is None:
+            return None
+        if given is None:
+            # 100,200 is a number, or two of them, and {5} a set of one.
+            made = shape(a.text)
+            listed = made and ("," in b.text or (made.kind == "list" and len(made.parts) == 1))
+            return None if listed else Verdict(False, f"not a number written out: {_cut(a.text)}")
+        if given.bar and not given.lowest and (self.lowest or gold.value.denominator == 1):
+            return Verdict(False, f"not worked out: the fraction {_cut(a.text)}")
+        want, got = gold.value, given.value
+        equal = want == got
+        if self.percent and gold.percent and not given.percent:
+            # 10 is 10 %, and 0.1 is a tenth of one.
+            want, equal = want * 100, want * 100 == got
+        elif self.percent and given.percent and not gold.percent:
+            equal = equal or want == got * 100
+        return Verdict(equal, f"the number {_cut(str(got))}" + ("" if equal else f", not {_cut(str(want))}"))
+
+    def _bases(self, a: Normal, b: Normal, depth: int) -> Verdict | None:
+        # math-verify takes no notice of a number's base.
+        based = _BASE.search(a.text) or _BASE.search(b.text)
+        return Verdict(False, f"is {_cut(a.text)}, not {_cut(b.text)}") if based else None
+
+    def _parts(self, a: Normal, b: Normal, depth: int) -> Verdict | None:
+        gold, given = shape(b.text), shape(a.text)
+        if gold and gold.kind != "list" and (not given or given.kind == "list"):
+            rewritten = as_intervals(a.text)
+            a = Normal(rewritten) if rewritten else a
+            given = shape(a.text)
+        elif given and given.kind != "list" and (not gold or gold.kind == "list"):
+            rewritten = as_intervals(b.text)
+            b = Normal(rewritten) if rewritten else b
+            gold = shape(b.text)
+        if not gold and not given:
+            return None
+        # One value in braces is a set of one.
+        gold, given = gold or Shape("list", (b.text,)), given or Shape("list", (a.text,))
+        if a.text == b.text:
+            return Verdict(True, "the same interval")
+        if gold.kind != given.kind or len(gold.parts) != len(given.parts):
+            return Verdict(False, f"is {_named(given)}, not {_named(gold)}")
+        if len(gold.parts) > MAX_PARTS or depth >= MAX_DEPTH:
+            return Verdict(False, "has too many parts to be compared")
+        return self._pairs(given, gold, depth)
+
+    def _pairs(self, given: Shape, gold: Shape, depth: int) -> Verdict:
+        # Equality holds in chains, so the first partner that fits is as good as any.
+        left = [_read(part) for part in given.parts]
+        reason = "part by part"
+        for part in gold.parts:
+            for candidate in left[:1] if gold.ordered else left:
+                found = self.compare(candidate, _read(part), depth + 1)
+                if found.correct:
+                    left.remove(candidate)
+                    break
+                reason = found.reason
+            else:
+                return Verdict(False, f"no part is {_cut(part)}: {reason}")
+        return Verdict(True, "equal part by part")
+
+    def _formulas(self, a: str, b: str) -> Verdict:
+        extra = [name for name, pattern in _OPERATIONS.items() if pattern.search(a) and not pattern.search(b)]
+        if extra:
+            return Verdict(False, f"not worked out: it has {extra[0]}")
+        done = self.symbolic(a, b)
+        if done.failure:
+            return Verdict(False, done.failure)
+        if done.result is None:
+            return Verdict(False, f"math-verify cannot read {_cut(a)}, or {_cut(b)}")
+        if not done.result:
+            return Verdict(False, f"math-verify: {_cut(a)} is not {_cut(b)}")
+        if len(a) > 3 and a in squeezed(self.question):
+            return Verdict(False, "not worked out: it stands in the question")
+        return Verdict(True, "math-verify: equal")
+
+
+def _named(made: Shape) -> str:
+    return (
+        f"{len(made.parts)} in a {made.kind}" if made.kind in ("list", "union") else f"{made.kind} of {len(made.parts)}"
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

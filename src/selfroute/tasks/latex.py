@@ -1,0 +1,263 @@
+r"""Answers as people and models write them in LaTeX, brought to one spelling. No meaning is worked out here.
+
+\boxed{\dfrac12 \text{ cm}}  ->  extract: \dfrac12 \text{ cm}  ->  normal: \frac{1}{2}, unit cm
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+
+_WRAP = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|rm)(?![a-z])\s*"
+_WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
+ROW = "\ue000"
+"""Stands for the row break of a matrix, two backslashes, so that no pattern takes half of it for a command."""
+
+_VULGAR = {c: unicodedata.normalize("NFKC", c).split("⁄") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_CHARACTERS = str.maketrans(
+    dict.fromkeys("−–—﹣－", "-")
+    | {"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/", "％": "%"}
+    | {"π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset "}
+    | {"°": r"\degree ", "º": r"\degree ", "⟨": r"\langle ", "⟩": r"\rangle "}
+    | {c: rf"\frac{{{top}}}{{{bottom}}}" for c, (top, bottom) in _VULGAR.items()}
+)
+
+# In order; what stands on the left is another spelling of the right, or has no meaning.
+_SPELLINGS = tuple(
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"\\[()\[\]]|(?<!\\)\$", " "),
+        (r"\\!", ""),
+        (r"\{,\}", ","),
+        (r"(?<=[0-9])(?:\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))", ""),
+        (r"\\[,;: ]|~|\\q?quad(?![a-z])|\\(?:hspace|phantom)\{[^{}]*\}", " "),
+        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+        (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-z])\s*\}?", r"\\degree "),
+        (r"\\(?:leqslant|leq|le)(?![a-z])|<=", r"\\le "),
+        (r"\\(?:geqslant|geq|ge)(?![a-z])|>=", r"\\ge "),
+        (r"\\neq?(?![a-z])|!=", r"\\ne "),
+        (r"\\lt(?![a-z])", "<"),
+        (r"\\gt(?![a-z])", ">"),
+        (r"\\lbrace(?![a-z])", r"\\{"),
+        (r"\\rbrace(?![a-z])", r"\\}"),
+        (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
+        (r"\\[lc]?dots(?![a-z])", r"\\dots "),
+        (r"\\operatorname\*?\s*\{([a-z]+)\}", r"\\\1 "),
+        (r"\\%", "%"),
+        (r"\*\*", "^"),
+        (r"(?<![a-zA-Z\\])(sin|cos|tan|cot|ln|log|pi|sqrt)(?![a-z])", r"\\\1 "),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{"),
+        (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
+    )
+)
+
+_UNITS = {
+    word: line.split()[0]
+    for line in (
+        "mm millimeter millimeters millimetre millimetres",
+        "cm centimeter centimeters centimetre centimetres",
+        "m meter meters metre metres",
+        "km kilometer kilometers kilometre kilometres",
+        "in inch inches",
+        "ft foot feet",
+        "yd yard yards",
+        "mi mile miles",
+        "s sec second seconds",
+        "min minute minutes",
+        "h hr hrs hour hours",
+        "day days",
+        "week weeks",
+        "month months",
+        "year years",
+        "g gram grams",
+        "kg kilogram kilograms",
+        "lb lbs pound pounds",
+        "dollar dollars usd",
+        "cent cents",
+        "degree degrees",
+        "radian radians rad",
+        "mph",
+        "am a.m",
+        "pm p.m",
+        "unit units",
+    )
+    for word in line.split()
+}
+"""Words of units whose difference matters, by the unit that they mean."""
+
+# After a number these change it.
+_AMOUNTS = re.compile(
+    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|hundred|thousand|[mbtr]+illion|dozen|"
+    r"squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|tenths?|hundredths?)\b",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"\A\W{0,9}(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]?\s*", re.I
+)
+_LEFT = re.compile(
+    r"\A((?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{\w+\}|')?(?:\([a-z](?:,[a-z])*\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]))\s*"
+)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
+_SQUARE = re.compile(r"\b(?:square|sq|cubic|cu)\b\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    r"""An answer in one spelling.
+
+    `unit` is a unit after or before it ("" where there is none), its names brought to one; `left` is what stood before
+    a single `=` or `\in`; `words` says that it is text and no formula.
+    """
+
+    text: str
+    unit: str = ""
+    left: str = ""
+    words: bool = False
+
+
+def extract(answer: str) -> str:
+    r"""What is inside the last `\boxed{}` or `\fbox{}`, by matching braces; the text itself where there is none.
+
+    A box that never closes holds the rest.
+
+    >>> extract(r"First \boxed{1}, so \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> extract("The answer is 12.")
+    '12.'
+    """
+    start = max(answer.rfind(r"\boxed"), answer.rfind(r"\fbox"))
+    if start < 0:
+        return _LEAD.sub("", answer).strip()
+    rest = re.sub(r"\A\\(?:boxed|fbox)\s*", "", answer[start:])
+    if not rest.startswith("{"):
+        # \boxed 5 holds what comes next.
+        return re.split(r"[\s$]", rest, maxsplit=1)[0]
+    return rest[1 : closing(rest)].strip()
+
+
+def closing(text: str) -> int:
+    r"""The index of the brace that closes the one at the start, the length where none does. `\{` is no brace."""
+    depth, i = 0, 0
+    while i < len(text):
+        if text[i] == "\\":
+            i += 1
+        elif text[i] in "{}":
+            depth += 1 if text[i] == "{" else -1
+            if depth == 0:
+                return i
+        i += 1
+    return len(text)
+
+
+@lru_cache(maxsize=16384)
+def normal(text: str) -> Normal:
+    r"""An answer in one spelling, with its unit, its left side and whether it is text told apart.
+
+    >>> normal(r"$x = \dfrac12\,\text{cm}$")
+    Normal(text='\\frac{1}{2}', unit='cm', left='x', words=False)
+    >>> normal(r"\text{ East }").text
+    'east'
+    """
+    text = text.strip()
+    unit = "dollar" if r"\$" in text or re.fullmatch(r"\$[0-9.,]+", text) else ""
+    text = _spelled(text.replace(r"\$", "")).strip(ROW + " ").rstrip(" .,;:")
+    words = _words(text)
+    if words:
+        return Normal(words, words=True)
+    text, found = _without_unit(text)
+    text = _squeezed(text)
+    left = _LEFT.match(text)
+    if left and not re.search(r"[=<>]|\\[lg]e(?![a-z])", text[left.end() :]):
+        return Normal(text[left.end() :], found or unit, left[1])
+    return Normal(text, found or unit)
+
+
+def squeezed(text: str) -> str:
+    """Longer text, such as a question, in the same spelling, so that an answer can be looked for in it."""
+    return _squeezed(_spelled(text))
+
+
+def _spelled(text: str) -> str:
+    text = re.sub(f"[{_RAISED}]+", lambda m: "^{" + "".join(str(_RAISED.index(c)) for c in m[0]) + "}", text)
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    text = "".join(c if c.isprintable() else " " for c in text).replace("\\\\", ROW)
+    for pattern, to in _SPELLINGS:
+        text = pattern.sub(to, text)
+    return text
+
+
+def _words(text: str) -> str:
+    """Text in small letters if the answer is text; "" for formulas.
+
+    In a text command, or with a word of four letters: shorter ones may be products of variables.
+    """
+    plain, wraps = _WRAPPED.subn(r"\1", text)
+    plain = re.sub(r"\s*,\s*", ",", " ".join(plain.split())).strip(" .,")
+    inner = plain[1:-1] if re.fullmatch(r"\([A-Za-z]\)", plain) else plain
+    if not _WORDS.fullmatch(inner) or len(inner) == 1:
+        return ""
+    whole = wraps and not _WRAPPED.sub("", text).strip(" .,")
+    return inner.lower() if whole or re.search(r"[A-Za-z]{4}", inner) else ""
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """The text without a unit at its end, and the unit."""
+    match = re.fullmatch(
+        r"(.*?[0-9a-zA-Z})\]%])\s*" + _WRAP + r"\{([^{}]*[a-zA-Z][^{}]*)\}\s*(?:\^\{?-?[0-9]\}?)?", text
+    )
+    # One letter may be a constant, such as \mathrm{e}.
+    if match and (_unit(match[2]) in _UNITS or len(match[2].strip()) > 1) and not _AMOUNTS.search(match[2]):
+        return match[1], _unit(match[2])
+    if text.endswith("\\degree"):
+        return text.removesuffix("\\degree").rstrip(), "degree"
+    match = re.fullmatch(
+        r"(.*[0-9})\]])\s*((?:[a-z.]+ )*[a-z]{2,}(?:/[a-z]+)?)\.?\s*(?:\^\{?[23]\}?)?", text, re.IGNORECASE
+    )
+    if match and match[2].lower() == "percent":
+        return match[1] + "%", ""
+    if match and all(_unit(part) in _UNITS for part in match[2].split("/")):
+        return match[1], _unit(match[2])
+    match = re.fullmatch(r"([-+]?[0-9][0-9.,/]*)\s+([a-zA-Z]{3,}(?: [a-zA-Z]+){0,2})", text)
+    if match and not _AMOUNTS.search(match[2]):
+        return match[1], _unit(match[2])
+    return text, ""
+
+
+def _unit(words: str) -> str:
+    """The unit that some words mean; of several, such as `square cm`, the last one that is known."""
+    plain = _SQUARE.sub("", words.lower()).strip(" .,")
+    return _UNITS.get(plain, plain)
+
+
+def units_differ(a: str, b: str) -> bool:
+    """Whether two units are both known and not the same; a missing or unknown one differs from none."""
+    return a != b and a in _UNITS and b in _UNITS
+
+
+def _unwrapped(match: re.Match[str]) -> str:
+    inside = match[1].strip()
+    if len(inside) == 1:
+        return inside
+    return "," if inside.lower() in ("and", "or", ", and", ", or") else f" {inside} "
+
+
+def _squeezed(text: str) -> str:
+    """Text without its commands, degree signs, and spaces but for those between two letters or digits."""
+    text = _WRAPPED.sub(_unwrapped, text)
+    text = re.sub(r"(?<=[\s0-9})])(?:and|or)(?=[\s\\(-])", ",", text)
+    text = re.sub(r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2", re.sub(r"\\degree(?![a-z])", "", text))
+    text = " ".join(text.split())
+    text = re.sub(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", "", text)
+    text = re.sub(r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1", text)
+    text = re.sub(r",{2,}", ",", text).strip(",").removeprefix("+")
+    while text.startswith("{") and closing(text) == len(text) - 1:
+        text = text[1:-1]
+    return text

@@ -1,0 +1,147 @@
+"""The maths data sets, one row each: where they are, how their columns read, how large they are, and whose.
+
+Mirrors differ in their columns; a file of any of them is known by the columns that it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from selfroute.tasks.latex import extract
+from selfroute.tasks.sources import Hub
+
+_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of a problem and of its answer, and how the answer is got.
+
+    `whole`: the column is the answer, or a list of answers any of which will do. `boxed`: the last box in a worked
+    solution. `hashes`: what follows `####`.
+    """
+
+    question: str
+    answer: str
+    how: Literal["whole", "boxed", "hashes"] = "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class MathSet:
+    """A data set. `sizes` has what its parts hold: those with `train` can be trained on."""
+
+    title: str
+    hubs: tuple[Hub, ...]
+    layouts: tuple[Layout, ...]
+    sizes: Mapping[str, int]
+    licence: str
+
+
+_SOLUTION = Layout("problem", "solution", "boxed")
+_TEST = {"test": "test"}
+_TRAIN_IS_TEST = {"test": "train"}
+
+MATH_SETS = {
+    "math-lighteval": MathSet(
+        "MATH (Hendrycks et al., arXiv:2103.03874)",
+        (
+            Hub("DigitalLearningGmbH/MATH-lighteval", {"train": "train", "test": "test"}, ("default",)),
+            Hub("EleutherAI/hendrycks_math", {"train": "train", "test": "test"}, _SUBJECTS),
+        ),
+        (_SOLUTION,),
+        {"train": 7500, "test": 5000},
+        "MIT; a takedown removed the first copy",
+    ),
+    "math-500": MathSet(
+        "MATH-500, a part of MATH's test problems",
+        (Hub("HuggingFaceH4/MATH-500", _TEST),),
+        (Layout("problem", "answer"), _SOLUTION),
+        {"test": 500},
+        "as MATH",
+    ),
+    "agieval-math": MathSet(
+        "AGIEval maths (arXiv:2304.06364), a part of MATH's test problems",
+        (Hub("hails/agieval-math", _TEST),),
+        (Layout("query", "answer"),),
+        {"test": 1000},
+        "as MATH",
+    ),
+    "amc23": MathSet(
+        "AMC 12 of 2023",
+        (Hub("math-ai/amc23", _TEST), Hub("zwhe99/amc23", _TEST)),
+        (Layout("question", "answer"),),
+        {"test": 40},
+        "not stated",
+    ),
+    "aime24": MathSet(
+        "AIME of 2024",
+        (
+            Hub("HuggingFaceH4/aime_2024", _TRAIN_IS_TEST),
+            Hub("math-ai/aime24", _TEST),
+            Hub("Maxwell-Jia/AIME_2024", _TRAIN_IS_TEST),
+        ),
+        (Layout("problem", "answer"), _SOLUTION, Layout("Problem", "Answer")),
+        {"test": 30},
+        "not stated",
+    ),
+    "aime25": MathSet(
+        "AIME of 2025",
+        (Hub("math-ai/aime25", _TEST), Hub("MathArena/aime_2025", _TRAIN_IS_TEST)),
+        (Layout("problem", "answer"),),
+        {"test": 30},
+        "not stated; MathArena's copy CC-BY-NC-SA-4.0",
+    ),
+    "minervamath": MathSet(
+        "Minerva's course problems (arXiv:2206.14858)",
+        (Hub("math-ai/minervamath", _TEST),),
+        (Layout("question", "answer"),),
+        {"test": 272},
+        "not stated",
+    ),
+    "gsm8k": MathSet(
+        "GSM8K (arXiv:2110.14168)",
+        (Hub("openai/gsm8k", {"train": "train", "test": "test"}, ("main",)),),
+        (Layout("question", "answer", "hashes"),),
+        {"train": 7473, "test": 1319},
+        "MIT",
+    ),
+}
+
+
+def question_of(text: str) -> str:
+    """A question without the `Q:` and `A:` that AGIEval puts around it."""
+    if not text.lstrip().startswith("Q:"):
+        return text.strip()
+    return re.sub(r"\s*\bA:[^\n]{0,80}\Z", "", text.lstrip().removeprefix("Q:")).strip()
+
+
+def answers_of(value: object, how: str) -> tuple[tuple[str, ...], str]:
+    """The answers that a cell gives, and what is wrong with it ("" where nothing is)."""
+    texts = [_text(v) for v in value] if isinstance(value, list) else [_text(value)]
+    if not texts or not all(texts):
+        return (), f"must be text or a number, not {str(value)[:60]!r}"
+    if how == "boxed":
+        if not all("\\boxed" in text or "\\fbox" in text for text in texts):
+            return (), r"has no \boxed{} answer"
+        texts = [extract(text) for text in texts]
+    elif how == "hashes":
+        if not all("####" in text for text in texts):
+            return (), "has no #### before the answer"
+        texts = [text.rpartition("####")[2].strip() for text in texts]
+    return (tuple(texts), "") if all(texts) else ((), "holds an empty answer")
+
+
+def _text(cell: object) -> str:
+    number = isinstance(cell, int | float) and not isinstance(cell, bool)
+    return str(cell) if number else cell.strip() if isinstance(cell, str) else ""

@@ -1,0 +1,166 @@
+"""A function in processes that can be killed: for work that may hang, crash, or take all memory.
+
+Nothing starts before the first call; threads share the workers. Left out on purpose: time limits by signals, which work
+in a main thread alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from selfroute.errors import TaskError
+
+START_S = 120.0
+"""A worker that has not imported its function after so many seconds is given up."""
+
+RECYCLE_AFTER = 2000
+"""Calls after which a worker is replaced: the caches of what it runs may grow without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a call ended: its result, or why there is none ("" where there is one)."""
+
+    result: Any
+    failure: str = ""
+
+
+class Pool:
+    """Runs one function in up to `size` workers; JSON goes in and comes out.
+
+    Args:
+        path: the function, `package.module:name`.
+        size: most workers.
+        memory_bytes: address space that a worker may take.
+    """
+
+    def __init__(self, path: str, *, size: int, memory_bytes: int = 2 * 2**30) -> None:
+        self.path, self.size, self.memory_bytes = path, size, memory_bytes
+        self._empty()
+        atexit.register(self.close)
+
+    def _empty(self) -> None:
+        self._process = os.getpid()
+        self._free = threading.BoundedSemaphore(self.size)
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._live: set[_Worker] = set()
+
+    def call(self, *arguments: Any, limit_s: float) -> Done:
+        """What the function makes of the arguments, in at most `limit_s` seconds.
+
+        A worker that is late or dies is replaced, and costs this call alone. Waiting for a free worker, or for its
+        start, does not count.
+
+        Raises:
+            TaskError: no worker can be started.
+        """
+        if self._process != os.getpid():
+            # In a fork they are the parent's: talking to them would mix up replies.
+            self._empty()
+        with self._free:
+            worker = self._take()
+            try:
+                done = worker.call(arguments, limit_s)
+            finally:
+                # After a Ctrl-C too: a late reply must not answer the next call.
+                self._give_back(worker)
+        return done
+
+    def close(self) -> None:
+        """Kill all workers; a later call starts anew."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            gone = list(self._live)
+            self._live.clear()
+            self._idle.clear()
+        for worker in gone:
+            worker.kill()
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the workers that live."""
+        with self._lock:
+            return sorted(worker.process.pid for worker in self._live)
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            worker = _Worker(self.path, self.memory_bytes)
+            self._live.add(worker)
+            return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            if worker.usable and worker in self._live:
+                self._idle.append(worker)
+                return
+            self._live.discard(worker)
+        worker.kill()
+
+
+class _Worker:
+    """A process and the line to it; `usable` says whether it may be called again."""
+
+    def __init__(self, path: str, memory_bytes: int) -> None:
+        self.path, self.calls, self.ready, self.usable = path, 0, False, False
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number = str(theirs.fileno())
+            # A session of its own: Ctrl-C at the terminal reaches the parent alone.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "selfroute.tasks.worker", number, path, str(memory_bytes)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # What the parent can import, its workers can.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                start_new_session=True,
+            )
+        self.line = Connection(ours.detach())
+
+    def call(self, arguments: tuple[Any, ...], limit_s: float) -> Done:
+        self.usable = False
+        if not self.ready:
+            self._start()
+        self.calls += 1
+        try:
+            self.line.send_bytes(json.dumps([limit_s, arguments]).encode())
+            if not self.line.poll(limit_s):
+                return Done(None, f"undecided after {limit_s:.3g} s")
+            reply = json.loads(self.line.recv_bytes())
+        except (EOFError, OSError):
+            return Done(None, "undecided: the worker died of it")
+        if "error" in reply:
+            # A lack of memory or of stack may leave it in a bad state.
+            return Done(None, f"undecided: {reply['error']}")
+        self.usable = self.calls < RECYCLE_AFTER
+        return Done(reply["result"])
+
+    def _start(self) -> None:
+        try:
+            if not self.line.poll(START_S):
+                raise TaskError(f"a worker for {self.path} did not start within {START_S:.0f} s")
+            reply = json.loads(self.line.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise TaskError(f"a worker for {self.path} died at its start: is there memory left?") from error
+        if "error" in reply:
+            raise TaskError(f"a worker for {self.path} cannot start: {reply['error']}")
+        self.ready = True
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.line.close()

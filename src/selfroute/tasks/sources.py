@@ -1,0 +1,258 @@
+"""Rows of problems: from JSONL, JSON, CSV and Parquet files, from folders of them, or from the Hugging Face hub.
+
+Local files come first; without a network the hub is given up at once, with a word on how to fetch what is missing.
+Left out on purpose: what the columns mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfroute.errors import TaskError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PARTS = ("train", "test")
+PROBE_S = 10.0
+"""A hub that says nothing for so many seconds is out of reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row and where it stands, such as `test.jsonl:7`; `fault` says why it cannot be read ("" where it can)."""
+
+    place: str
+    values: Mapping[str, Any]
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A data set on the hub: its id, what it calls the parts `train` and `test`, and its configs, all of them read."""
+
+    id: str
+    parts: Mapping[str, str]
+    configs: tuple[str | None, ...] = (None,)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Local files by the part that they hold; those of the part `all` are not divided."""
+
+    parts: Mapping[str, list[Path]] = field(default_factory=dict)
+
+
+def find_files(place: Path, *, divided: bool) -> Files:
+    """The files of a data set at a place: one file, or a folder.
+
+    In a folder, files whose names, or whose folders' names, begin with `train` or `test` are those parts (other names
+    are left alone); where a data set is not `divided`, it is every file.
+
+    Raises:
+        TaskError: there is nothing, or nothing that can be read.
+    """
+    if place.is_file():
+        if place.suffix not in SUFFIXES:
+            raise TaskError(f"cannot read {place.name}: give a {', '.join(SUFFIXES)} file")
+        return Files({"all": [place]})
+    if not place.is_dir():
+        raise TaskError(f"no such file or folder: {place}")
+    found = sorted(file for suffix in SUFFIXES for file in place.rglob(f"*{suffix}"))
+    if not divided:
+        parts = {"all": found} if found else {}
+    else:
+        named = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
+        parts = {part: [f for f in found if any(n.startswith(part) for n in named[f])] for part in PARTS}
+        parts = {part: files for part, files in parts.items() if files}
+    if not parts:
+        wanted = "train.jsonl and test.jsonl, or the like" if divided else f"a {', '.join(SUFFIXES)} file"
+        raise TaskError(f"nothing to read in {place}: it needs {wanted}")
+    return Files(parts)
+
+
+def find_named(folder: Path, name: str) -> Path | None:
+    """`folder/name` with one of the known endings, or a folder of that name; None where there is neither."""
+    for place in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+        if place.is_file() or place.is_dir():
+            return place
+    return None
+
+
+def read_files(files: Sequence[Path]) -> Iterator[Row]:
+    """All rows of some files, one after the other.
+
+    Raises:
+        TaskError: a file as a whole cannot be read.
+    """
+    for file in files:
+        yield from _READERS[file.suffix](file)
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    # A byte-order mark, as some editors write, is not part of the first line.
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                place = f"{file.name}:{number}"
+                try:
+                    yield _row(place, json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    yield Row(place, {}, f"is not JSON: {error}")
+
+
+def _json(file: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{file} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise TaskError(f"{file} must hold a list of objects, not {type(rows).__name__}")
+    for number, values in enumerate(rows, 1):
+        yield _row(f"{file.name}:{number}", values)
+
+
+def _row(place: str, values: object) -> Row:
+    if isinstance(values, dict):
+        return Row(place, values)
+    return Row(place, {}, f"must be an object with columns, not {type(values).__name__}")
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for values in reader:
+                # Cells past the last column, and columns past the last cell.
+                torn = None in values or None in values.values()
+                fault = "has another number of cells than the first line" if torn else ""
+                yield Row(f"{file.name}:{reader.line_num}", values, fault)
+        except csv.Error as error:
+            raise TaskError(f"{file.name} is not CSV after line {reader.line_num}: {error}") from error
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    with _opened(file) as table:
+        number = 0
+        for batch in table.iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{file.name}:{number}", values)
+
+
+def parquet_schema(file: Path) -> Any:
+    """The columns of a Parquet file and their types, as pyarrow's schema.
+
+    Raises:
+        TaskError: it is none.
+    """
+    with _opened(file) as table:
+        return table.schema_arrow
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise TaskError("reading Parquet needs pyarrow: pip install 'selfroute[tasks]'") from error
+    try:
+        with parquet.ParquetFile(file) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise TaskError(f"cannot read {file.name} as Parquet: {error}") from error
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: str) -> Iterator[Row]:
+    """All rows of a part from the first of some hub data sets that is there.
+
+    Args:
+        hubs: the data set and its mirrors, the best first; `revision` is one of the first alone.
+        part: `train` or `test`.
+        revision: a commit, branch or tag; None for the newest.
+        advice: what to do where the hub cannot be reached.
+
+    Raises:
+        TaskError: no network, offline, or none of them is there; says what to fetch, and how.
+    """
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise TaskError(f"the hub needs datasets: pip install 'selfroute[tasks]'. {advice}") from error
+    refused = []
+    for hub in hubs[:1] if revision else hubs:
+        what = describe(hub, part, revision)
+        try:
+            if not _offline():
+                # Asked first, since loading tries a dead network for half a minute.
+                HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S)
+            loaded = [
+                datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=revision)
+                for config in hub.configs
+            ]
+        except (HfHubHTTPError, FileNotFoundError, ValueError) as error:
+            # Not there, not for everybody, or of another layout.
+            refused.append(f"{what}: {_first_line(error)}")
+        except Exception as error:
+            # No network has many names. Offline the cache may hold a mirror.
+            refused.append(f"{what}: {_first_line(error)}")
+            if not _offline():
+                break
+        else:
+            return _hub_rows(hub, loaded)
+    raise TaskError("cannot load from the hub:\n  " + "\n  ".join(refused) + f"\n{advice}")
+
+
+def _hub_rows(hub: Hub, loaded: Sequence[Any]) -> Iterator[Row]:
+    for config, rows in zip(hub.configs, loaded, strict=True):
+        for number, values in enumerate(rows, 1):
+            yield Row(f"{hub.id}{f'/{config}' if config else ''}:{number}", values)
+
+
+def describe(hub: Hub, part: str, revision: str | None) -> str:
+    """A part of a hub data set, in full."""
+    configs = ", ".join(config or "default" for config in hub.configs)
+    return f"{hub.id} (config {configs}, split {hub.parts[part]}, revision {revision or 'newest'})"
+
+
+def export_command(hub: Hub, part: str, revision: str | None, file: str) -> str:
+    """A command for a machine with a network, which writes a part of a data set into a file."""
+    loads = [
+        f"load_dataset({', '.join(map(repr, [hub.id, *([config] if config else [])]))}, split={hub.parts[part]!r}"
+        + (f", revision={revision!r})" if revision else ")")
+        for config in hub.configs
+    ]
+    rows = loads[0] if len(loads) == 1 else f"concatenate_datasets([{', '.join(loads)}])"
+    return f'python -c "from datasets import *; {rows}.to_json({file!r})"'
+
+
+def _offline() -> bool:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE) or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Stop, naming all bad rows.
+
+    Raises:
+        TaskError: there is one.
+    """
+    if faults:
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise TaskError(f"{len(faults)} bad rows:\n  " + "\n  ".join(faults[:10]) + more)
