@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from selfroute.device.base import DeviceConfig, Sampling
-from selfroute.device.hf import HFEngine, uniforms
+from selfroute.device.decode import uniforms
+from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
 from selfroute.errors import DeviceError
 from selfroute.protocol import chat, parse

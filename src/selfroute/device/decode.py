@@ -1,0 +1,188 @@
+"""Rows decoded together, a token at a time.
+
+A problem's prompt runs once for all its responses; finished rows leave the batch. Each response draws its uniforms
+from a stream of its own, named by the caller, so that what it samples does not depend on its batch mates.
+
+Axes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from selfroute.device.base import Sampling
+from selfroute.device.prefix import SharedPrompts
+from selfroute.errors import DivergenceError
+from selfroute.protocol import DecisionPoint, find_decision
+from selfroute.types import Response
+
+if TYPE_CHECKING:
+    from selfroute.device.hf import HFEngine
+
+
+def uniforms(stream: str, count: int) -> np.ndarray:
+    """`count` uniforms in [0, 1) of the stream called `stream` (float64)."""
+    key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+class Decoder:
+    """One batch of rows, decoded together: the state of `HFEngine.generate`."""
+
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        starts: Sequence[list[int]],
+        names: Sequence[str],
+        sampling: Sampling,
+    ) -> None:
+        self.engine, self.sampling = engine, sampling
+        device = engine.model.device
+        rows = len(names)
+        if any(starts):
+            # Rows that begin with tokens of their own share nothing beyond them.
+            prompts = [[*prompts[owner], *start] for owner, start in zip(owners, starts, strict=True)]
+            owners = range(rows)
+        shared = SharedPrompts(engine.model, prompts, engine.pad)
+        index = torch.tensor(list(owners), device=device)
+        self.cache = shared.expand(index)
+        for n, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[n] = _GrowingLayer(layer, sampling.max_tokens)
+        self.mask = shared.mask.index_select(0, index)
+        self.last = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
+        self.alive = torch.arange(rows, device=device)
+        self.tokens: list[list[int]] = [list(start) for start in starts]
+        self.scores: list[dict[int, float]] = [{} for _ in names]
+        # An mps device has no double precision, in which tokens are drawn.
+        exact = "cpu" if device.type == "mps" else device
+        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(exact)
+
+    def run(self, progress: Callable[[int], None] | None) -> list[Response]:
+        model, sampling = self.engine.model, self.sampling
+        ends = torch.tensor(sorted(self.engine.end_tokens), device=model.device)
+        done = torch.zeros(len(self.tokens), dtype=torch.bool, device=model.device)
+        finished = [False] * len(self.tokens)
+        while len(self.alive):
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            logits_BV = model(
+                input_ids=self.last[:, None],
+                attention_mask=self.mask,
+                position_ids=self.mask.sum(-1, keepdim=True) - 1,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+            self.last = self._choose(logits_BV.float(), ~done)
+            rows, chosen, over = self.alive.tolist(), self.last.tolist(), done.tolist()
+            newly = 0
+            for row, token, was_over in zip(rows, chosen, over, strict=True):
+                if not was_over:
+                    self.tokens[row].append(token)
+                    finished[row] = token in self.engine.end_tokens
+                    newly += finished[row] or len(self.tokens[row]) >= sampling.max_tokens
+            lengths = torch.tensor([len(self.tokens[row]) for row in rows], device=model.device)
+            done = done | torch.isin(self.last, ends) | (lengths >= sampling.max_tokens)
+            if progress and newly:
+                progress(newly)
+            # Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows.
+            if int(done.sum()) * 8 >= len(self.alive):
+                keep = (~done).nonzero()[:, 0]
+                self.alive, self.last, self.mask = self.alive[keep], self.last[keep], self.mask[keep]
+                done = done[keep]
+                if len(keep):
+                    for layer in self.cache.layers:
+                        layer.reorder_cache(keep)
+        return [self._response(row, finished[row]) for row in range(len(self.tokens))]
+
+    def _choose(self, logits_BV: Tensor, live_B: Tensor) -> Tensor:
+        """The next token of each row, (B,). Decisions follow `sampling.decide` and the dial."""
+        sampling = self.sampling
+        rows = self.alive.tolist()
+        # Rows that stand at a decision point, under each form of it.
+        deciding: list[tuple[DecisionPoint, list[int]]] = []
+        for point in self.engine.points:
+            if point.prefix:
+                here = [b for b, row in enumerate(rows) if point.ends(self.tokens[row])]
+                if here:
+                    deciding.append((point, here))
+            else:
+                deciding.append((point, list(range(len(rows)))))
+        pairs = [(point, here, (logits_BV[here, point.help] - logits_BV[here, point.answer]).tolist())
+                 for point, here in deciding]  # fmt: skip
+        if sampling.forbid_help:
+            for point, here, _ in pairs:
+                logits_BV[here, point.help] = -torch.inf
+        if not torch.isfinite(logits_BV.logsumexp(-1)).all():
+            raise DivergenceError("the model's logits are not finite")
+        if sampling.temperature == 0:
+            token_B = logits_BV.argmax(-1)
+        else:
+            exact = self.uniforms.device
+            probability_BV = torch.softmax(logits_BV.to(exact).double() / sampling.temperature, dim=-1)
+            step = torch.tensor([len(self.tokens[row]) for row in rows], device=exact)
+            draw_B = self.uniforms[self.alive.to(exact), step.clamp_max(self.uniforms.shape[1] - 1)]
+            cumulative_BV = probability_BV.cumsum(-1)
+            draw_B = draw_B * cumulative_BV[:, -1]
+            token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
+            token_B = token_B.clamp_max(logits_BV.shape[-1] - 1).to(logits_BV.device)
+        for point, here, scores in pairs:
+            for b, score in zip(here, scores, strict=True):
+                row, token = rows[b], int(token_B[b])
+                if token not in (point.help, point.answer) or not live_B[b]:
+                    continue
+                self.scores[row][len(self.tokens[row])] = score
+                if not sampling.forbid_help and sampling.decide == "threshold":
+                    token_B[b] = point.help if score + sampling.bias > 0 else point.answer
+        return token_B
+
+    def _response(self, row: int, finished: bool) -> Response:
+        ids = self.tokens[row]
+        found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
+        index = found[0] if found else None
+        score = self.scores[row].get(index) if index is not None else None
+        return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy with room for more positions, which are not cleared: nothing reads them before they are written."""
+    *outer, length, width = x.shape
+    roomy = x.new_empty((*outer, length + room, width))
+    roomy[..., :length, :] = x
+    return roomy
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer with room for the whole response, written in place: no copy of the cache a token."""
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.keys.shape[-2]
+        self._keys, self._values = (_with_room(x, room) for x in (layer.keys, layer.values))
+        self._view()
+
+    def _view(self) -> None:
+        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        end = self.length + key_states.shape[-2]
+        self._keys[..., self.length : end, :] = key_states
+        self._values[..., self.length : end, :] = value_states
+        self.length = end
+        self._view()
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._keys, self._values = self._keys.index_select(0, beam_idx), self._values.index_select(0, beam_idx)
+        self._view()
