@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA, Sampling
-from selfroute.device.decode import Decoder
+from selfroute.device.decode import Decoder, steps_for
 from selfroute.errors import DeviceError
 from selfroute.protocol import DecisionPoint, decision_points
 from selfroute.types import Message, Response
@@ -30,8 +30,16 @@ from selfroute.types import Message, Response
 class HFEngine:
     """A model and its tokenizer; `generate` samples, `model` is what training updates."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        thinking: bool = False,
+        graphs: bool = True,
+    ) -> None:
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
+        self.steps = steps_for(model, graphs=graphs)
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -64,7 +72,7 @@ class HFEngine:
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
         model = _with_adapter(model, where, config.lora).eval().to(device)
-        return cls(model, tokenizer, thinking=config.thinking)
+        return cls(model, tokenizer, thinking=config.thinking, graphs=config.graphs)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins.
