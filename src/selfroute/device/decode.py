@@ -65,6 +65,7 @@ class Decoder:
         owners: Sequence[int],
         starts: Sequence[list[int]],
         names: Sequence[str],
+        limits: Sequence[int],
         sampling: Sampling,
     ) -> None:
         self.engine, self.sampling = engine, sampling
@@ -81,6 +82,7 @@ class Decoder:
         self.alive_B = torch.arange(rows, device=device)
         self.over_B = torch.zeros(rows, dtype=torch.bool, device=device)
         self.count_B = torch.tensor([len(start) for start in starts], device=device)
+        self.limit_B = torch.tensor(list(limits), device=device)
         self.ends = torch.tensor(sorted(engine.end_tokens), device=device)
         self.draws = Draws(names, sampling.max_tokens, device)
         self.scores: list[dict[int, float]] = [{} for _ in names]
@@ -117,8 +119,8 @@ class Decoder:
                 # Those that go on first, in their order.
                 keep = self.over_B.byte().argsort(stable=True)[:size]
                 self.steps.keep(keep)
-                self.alive_B, self.last_B, self.count_B = self.alive_B[keep], self.last_B[keep], self.count_B[keep]
-                self.over_B = self.over_B[keep]
+                self.alive_B, self.last_B, self.over_B = self.alive_B[keep], self.last_B[keep], self.over_B[keep]
+                self.count_B, self.limit_B = self.count_B[keep], self.limit_B[keep]
                 over -= rows - size
             rows = size
         return [self._response(row, tokens) for row, tokens in enumerate(self.tokens_RT.tolist())]
@@ -129,7 +131,7 @@ class Decoder:
         column_B = torch.where(self.over_B, columns - 1, self.count_B + len(self.window_N))
         self.tokens_RT[self.alive_B, column_B] = token_B
         self.count_B += ~self.over_B
-        self.over_B |= torch.isin(token_B, self.ends) | (self.count_B >= self.sampling.max_tokens)
+        self.over_B |= torch.isin(token_B, self.ends) | (self.count_B >= self.limit_B)
         self.last_B = token_B
 
     def _choose(self, logits_BV: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class HFEngine:
         sampling: Sampling,
         *,
         starts: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Response]]:
         """Sample `len(streams[p])` responses for each prompt; a stream's name fixes that response's randomness.
@@ -110,6 +111,7 @@ class HFEngine:
             streams: for each prompt, a name for each response.
             sampling: temperature, limits, and what may be decided.
             starts: for each prompt, tokens that its responses begin with (they count towards `max_tokens`).
+            limits: for each prompt, a token limit of each response, up to `max_tokens`.
             progress: called with the number of responses that finished since the last call.
 
         Returns:
@@ -125,13 +127,14 @@ class HFEngine:
             counts = [len(s) for s in streams]
             names = [name for group in streams for name in group]
             owners = [p for p, count in enumerate(counts) for _ in range(count)]
+            most = [n for group in limits for n in group] if limits else [sampling.max_tokens] * len(names)
             for begin in range(0, len(names), sampling.batch_size):
                 part = slice(begin, begin + sampling.batch_size)
                 first = owners[part][0]
                 used = prompts[first : owners[part][-1] + 1]
                 begins = [list(starts[p]) if starts else [] for p in owners[part]]
                 local = [p - first for p in owners[part]]
-                flat += Decoder(self, used, local, begins, names[part], sampling).run(progress)
+                flat += Decoder(self, used, local, begins, names[part], most[part], sampling).run(progress)
         finally:
             self.model.train(was_training)
         groups, position = [], 0

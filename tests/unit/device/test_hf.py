@@ -152,6 +152,17 @@ def test_the_token_limit_cuts(engine: HFEngine) -> None:
     assert sum(done) == 12
 
 
+def test_a_response_may_have_a_limit_of_its_own(engine: HFEngine) -> None:
+    prompts = [engine.encode(chat(text)) for text in ("1 + 1", "2 + 2")]
+    streams = [["a", "b"], ["c", "d"]]
+    [[a, b], [c, d]] = engine.generate(prompts, streams, Sampling(max_tokens=30), limits=[[4, 30], [30, 3]])
+    [[whole, same], [other, long]] = engine.generate(prompts, streams, Sampling(max_tokens=30))
+    assert min(len(whole.token_ids), len(long.token_ids)) > 4
+    assert (a.token_ids, a.finished) == (whole.token_ids[:4], False)
+    assert (d.token_ids, d.finished) == (long.token_ids[:3], False)
+    assert (b, c) == (same, other)
+
+
 def test_shared_prompts_give_the_plain_gradient(engine: HFEngine) -> None:
     exact = double(engine)
     model, ids = exact.model, [p[: len(p) - 3 * n] for n, p in enumerate(prompts(engine)[:3])]
