@@ -32,4 +32,4 @@ def test_all_sides_run_in_turn(tmp_path: Path) -> None:
     assert sides["half_kept"]["seconds"]["median"] < sides["all_kept"]["seconds"]["max"]
     assert work["problems"] * work["responses"] == 64
     # A warm-up round, and two that count.
-    assert done.stdout.count("trl_grpo ") == 3
+    assert done.stdout.count("/2 trl_grpo ") == 3
