@@ -15,6 +15,7 @@ Axes: B rows, T tokens, L positions in the buffers, V vocabulary.
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -129,9 +130,9 @@ class StaticSteps:
         return logits_BTV[:, -1]
 
     def _aside(self) -> Tensor:
-        """A step on a stream of its own, as capturing wants it before."""
+        """A step on the stream that will capture the next."""
         device = self.slot.device
-        side = torch.cuda.Stream(device)
+        side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             logits_BV = self._step()
@@ -139,12 +140,12 @@ class StaticSteps:
         return logits_BV
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self.slot.device
         try:
             # Other threads may use the GPU meanwhile, such as the one that watches over the processes' messages.
             with (
-                torch.cuda.device(self.slot.device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, stream=_side_stream(device), capture_error_mode="thread_local"),
             ):
                 self._logits_BV = self._step()
         except torch.OutOfMemoryError:
@@ -155,6 +156,12 @@ class StaticSteps:
                 "(device.graphs=false decodes without)"
             ) from error
         return graph
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all batches: matrix products keep a workspace for each stream that they ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def _moved(x: Tensor, rows_B: Tensor) -> Tensor:
