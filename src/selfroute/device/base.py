@@ -31,6 +31,8 @@ class DeviceConfig(Config):
     """Where it runs; `auto` takes the first of these that is there."""
     lora: LoRA | None = None
     """Adapters to train; None trains every weight."""
+    graphs: bool = True
+    """On a CUDA GPU, decode by replaying captured graphs where the model allows it; false where capturing fails."""
     thinking: bool = False
     """Whether a model whose chat template can think before it answers (Qwen3, SmolLM3) does."""
 

@@ -1,42 +1,45 @@
 """The in-process engine: any Hugging Face causal LM, sampled with one prefill a problem.
 
-A problem's prompt runs once for all its responses; finished rows leave the batch. Each response draws its uniforms
-from a stream of its own, named by the caller, so that what it samples does not depend on its batch mates. Left out on
-purpose: beams, top-k and top-p (training needs the model's own distribution).
+How rows are decoded together is in `decode`. Left out on purpose: beams, top-k and top-p (training needs the model's
+own distribution).
 
-Axes: P prompts, G responses, B rows, T tokens, V vocabulary.
+Axes: P prompts, G responses.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA, Sampling
-from selfroute.device.prefix import SharedPrompts
-from selfroute.errors import DeviceError, DivergenceError
-from selfroute.protocol import DecisionPoint, decision_points, find_decision
+from selfroute.device.decode import Decoder, steps_for
+from selfroute.errors import DeviceError
+from selfroute.protocol import DecisionPoint, decision_points
 from selfroute.types import Message, Response
 
 
 class HFEngine:
     """A model and its tokenizer; `generate` samples, `model` is what training updates."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        thinking: bool = False,
+        graphs: bool = True,
+    ) -> None:
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
+        self.steps = steps_for(model, graphs=graphs)
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -69,7 +72,7 @@ class HFEngine:
                 f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
             ) from error
         model = _with_adapter(model, where, config.lora).eval().to(device)
-        return cls(model, tokenizer, thinking=config.thinking)
+        return cls(model, tokenizer, thinking=config.thinking, graphs=config.graphs)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids, up to where the response begins.
@@ -131,7 +134,7 @@ class HFEngine:
                 used = prompts[first : owners[part][-1] + 1]
                 begins = [list(starts[p]) if starts else [] for p in owners[part]]
                 local = [p - first for p in owners[part]]
-                flat += _Decoder(self, used, local, begins, names[part], most[part], sampling).run(progress)
+                flat += Decoder(self, used, local, begins, names[part], most[part], sampling).run(progress)
         finally:
             self.model.train(was_training)
         groups, position = [], 0
@@ -208,168 +211,6 @@ def _with_adapter(model: PreTrainedModel, where: str, lora: LoRA | None) -> PreT
                 return peft.get_peft_model(model, settings)
         except (ValueError, RuntimeError) as error:
             raise DeviceError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
-
-
-def uniforms(stream: str, count: int) -> np.ndarray:
-    """`count` uniforms in [0, 1) of the stream called `stream` (float64)."""
-    key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-class _Decoder:
-    """One batch of rows, decoded together: the state of `HFEngine.generate`."""
-
-    def __init__(
-        self,
-        engine: HFEngine,
-        prompts: Sequence[Sequence[int]],
-        owners: Sequence[int],
-        starts: Sequence[list[int]],
-        names: Sequence[str],
-        limits: Sequence[int],
-        sampling: Sampling,
-    ) -> None:
-        self.engine, self.limits, self.sampling = engine, limits, sampling
-        device = engine.model.device
-        rows = len(names)
-        if any(starts):
-            # Rows that begin with tokens of their own share nothing beyond them.
-            prompts = [[*prompts[owner], *start] for owner, start in zip(owners, starts, strict=True)]
-            owners = range(rows)
-        shared = SharedPrompts(engine.model, prompts, engine.pad)
-        index = torch.tensor(list(owners), device=device)
-        self.cache = shared.expand(index)
-        for n, layer in enumerate(self.cache.layers):
-            if type(layer) is DynamicLayer:
-                self.cache.layers[n] = _GrowingLayer(layer, sampling.max_tokens)
-        self.mask = shared.mask.index_select(0, index)
-        self.last = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
-        self.alive = torch.arange(rows, device=device)
-        self.tokens: list[list[int]] = [list(start) for start in starts]
-        self.scores: list[dict[int, float]] = [{} for _ in names]
-        # An mps device has no double precision, in which tokens are drawn.
-        exact = "cpu" if device.type == "mps" else device
-        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(exact)
-
-    def run(self, progress: Callable[[int], None] | None) -> list[Response]:
-        model = self.engine.model
-        ends = torch.tensor(sorted(self.engine.end_tokens), device=model.device)
-        done = torch.zeros(len(self.tokens), dtype=torch.bool, device=model.device)
-        finished = [False] * len(self.tokens)
-        while len(self.alive):
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-            logits_BV = model(
-                input_ids=self.last[:, None],
-                attention_mask=self.mask,
-                position_ids=self.mask.sum(-1, keepdim=True) - 1,
-                past_key_values=self.cache,
-                use_cache=True,
-            ).logits[:, -1]
-            self.last = self._choose(logits_BV.float(), ~done)
-            rows, chosen, over = self.alive.tolist(), self.last.tolist(), done.tolist()
-            newly = 0
-            for row, token, was_over in zip(rows, chosen, over, strict=True):
-                if not was_over:
-                    self.tokens[row].append(token)
-                    finished[row] = token in self.engine.end_tokens
-                    newly += finished[row] or len(self.tokens[row]) >= self.limits[row]
-            full = [len(self.tokens[row]) >= self.limits[row] for row in rows]
-            done = done | torch.isin(self.last, ends) | torch.tensor(full, device=model.device)
-            if progress and newly:
-                progress(newly)
-            # Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows.
-            if int(done.sum()) * 8 >= len(self.alive):
-                keep = (~done).nonzero()[:, 0]
-                self.alive, self.last, self.mask = self.alive[keep], self.last[keep], self.mask[keep]
-                done = done[keep]
-                if len(keep):
-                    for layer in self.cache.layers:
-                        layer.reorder_cache(keep)
-        return [self._response(row, finished[row]) for row in range(len(self.tokens))]
-
-    def _choose(self, logits_BV: Tensor, live_B: Tensor) -> Tensor:
-        """The next token of each row, (B,). Decisions follow `sampling.decide` and the dial."""
-        sampling = self.sampling
-        rows = self.alive.tolist()
-        # Rows that stand at a decision point, under each form of it.
-        deciding: list[tuple[DecisionPoint, list[int]]] = []
-        for point in self.engine.points:
-            if point.prefix:
-                here = [b for b, row in enumerate(rows) if point.ends(self.tokens[row])]
-                if here:
-                    deciding.append((point, here))
-            else:
-                deciding.append((point, list(range(len(rows)))))
-        pairs = [(point, here, (logits_BV[here, point.help] - logits_BV[here, point.answer]).tolist())
-                 for point, here in deciding]  # fmt: skip
-        if sampling.forbid_help:
-            for point, here, _ in pairs:
-                logits_BV[here, point.help] = -torch.inf
-        if not torch.isfinite(logits_BV.logsumexp(-1)).all():
-            raise DivergenceError("the model's logits are not finite")
-        if sampling.temperature == 0:
-            token_B = logits_BV.argmax(-1)
-        else:
-            exact = self.uniforms.device
-            probability_BV = torch.softmax(logits_BV.to(exact).double() / sampling.temperature, dim=-1)
-            step = torch.tensor([len(self.tokens[row]) for row in rows], device=exact)
-            draw_B = self.uniforms[self.alive.to(exact), step.clamp_max(self.uniforms.shape[1] - 1)]
-            cumulative_BV = probability_BV.cumsum(-1)
-            draw_B = draw_B * cumulative_BV[:, -1]
-            token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
-            token_B = token_B.clamp_max(logits_BV.shape[-1] - 1).to(logits_BV.device)
-        for point, here, scores in pairs:
-            for b, score in zip(here, scores, strict=True):
-                row, token = rows[b], int(token_B[b])
-                if token not in (point.help, point.answer) or not live_B[b]:
-                    continue
-                self.scores[row][len(self.tokens[row])] = score
-                if not sampling.forbid_help and sampling.decide == "threshold":
-                    token_B[b] = point.help if score + sampling.bias > 0 else point.answer
-        return token_B
-
-    def _response(self, row: int, finished: bool) -> Response:
-        ids = self.tokens[row]
-        found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
-        index = found[0] if found else None
-        score = self.scores[row].get(index) if index is not None else None
-        return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
-
-
-def _with_room(x: Tensor, room: int) -> Tensor:
-    """A copy with room for more positions, which are not cleared: nothing reads them before they are written."""
-    *outer, length, width = x.shape
-    roomy = x.new_empty((*outer, length + room, width))
-    roomy[..., :length, :] = x
-    return roomy
-
-
-class _GrowingLayer(DynamicLayer):
-    """A cache layer with room for the whole response, written in place: no copy of the cache a token."""
-
-    def __init__(self, layer: DynamicLayer, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.length = layer.keys.shape[-2]
-        self._keys, self._values = (_with_room(x, room) for x in (layer.keys, layer.values))
-        self._view()
-
-    def _view(self) -> None:
-        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[-2]
-        self._keys[..., self.length : end, :] = key_states
-        self._values[..., self.length : end, :] = value_states
-        self.length = end
-        self._view()
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._keys, self._values = self._keys.index_select(0, beam_idx), self._values.index_select(0, beam_idx)
-        self._view()
 
 
 def shipped_models() -> list[str]:

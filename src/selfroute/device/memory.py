@@ -97,8 +97,8 @@ def estimate(
     kept = 6 * shape.hidden_size + keys_values + 4 * inner
     layers = shape.num_hidden_layers
     token = layers * shape.hidden_size + kept if recompute else layers * kept
-    # Tokens are drawn in double precision: the probabilities and their running sum.
-    drawn = responses * shape.vocab_size * (4 + 8 + 8)
+    # Tokens are drawn in double precision.
+    drawn = responses * shape.vocab_size * (4 + 8)
     updated = 3 * 4 * min(MAX_LOGITS, micro_batch_tokens * shape.vocab_size)
     return Memory(
         weights=weights * width + adapters,
