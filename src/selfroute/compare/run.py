@@ -25,7 +25,8 @@ from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
 from selfroute.compare.rows import ASK_FIRST, VERSION, Record, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
-from selfroute.device.hf import HFEngine, model_path
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import model_path
 from selfroute.errors import DivergenceError, RunError
 from selfroute.evaluate.run import Outcome, calibration_responses, columns, evaluate, judge, solve_shares
 from selfroute.evaluate.summary import training

@@ -22,7 +22,8 @@ import torch
 from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud, Spent
 from selfroute.device.head import Head
-from selfroute.device.hf import HFEngine, place
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import place
 from selfroute.errors import DivergenceError, TrainingError
 from selfroute.protocol import chat
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records

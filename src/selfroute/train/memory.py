@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from selfroute.device.hf import place
+from selfroute.device.load import place
 from selfroute.device.memory import Memory, estimate, free_memory, gigabytes
 from selfroute.errors import DeviceError
 from selfroute.train.config import TrainConfig
@@ -40,6 +40,13 @@ def check_memory(config: TrainConfig) -> None:
     if needed.held > free:
         raise DeviceError(
             f"not enough memory: weights, gradients and the optimizer take {gigabytes(needed.held)} of "
-            f"{gigabytes(free)} that are free"
-            + ("" if config.device.lora else " (device.lora={} trains adapters alone)")
+            f"{gigabytes(free)} that are free" + _SMALLER[bool(config.device.lora) + bool(config.device.quantize)]
         )
+
+
+_SMALLER = (
+    " (device.lora={} trains adapters alone)",
+    " (device.quantize=4bit loads the weights below the adapters in 4 bits)",
+    "",
+)
+"""The way out for every weight, for adapters, and for adapters on 4-bit weights."""
