@@ -132,7 +132,8 @@ def test_adapters_on_4_bit_weights_have_the_gradient_of_the_same_weights_in_full
     assert_the_gradient_of_whole_sequences(full.model, prompts, rows, full.pad, close=1e-3)
     for (name, rough), exact in zip(quantized.model.named_parameters(), full.model.parameters(), strict=True):
         if rough.requires_grad:
-            assert rough.grad is not None and exact.grad is not None
+            assert rough.grad is not None
+            assert exact.grad is not None
             assert torch.allclose(rough.grad, exact.grad, atol=1e-3 * float(exact.grad.abs().max())), name
 
 
