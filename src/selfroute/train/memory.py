@@ -16,13 +16,22 @@ def memory(config: TrainConfig) -> tuple[Memory, int]:
     Raises:
         DeviceError: the model's config cannot be read.
     """
-    needed = estimate(
-        config.device,
-        responses=min(config.sampling.batch_size, config.problems_per_step * config.num_responses),
-        prompts=config.problems_per_step,
-        max_tokens=config.sampling.max_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
-        recompute=config.gradient_checkpointing,
+    drawn = [(min(config.sampling.batch_size, config.problems_per_step * config.num_responses), config.sampling)]
+    if config.evaluation.every:
+        drawn.append((config.evaluation.batch_size, config.evaluation))
+    needed = max(
+        (
+            estimate(
+                config.device,
+                responses=responses,
+                prompts=config.problems_per_step,
+                max_tokens=sampling.max_tokens,
+                micro_batch_tokens=config.micro_batch_tokens,
+                recompute=config.gradient_checkpointing,
+            )
+            for responses, sampling in drawn
+        ),
+        key=lambda found: found.peak,
     )
     free = free_memory(config.device)
     # Processes on one machine's processor share its memory.

@@ -63,6 +63,8 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
     """
     if config.sampling.forbid_help:
         raise ConfigError("TRL's rollouts cannot forbid help: set sampling.forbid_help=false")
+    if config.evaluation.every:
+        raise ConfigError("no best checkpoint is kept through TRL: set evaluation.every=0")
     if config.device.quantize:
         raise ConfigError("4-bit weights are not trained through TRL: set device.quantize to nothing")
     if config.device.dtype == "float16":
