@@ -26,6 +26,10 @@ from selfroute.errors import DeviceError, DivergenceError
 from selfroute.protocol import DecisionPoint, decision_points, find_decision
 from selfroute.types import Message, Response
 
+SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Set before a chat template that tells the date (Llama 3.2, SmolLM3): a run that goes on tomorrow has the same prompts.
+The day is Llama 3.2's own for want of a clock."""
+
 
 class HFEngine:
     """A model and its tokenizer; `generate` samples, `model` is what training updates."""
@@ -58,12 +62,14 @@ class HFEngine:
         Raises:
             DeviceError: the chat template refuses the messages.
         """
+        template = self.tokenizer.get_chat_template()
         text = self.tokenizer.apply_chat_template(
             accepted(self.tokenizer, messages),
             tokenize=False,
             add_generation_prompt=True,
             # Templates of models that do not think leave it unread.
             enable_thinking=self.thinking,
+            chat_template=SAME_DAY + template if "strftime_now" in template else template,
         )
         return list(self.tokenizer.encode(str(text), add_special_tokens=False))
 
