@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 TASK = {"digits_max": 2, "train": 4, "calibration": 30, "test": 10}
 SETTINGS = [
     "task.name=addition", *(f"task.{key}={value}" for key, value in TASK.items()), "steps=2", "problems_per_step=4",
-    "num_responses=8", "checkpoint_every=1", "lr=1e-3", "sampling.max_tokens=24", "evaluation.max_tokens=24",
+    "num_responses=8", "checkpoint_every=1", "lr=1e-3", "sampling.max_tokens=40", "evaluation.max_tokens=40",
 ]  # fmt: skip
 WAYS = {
     "every weight": [],

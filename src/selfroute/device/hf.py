@@ -27,8 +27,8 @@ from selfroute.protocol import DecisionPoint, decision_points, find_decision
 from selfroute.types import Message, Response
 
 SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-"""Set before a chat template that tells the date (Llama 3.2, SmolLM3): a run that goes on tomorrow has the same prompts.
-The day is Llama 3.2's own for want of a clock."""
+"""Set before a chat template that tells the date (Llama 3.2, SmolLM3), so that a run that goes on tomorrow has the same
+prompts. The day is Llama 3.2's own for want of a clock."""
 
 
 class HFEngine:
