@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,37 @@ def test_the_best_and_the_newest_stay(run_dir: Path, scores: tuple[float, ...], 
     assert names(run_dir) == kept
     assert best_checkpoint(run_dir) == run_dir / "checkpoints" / kept[0]
     assert state(run_dir)["scores"] == dict(zip(("step-000002", "step-000004", "step-000005"), scores, strict=True))
+
+
+def test_without_rating_the_newest_stay(run_dir: Path) -> None:
+    unrated = {**SETTINGS, "evaluation": {"max_tokens": 60}, "checkpoint_every": 1, "keep_checkpoints": 2}
+    train(config(**unrated), run_dir)
+    assert names(run_dir) == ["step-000004", "step-000005"]
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file over 1 MB can be written, which is refused as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_neither_the_newest_nor_the_best(whole: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    killed_in_rating(cut, 2)
+    assert names(cut) == ["step-000002", "step-000004"]
+    with small_disk(), pytest.raises(TrainingError, match=r"cannot save a checkpoint .*free some space"):
+        train(config(**SETTINGS), cut, resume=True, rate=by_weights)
+    # Step 4 is rated now; step 5 could not be saved.
+    assert names(cut) == sorted({"step-000004", best_checkpoint(cut).name})  # type: ignore[union-attr]
+    assert not list((cut / "checkpoints").glob(".building-*"))
+    train(config(**SETTINGS), cut, resume=True, rate=by_weights)
+    assert state(cut) == state(whole)
+    assert metrics(cut) == metrics(whole)
 
 
 def test_rating_changes_neither_weights_nor_metrics_nor_what_training_paid(tmp_path: Path) -> None:
