@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute.config import load as load_config
 from selfroute.config import names, resolve, validate
 from selfroute.errors import ConfigError, RunError, SelfrouteError
-from selfroute.records import checkpoints, lock_run, read_json, read_records, write_json, write_records
-from selfroute.tasks import TASKS
+from selfroute.records import (
+    best_checkpoint,
+    checkpoints,
+    lock_run,
+    read_json,
+    read_records,
+    results,
+    write_json,
+    write_records,
+)
+from selfroute.tasks import TASKS, Task
 from selfroute.train.config import TrainConfig, whole
-from selfroute.types import HelpCall, Progress, Route
+from selfroute.types import Progress
 
 if TYPE_CHECKING:
     from selfroute.cloud.memory import Cloud
     from selfroute.compare.config import CompareConfig
     from selfroute.device.base import Sampling
     from selfroute.device.hf import HFEngine
+    from selfroute.evaluate.pair import Pair
     from selfroute.evaluate.run import Outcome
     from selfroute.train.progress import StepRecord
     from selfroute.train.warmstart import WarmstartConfig
@@ -60,13 +69,31 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[StepRecord], None] = lambda record: None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Post-train a device model into the run directory `out`; returns the last checkpoint."""
+    """Post-train a device model into the run directory `out`; returns the last checkpoint.
+
+    `progress` is told of the evaluations that keep the best checkpoint (`evaluation.every`).
+    """
     resolved = load_train_config(config) if isinstance(config, str) else whole(config)
     with _needs("train"):
+        from selfroute.evaluate.validation import validation
         from selfroute.train import loop
 
-        return loop.train(resolved, Path(out), resume=resume, report=report)
+        def rate(engine: HFEngine, task: Task, cloud: Cloud) -> float:
+            return validation(
+                engine,
+                task,
+                cloud,
+                sampling=resolved.evaluation,
+                seed=resolved.seed,
+                budget=resolved.budget,
+                # A cloud that earns nothing is never asked.
+                alone=resolved.reward.cloud == 0,
+                progress=_under("rate the checkpoint", progress),
+            )
+
+        return loop.train(resolved, Path(out), resume=resume, report=report, rate=rate)
 
 
 def memory(config: TrainConfig) -> str:
@@ -128,16 +155,21 @@ def run_config(run: Path) -> TrainConfig:
     return validate(TrainConfig, origin["config"], str(run / "run.json"))
 
 
-def checkpoint_name(run: Path) -> str:
-    """The newest checkpoint of a run, by name.
+def checkpoint_name(run: Path, *, best: bool = False) -> str:
+    """The newest checkpoint of a run, or the best that was kept, by name.
 
     Raises:
-        RunError: there is none yet.
+        RunError: there is none yet, or no best one was kept.
     """
     saved = checkpoints(run)
     if not saved:
         raise RunError(f"{run} has no checkpoint yet: finish the training with --resume")
-    return saved[-1].name
+    if not best:
+        return saved[-1].name
+    kept = best_checkpoint(run)
+    if kept is None:
+        raise RunError(f"{run} keeps no best checkpoint: train with evaluation.every=25, or go without --best")
+    return kept.name
 
 
 def _engine(run: Path, config: TrainConfig, checkpoint: str | None) -> HFEngine:
@@ -155,31 +187,39 @@ def _cloud(config: TrainConfig, memory: Path) -> Cloud:
     return Cloud(make_cloud(config.cloud), memory)
 
 
-def evaluation_name(budget: float | None, untrained: bool) -> str:
+def evaluation_name(budget: float | None, untrained: bool, best: bool = False) -> str:
     """Where an evaluation lives under RUN/evaluations: `before`, `after`, or `budget-0.3`."""
     if untrained and budget is not None:
         raise ConfigError("an untrained model has no dial: it is calibrated on the trained one")
+    if untrained and best:
+        raise ConfigError("the untrained model is no checkpoint: give --before or --best")
     return "before" if untrained else "after" if budget is None else f"budget-{budget:g}"
 
 
 def evaluate(
-    run: str | Path, *, budget: float | None = None, untrained: bool = False, progress: Progress | None = None
+    run: str | Path,
+    *,
+    budget: float | None = None,
+    untrained: bool = False,
+    best: bool = False,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Evaluate a run's device model with its cloud on the test problems; the records go to RUN/evaluations.
 
     With a budget the dial is set as `calibrate` found it, and decisions follow it; without, the model's own decisions
-    are sampled. `untrained` evaluates the model that the run started from.
+    are sampled. `untrained` evaluates the model that the run started from, `best` the best checkpoint that was kept,
+    whose records go to RUN/best/evaluations.
 
     Raises:
-        RunError: not a run, no checkpoint yet, or not calibrated for this budget.
+        RunError: not a run, no such checkpoint, or not calibrated for this budget.
         CloudError: the cloud failed; what it answered is kept.
     """
     run = Path(run)
     config = run_config(run)
-    name = evaluation_name(budget, untrained)
-    sampling = config.evaluation if budget is None else turned(config.evaluation, run, budget)
+    name = evaluation_name(budget, untrained, best)
+    sampling = config.evaluation if budget is None else turned(config.evaluation, run, budget, best=best)
     # Read once: a training run may save another one meanwhile.
-    checkpoint = None if untrained else checkpoint_name(run)
+    checkpoint = None if untrained else checkpoint_name(run, best=best)
     engine = _engine(run, config, checkpoint)
     from selfroute.evaluate import run as evaluation
     from selfroute.tasks import make_task
@@ -198,7 +238,7 @@ def evaluate(
         )
     finally:
         cloud.close()
-    folder = run / "evaluations" / name
+    folder = results(run, best=best) / "evaluations" / name
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(
         folder / "evaluation.json",
@@ -207,13 +247,13 @@ def evaluate(
     return outcomes
 
 
-def benchmark(run: str | Path, changes: Sequence[str], *, budget: float | None = None) -> Path:
+def benchmark(run: str | Path, changes: Sequence[str], *, budget: float | None = None, best: bool = False) -> Path:
     """A run directory inside a run: its model, calibrated for `budget`, and other problems (`task.dataset=aime24`)."""
     from selfroute.evaluate import benchmark as other
 
     config = run_config(Path(run))
     if budget is not None:
-        turned(config.evaluation, Path(run), budget)
+        turned(config.evaluation, Path(run), budget, best=best)
     return other.benchmark(Path(run), config, changes)
 
 
@@ -221,16 +261,22 @@ def _under(name: str, progress: Progress | None) -> Progress:
     return lambda what, done, total: progress(f"{name}, {what}", done, total) if progress else None
 
 
-def calibrate(run: str | Path, budget: float, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Find the dial's bias for a budget on the calibration split, without the cloud; kept in RUN/calibration.json."""
+def calibrate(
+    run: str | Path, budget: float, *, best: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Find the dial's bias for a budget on the calibration split, without the cloud.
+
+    It is kept in RUN/calibration.json, for the best checkpoint in RUN/best/calibration.json.
+    """
     from selfroute.evaluate.calibrate import calibrate as find
     from selfroute.evaluate.calibrate import check_budget
 
     run = Path(run)
     check_budget(budget)
     config = run_config(run)
-    checkpoint = checkpoint_name(run)
-    file, records = run / "calibration.json", run / "evaluations" / "calibration" / "records.jsonl"
+    checkpoint = checkpoint_name(run, best=best)
+    folder = results(run, best=best)
+    file, records = folder / "calibration.json", folder / "evaluations" / "calibration" / "records.jsonl"
     known = read_json(file) if file.is_file() else {}
     if known.get("checkpoint") != checkpoint or not records.is_file():
         engine = _engine(run, config, checkpoint)
@@ -254,101 +300,44 @@ def calibrate(run: str | Path, budget: float, *, progress: Progress | None = Non
     return setting
 
 
-def turned(sampling: Sampling, run: Path, budget: float) -> Sampling:
+def turned(sampling: Sampling, run: Path, budget: float, *, best: bool = False) -> Sampling:
     """Sampling with the dial set for a budget, as `calibrate` found it.
 
     Raises:
         RunError: it was not run for this budget, or the model has changed since.
     """
-    file = run / "calibration.json"
+    file = results(run, best=best) / "calibration.json"
     known = read_json(file) if file.is_file() else {"budgets": {}}
     setting: dict[str, Any] | None = known["budgets"].get(f"{budget:g}")
-    if setting is None or known["checkpoint"] != checkpoint_name(run):
-        raise RunError(f"{run} is not calibrated for this budget: selfroute calibrate {run} --budget {budget:g}")
+    if setting is None or known["checkpoint"] != checkpoint_name(run, best=best):
+        command = f"selfroute calibrate {run} --budget {budget:g}{' --best' if best else ''}"
+        raise RunError(f"{run} is not calibrated for this budget: {command}")
     return sampling.model_copy(update={"decide": "threshold", "bias": setting["bias"]})
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer of the pair to one question."""
-
-    question: str
-    reasoning: str
-    route: Route
-    score: float | None
-    answer: str | None
-    correct: bool
-    reason: str
-    cost_usd: float
-    device_tokens: int
-    seconds: float
-
-
-class Pair:
-    """A device model and its cloud, ready to answer; close it, or use it in a `with` block."""
-
-    def __init__(self, config: TrainConfig, engine: HFEngine, cloud: Cloud, sampling: Sampling) -> None:
-        from selfroute.tasks import make_task
-
-        self.engine, self.cloud, self.sampling = engine, cloud, sampling
-        self.task = make_task(config.task)
-
-    def __enter__(self) -> Pair:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the cloud, its cache and its ledger."""
-        self.cloud.close()
-
-    def answer(self, question: str, *, seed: int = 0) -> Reply:
-        """Answer a question in the task's own words; the device decides whether the cloud is asked."""
-        from selfroute.evaluate.run import judge, route_of
-        from selfroute.protocol import chat, cloud_request, parse
-
-        started = time.perf_counter()
-        problem = self.task.read(question)
-        prompt = self.engine.encode(chat(problem.question))
-        [[response]] = self.engine.generate([prompt], [[f"{seed}/ask/{problem.id}"]], self.sampling)
-        decision = parse(response.text, finished=response.finished)
-        text, finished, cost = response.text, response.finished, 0.0
-        if isinstance(decision, HelpCall):
-            before = self.cloud.spent().cost_usd
-            [given] = self.cloud.ask([(problem.id, cloud_request(problem.question))], phase="ask")
-            text, finished, cost = given.text, given.finished, self.cloud.spent().cost_usd - before
-        answer, correct, reason = judge(self.task, problem, text, finished)
-        return Reply(
-            question=problem.question,
-            reasoning=response.text,
-            route=route_of(decision),
-            score=response.score,
-            answer=answer,
-            correct=correct,
-            reason=reason,
-            cost_usd=cost,
-            device_tokens=len(response.token_ids),
-            seconds=time.perf_counter() - started,
-        )
-
-
-def load(run: str | Path, *, budget: float | None = None) -> Pair:
-    """The pair of a run directory, or of a config's untrained model (whose cloud remembers nothing).
+def load(run: str | Path, *, budget: float | None = None, best: bool = False) -> Pair:
+    """The pair of a run directory, by its newest checkpoint or its best, or of a config's untrained model (whose cloud
+    remembers nothing).
 
     Raises:
-        RunError: neither a run nor a config, or not calibrated for this budget.
+        RunError: neither a run nor a config, no such checkpoint, or not calibrated for this budget.
     """
+    from selfroute.evaluate.pair import Pair
+
     path = Path(run)
     if not path.exists() and str(run) in names():
-        if budget is not None:
-            raise ConfigError(f"{run} is an untrained model, which has no dial: give a run directory with --budget")
+        if budget is not None or best:
+            raise ConfigError(
+                f"{run} is an untrained model, which has no dial and no checkpoints: give a run directory with "
+                "--budget and --best"
+            )
         config = load_train_config(str(run))
         engine = _engine(path, config, None)
         return Pair(config, engine, _cloud(config, Path(":memory:")), config.evaluation)
     config = run_config(path)
-    sampling = config.evaluation if budget is None else turned(config.evaluation, path, budget)
-    return Pair(config, _engine(path, config, checkpoint_name(path)), _cloud(config, path / "cloud.sqlite"), sampling)
+    sampling = config.evaluation if budget is None else turned(config.evaluation, path, budget, best=best)
+    engine = _engine(path, config, checkpoint_name(path, best=best))
+    return Pair(config, engine, _cloud(config, path / "cloud.sqlite"), sampling)
 
 
 def load_compare_config(name: str, overrides: Sequence[str] = ()) -> CompareConfig:
@@ -388,8 +377,10 @@ def compare_report(out: str | Path, *, progress: Progress = lambda what, done, t
         return write_report(Path(out), progress=progress)
 
 
-def report(run: str | Path) -> dict[str, Any]:
+def report(run: str | Path, *, best: bool = False) -> dict[str, Any]:
     """Write RUN/summary.json, RUN/report.html and the figures from what is in a run directory; returns the summary.
+
+    With `best`, they are of the best checkpoint's evaluations and go to RUN/best.
 
     Raises:
         RunError: not a run, or not evaluated yet.
@@ -397,4 +388,4 @@ def report(run: str | Path) -> dict[str, Any]:
     from selfroute.evaluate.report import write_report
 
     run_config(Path(run))
-    return write_report(Path(run))
+    return write_report(Path(run), best=best)

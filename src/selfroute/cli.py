@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
-from selfroute.records import checkpoints
+from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Argument(help="Changes to the config, such as steps=50 or cloud.accuracy=0.7.", metavar="[KEY=VALUE]..."),
 ]
 Run = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+Best = Annotated[
+    bool,
+    typer.Option("--best", help="Of the best checkpoint (evaluation.every=25) in place of the newest: into RUN/best."),
+]
 
 
 def _first() -> bool:
@@ -140,8 +144,12 @@ def train(
     if resume and not checkpoints(run):
         _echo(f"no checkpoint in {run} yet: starting from the first step")
     with _stopping(run, "with --resume"):
-        saved = api.train(resolved, run, resume=resume, report=_Printer().step(resolved.steps))
+        printer = _Printer()
+        saved = api.train(resolved, run, resume=resume, report=printer.step(resolved.steps), progress=printer.progress)
     _echo(f"\ntrained: {saved}\nnext: selfroute evaluate {run}   or   selfroute calibrate {run} --budget 0.3")
+    best = best_checkpoint(run)
+    if best:
+        _echo(f"best:    {best}   (with --best)")
 
 
 @app.command()
@@ -157,6 +165,7 @@ def evaluate(
         float | None, typer.Option(help="Set the dial to this share of calls, as `calibrate` found it.")
     ] = None,
     before: Annotated[bool, typer.Option("--before", help="Evaluate the model that the run started from.")] = False,
+    best: Best = False,
 ) -> None:
     """Evaluate a run on its test problems and print the table.
 
@@ -165,16 +174,18 @@ def evaluate(
     """
     from selfroute import api
 
-    where = api.benchmark(run, overrides, budget=budget) if overrides else run
-    api.evaluate(where, budget=budget, untrained=before, progress=_Printer().progress)
-    _table(api.report(where))
+    where = api.benchmark(run, overrides, budget=budget, best=best) if overrides else run
+    api.evaluate(where, budget=budget, untrained=before, best=best, progress=_Printer().progress)
+    _table(api.report(where, best=best))
     if overrides:
         _echo(f"kept in {where}: selfroute report {where}")
 
 
 @app.command()
 def calibrate(
-    run: Run, budget: Annotated[float, typer.Option(help="Share of problems that may go to the cloud, such as 0.3.")]
+    run: Run,
+    budget: Annotated[float, typer.Option(help="Share of problems that may go to the cloud, such as 0.3.")],
+    best: Best = False,
 ) -> None:
     """Find the dial's bias for a budget, on the calibration problems.
 
@@ -182,11 +193,11 @@ def calibrate(
     """
     from selfroute import api
 
-    found = api.calibrate(run, budget, progress=_Printer().progress)
+    found = api.calibrate(run, budget, best=best, progress=_Printer().progress)
     _echo(
         f"budget {budget:.0%}: bias {found['bias']:+.3f} nats; calls {found['call_rate']:.1%} of {found['problems']} "
         f"calibration problems, 95 % interval [{found['low']:.1%}, {found['high']:.1%}]\n"
-        f"next: selfroute evaluate {run} --budget {budget:g}"
+        f"next: selfroute evaluate {run} --budget {budget:g}{' --best' if best else ''}"
     )
 
 
@@ -228,15 +239,15 @@ def compare(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: Run, best: Best = False) -> None:
     """Print the table and write the page, the figures and the numbers: of a run, or of a comparison's folder."""
     from selfroute import api
 
-    if not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
+    if not best and not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
         _tables(api.compare_report(run, progress=_Printer().progress))
     else:
-        _table(api.report(run))
-    _echo(f"page: {run / 'report.html'}")
+        _table(api.report(run, best=best))
+    _echo(f"page: {results(run, best=best) / 'report.html'}")
 
 
 @app.command()
@@ -267,12 +278,13 @@ def ask(
     ],
     question: Annotated[str, typer.Argument(help='Such as "numbers 3, 7, 25; target 46".')],
     budget: Annotated[float | None, typer.Option(help="Set the dial as `calibrate` found it.")] = None,
+    best: Best = False,
     seed: Annotated[int, typer.Option(help="Another seed samples another response.")] = 0,
 ) -> None:
     """Ask the pair one question: reasoning, decision, hand-off if any, verdict, cost."""
     from selfroute import api
 
-    with api.load(run, budget=budget) as pair:
+    with api.load(run, budget=budget, best=best) as pair:
         reply = pair.answer(question, seed=seed)
     _echo(f"question   {reply.question}\n")
     _echo("\n".join(f"  device | {_plain(line)}" for line in reply.reasoning.splitlines()))

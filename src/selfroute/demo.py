@@ -49,7 +49,7 @@ def demo(
 
     if missing(api.evaluation_name(None, untrained=True), None):
         api.evaluate(out, untrained=True, progress=progress)
-    trained = api.train(resolved, out, resume=True, report=report).name
+    trained = api.train(resolved, out, resume=True, report=report, progress=progress).name
     if missing(api.evaluation_name(None, untrained=False), trained):
         api.evaluate(out, progress=progress)
     budget = resolved.budget

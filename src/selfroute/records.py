@@ -5,6 +5,7 @@ RUN/metrics.jsonl   one line a training step
 RUN/cloud.sqlite    the cloud's cache and ledger
 RUN/checkpoints/    step-000100/, ...
 RUN/evaluations/    NAME/records.jsonl
+RUN/best/           evaluations, calibration and report of the best checkpoint, where one is kept
 """
 
 from __future__ import annotations
@@ -107,6 +108,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the best score that the newest one knows of, the first of equals; None where none is kept."""
+    saved = checkpoints(run)
+    scores: dict[str, float] = read_json(saved[-1] / "state.json").get("scores", {}) if saved else {}
+    best = max(scores, key=lambda name: scores[name], default=None)
+    return next((path for path in saved if path.name == best), None)
+
+
+def results(run: Path, *, best: bool) -> Path:
+    """Where what was found out about a run's checkpoint is: the newest one's in RUN, the best one's in RUN/best."""
+    return run / "best" if best else run
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from selfroute.api import load_compare_config, load_train_config, load_warmstart
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import DeviceConfig, Sampling
-from selfroute.device.hf import HFEngine, model_path, shipped_models
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import model_path, shipped_models
 from selfroute.evaluate.run import columns, evaluate
 from selfroute.measures import Columns
 from selfroute.protocol import chat, parse

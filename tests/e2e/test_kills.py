@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfroute.records import read_records
+from selfroute.records import best_checkpoint, checkpoints, read_json, read_records
 from tests.unit.train.test_loop import metrics
 
 STEPS = 100
 SETTINGS = [
     "countdown-tiny", f"steps={STEPS}", "problems_per_step=2", "num_responses=2", "checkpoint_every=1", "task.train=60",
-    "sampling.max_tokens=60",
+    "sampling.max_tokens=60", "evaluation.every=4", "evaluation.max_tokens=60", "task.calibration=4",
 ]  # fmt: skip
 
 
@@ -64,4 +64,10 @@ def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path) -> None:
     first, second = (load_file(run / f"checkpoints/step-{STEPS:06d}/model.safetensors") for run in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first), said
     assert metrics(whole) == metrics(cut)
+    first, second = (read_json(run / f"checkpoints/step-{STEPS:06d}/state.json") for run in (whole, cut))
+    assert len(first["scores"]) == STEPS / 4
+    assert first == second
+    # The best one is there, although it is not among the newest.
+    assert best_checkpoint(whole) is not None
+    assert [p.name for p in checkpoints(cut)] == [p.name for p in checkpoints(whole)]
     assert while_writing >= 5

@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfroute.records import read_json
 from tests.unit.train.test_loop import metrics
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "countdown-tiny", "steps=4", "problems_per_step=6", "num_responses=4", "checkpoint_every=2", "task.train=60",
-    "device.dtype=float64", "sampling.max_tokens=120",
+    "device.dtype=float64", "sampling.max_tokens=120", "evaluation.every=2", "evaluation.max_tokens=120",
+    "task.calibration=10",
 ]  # fmt: skip
 
 
@@ -42,6 +44,11 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints/step-000004/model.safetensors")
+
+
+def scores(run: Path) -> dict[str, float]:
+    found: dict[str, float] = read_json(run / "checkpoints/step-000004/state.json")["scores"]
+    return found
 
 
 def calls(run: Path) -> int:
@@ -67,6 +74,9 @@ def test_two_processes_give_the_weights_of_one(alone: Path, tmp_path: Path) -> N
         {k: v if isinstance(v, int) else pytest.approx(v, rel=1e-4) for k, v in step.items()} for step in theirs
     ] == ours
     assert calls(tmp_path / "run") == calls(alone)
+    # One of them rates the checkpoints, which both know.
+    assert scores(tmp_path / "run") == scores(alone)
+    assert set(scores(alone)) == {"step-000002", "step-000004"}
 
 
 @pytest.mark.slow
@@ -80,11 +90,13 @@ def test_two_processes_stopped_and_resumed(alone: Path, tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode != 0
     # The signal made it, since none was due.
-    [saved] = (run / "checkpoints").glob("step-*")
-    assert saved.name < "step-000004"
+    saved = sorted((run / "checkpoints").glob("step-*"))
+    assert saved
+    assert saved[-1].name < "step-000004"
     finish(start(run, "checkpoint_every=100", "--resume", processes=2))
     assert all(torch.allclose(weights(run)[k], v, rtol=0, atol=1e-5) for k, v in weights(alone).items())
     assert calls(run) == calls(alone)
+    assert scores(run) == scores(alone)
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ class CompareConfig(Config):
     def _resolved(cls, train: TrainConfig) -> TrainConfig:
         if train.model_fields_set & {"lr", "seed"}:
             raise ValueError("lr and seed are the comparison's: set lrs and seeds")
+        if train.evaluation.every:
+            raise ValueError("a comparison measures the last checkpoint: leave evaluation.every at 0")
         if train.decision_weight == 0:
             raise ValueError("decision_weight is that of GAPG + decision loss, so it must be above 0")
         return whole(train)

@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from selfroute import measures
 from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
-from selfroute.compare.rows import ASK_FIRST, VERSION, Record, methods_of, ordering, read_row, row_info, write_row
+from selfroute.compare.rows import VERSION, Record, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
-from selfroute.device.hf import HFEngine, model_path
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import model_path
 from selfroute.errors import DivergenceError, RunError
-from selfroute.evaluate.run import Outcome, calibration_responses, columns, evaluate, judge, solve_shares
+from selfroute.evaluate.run import Outcome, calibration_responses, evaluate, judge, solve_shares
 from selfroute.evaluate.summary import training
+from selfroute.evaluate.validation import validation
 from selfroute.protocol import cloud_request
 from selfroute.records import checkpoints, lock_run, read_json, read_records, without, write_json
 from selfroute.tasks import Task, make_task
@@ -311,25 +311,20 @@ class Matrix:
 
     def _validate(self, method: str, config: TrainConfig, run: Path, progress: Progress) -> float:
         """Accuracy on the calibration problems: of the device alone for the task-tuned model, else at the budget."""
-        sampling = config.evaluation.model_copy(update={"forbid_help": method == TASK_TUNED})
         cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")
         try:
-            outcomes = evaluate(
+            return validation(
                 _load(run, config),
                 self.task,
                 cloud,
-                sampling=sampling,
+                sampling=config.evaluation,
                 seed=config.seed,
-                split="calibration",
+                budget=self.config.train.budget,
+                alone=method == TASK_TUNED,
                 progress=progress,
             )
         finally:
             cloud.close()
-        c = columns(outcomes)
-        if method == TASK_TUNED:
-            return float(c.device.mean())
-        first = np.array([ASK_FIRST if o.route == "undecided" else s for o, s in zip(outcomes, c.score, strict=True)])
-        return measures.accuracy_at(measures.Columns(first, c.asked, c.device, c.cloud), self.config.train.budget)
 
     def _calibrate(self, config: TrainConfig, engine: HFEngine, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfroute.config import Config
 
@@ -33,8 +33,18 @@ class DeviceConfig(Config):
     """Adapters to train; None trains every weight."""
     graphs: bool = True
     """On a CUDA GPU, decode by replaying captured graphs where the model allows it; false where capturing fails."""
+    quantize: Literal["4bit"] | None = None
+    """QLoRA: the linear layers below the adapters are loaded in 4 bits; needs bitsandbytes."""
     thinking: bool = False
     """Whether a model whose chat template can think before it answers (Qwen3, SmolLM3) does."""
+
+    @model_validator(mode="after")
+    def _quantized_below_adapters(self) -> DeviceConfig:
+        if self.quantize and self.lora is None:
+            raise ValueError("quantized weights are not trained: set lora, such as device.lora={rank=16}")
+        if self.quantize and self.dtype == "float64":
+            raise ValueError("quantized weights do not compute in float64")
+        return self
 
 
 class Sampling(Config):

@@ -8,23 +8,22 @@ Axes: P prompts, G responses.
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Sequence
-from importlib import resources
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfroute.device.base import DeviceConfig, LoRA, Sampling
+from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.decode import Decoder, steps_for
+from selfroute.device.load import load_model
 from selfroute.errors import DeviceError
 from selfroute.protocol import DecisionPoint, decision_points
 from selfroute.types import Message, Response
+
+SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Set before a chat template that tells the date (Llama 3.2, SmolLM3), so that a run that goes on tomorrow has the same
+prompts. The day is Llama 3.2's own for want of a clock."""
 
 
 class HFEngine:
@@ -55,23 +54,9 @@ class HFEngine:
         """Load a shipped model, a local folder or a hub id; a folder may hold an adapter, which names its base.
 
         Raises:
-            DeviceError: nothing by that name can be loaded, the adapter does not fit, or the device is not there.
+            DeviceError: as `load_model`.
         """
-        where = model_path(config.model)
-        if where.startswith((".", "/", "~")) and not Path(where).is_dir():
-            raise DeviceError(f"cannot load the device model {config.model!r}: no such folder")
-        device = place(config)
-        hf_logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            base = base_of(where)
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DeviceError(
-                f"cannot load the device model {config.model!r}: {str(error).splitlines()[0]} "
-                f"(give a folder, a hub id, or one of the shipped models: {', '.join(shipped_models())})"
-            ) from error
-        model = _with_adapter(model, where, config.lora).eval().to(device)
+        model, tokenizer = load_model(config)
         return cls(model, tokenizer, thinking=config.thinking, graphs=config.graphs)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -80,12 +65,14 @@ class HFEngine:
         Raises:
             DeviceError: the chat template refuses the messages.
         """
+        template = self.tokenizer.get_chat_template()
         text = self.tokenizer.apply_chat_template(
             accepted(self.tokenizer, messages),
             tokenize=False,
             add_generation_prompt=True,
             # Templates of models that do not think leave it unread.
             enable_thinking=self.thinking,
+            chat_template=SAME_DAY + template if "strftime_now" in template else template,
         )
         return list(self.tokenizer.encode(str(text), add_special_tokens=False))
 
@@ -159,66 +146,3 @@ def accepted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
         merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
         return accepted(tokenizer, [merged, *plain[2:]])
     return plain
-
-
-def place(config: DeviceConfig) -> str:
-    """The device to run on."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = config.device if config.device != "auto" else next(name for name, found in there.items() if found)
-    if not there[name]:
-        raise DeviceError(f"torch finds no {name} device here (device.device=auto takes what is there)")
-    if name == "mps" and config.dtype == "float64":
-        raise DeviceError("an mps device has no float64: set device.dtype=float32")
-    return name
-
-
-def base_of(where: str) -> str:
-    """The model below an adapter's folder; anything else is its own."""
-    file = Path(where) / "adapter_config.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]) if file.is_file() else where
-
-
-def adapter_of(where: str) -> LoRA | None:
-    """The shape of the adapter that a folder holds."""
-    file = Path(where) / "adapter_config.json"
-    if not file.is_file():
-        return None
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return LoRA(rank=saved["r"], alpha=saved["lora_alpha"], targets=tuple(saved["target_modules"]))
-
-
-def _with_adapter(model: PreTrainedModel, where: str, lora: LoRA | None) -> PreTrainedModel:
-    """The model with the adapter that its folder holds, or with a new one, which changes nothing yet."""
-    saved = (Path(where) / "adapter_config.json").is_file()
-    if not saved and lora is None:
-        return model
-    import peft
-
-    with warnings.catch_warnings():
-        # peft asks transformers by a name that is going out of use.
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            if saved:
-                return peft.PeftModel.from_pretrained(model, where, is_trainable=True)
-            assert lora is not None
-            targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-            settings = peft.LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-            )
-            # Half of an adapter begins at random; the same each time, and nobody else's numbers are drawn.
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return peft.get_peft_model(model, settings)
-        except (ValueError, RuntimeError) as error:
-            raise DeviceError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
-
-
-def shipped_models() -> list[str]:
-    """Names of the models in the package."""
-    folder = resources.files("selfroute") / "models"
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
-
-
-def model_path(name: str) -> str:
-    """Where a model named in a config lives: in the package, or where the name says (a local folder or a hub id)."""
-    return str(resources.files("selfroute") / "models" / name) if name in shipped_models() else name

@@ -9,12 +9,11 @@ from dataclasses import dataclass, fields
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.device.head import MAX_LOGITS
-from selfroute.device.hf import adapter_of, base_of, model_path, place
-from selfroute.errors import DeviceError
+from selfroute.device.load import adapter_of, cannot_load, model_config, model_path, place
 
 PROMPT_TOKENS = 256
 """A prompt's length for the estimate, in tokens."""
@@ -71,17 +70,17 @@ def estimate(
         DeviceError: the model's config cannot be read.
     """
     try:
-        where = model_path(device.model)
-        config = AutoConfig.from_pretrained(base_of(where))
+        config = model_config(device.model)
         # Shapes alone, no weights.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise DeviceError(f"cannot load the device model {device.model!r}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise cannot_load(device.model, error) from error
     shape = config.get_text_config()
     width = torch.finfo(getattr(torch, device.dtype)).bits // 8
     weights = sum(p.numel() for p in model.parameters())
-    lora, adapters = adapter_of(where) or device.lora, 0
+    saved = _saved_in_4_bits(model, width) if device.quantize else 0
+    lora, adapters = adapter_of(model_path(device.model)) or device.lora, 0
     trained, trained_width = weights, width
     if lora is not None:
         # peft keeps adapters in float32 where the weights are in half precision.
@@ -101,13 +100,24 @@ def estimate(
     drawn = responses * shape.vocab_size * (4 + 8)
     updated = 3 * 4 * min(MAX_LOGITS, micro_batch_tokens * shape.vocab_size)
     return Memory(
-        weights=weights * width + adapters,
+        weights=weights * width - saved + adapters,
         gradients=trained * exact,
         optimizer=optimizer,
         kv_cache=layers * keys_values * width * responses * (PROMPT_TOKENS + max_tokens),
         activations=token * width * (micro_batch_tokens + prompts * PROMPT_TOKENS),
         logits=max(drawn, updated),
     )
+
+
+IN_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: an 8-bit scale serves 64 of them, and a float32 one 256 scales."""
+
+
+def _saved_in_4_bits(model: torch.nn.Module, width: int) -> int:
+    """Bytes that 4-bit linear layers do without; the output layer, embeddings, norms and biases stay as they are."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return int(sum(layer.weight.numel() for layer in layers) * (width - IN_4_BITS))
 
 
 def _adapter_size(model: torch.nn.Module, lora: LoRA) -> int:

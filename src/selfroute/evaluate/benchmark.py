@@ -5,6 +5,7 @@ RUN/benchmarks/task.dataset=aime24/    run.json, evaluations/, the report; check
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from selfroute.records import read_json, write_json
 from selfroute.tasks import make_task
 from selfroute.train.config import TrainConfig, whole
 
-SHARED = ("checkpoints", "calibration.json", "cloud.sqlite")
+SHARED = ("checkpoints", "calibration.json", "best/calibration.json", "cloud.sqlite")
 
 
 def benchmark(run: Path, config: TrainConfig, changes: Sequence[str]) -> Path:
@@ -33,10 +34,11 @@ def benchmark(run: Path, config: TrainConfig, changes: Sequence[str]) -> Path:
     changed = whole(validate(TrainConfig, override(config.model_dump(mode="json"), changes), f"{run} with {changes}"))
     _warn_of_overlap(config, changed)
     folder = run / "benchmarks" / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", ",".join(changes))
-    folder.mkdir(parents=True, exist_ok=True)
     for name in SHARED:
-        if not (folder / name).is_symlink():
-            (folder / name).symlink_to(Path("../..") / name)
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(run / name, link.parent))
     write_json(folder / "run.json", {**read_json(run / "run.json"), "config": changed.model_dump(mode="json")})
     return folder
 

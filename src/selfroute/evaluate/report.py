@@ -17,7 +17,7 @@ from selfroute import measures
 from selfroute.evaluate.figures import CLOUD, INK, MUTED, OURS, WRONG, axes, svg
 from selfroute.evaluate.run import Outcome, columns
 from selfroute.evaluate.summary import budget_of, evaluations, key_of, reference, summarise
-from selfroute.records import read_json, read_records, write_atomic, write_json
+from selfroute.records import read_json, read_records, results, write_atomic, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,17 +26,19 @@ EXAMPLES = 10
 """Worked examples of each route on the page."""
 
 
-def write_report(run: Path) -> dict[str, Any]:
-    """Write summary.json, report.html, and the figures as SVG and PNG; returns the summary."""
-    summary = summarise(run)
-    found = evaluations(run)
+def write_report(run: Path, *, best: bool = False) -> dict[str, Any]:
+    """Write summary.json, report.html, and the figures as SVG and PNG into RUN, or RUN/best; returns the summary."""
+    summary = summarise(run, best=best)
+    found = evaluations(run, best=best)
+    out = results(run, best=best)
+    out.mkdir(exist_ok=True)
     steps = read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     figures = {"curve": draw_curve(found, summary)}
     if steps:
         figures["training"] = draw_training(steps)
     for name, figure in figures.items():
-        figure.savefig(run / f"{name}.png", dpi=160)
-        write_atomic(run / f"{name}.svg", svg(figure))
+        figure.savefig(out / f"{name}.png", dpi=160)
+        write_atomic(out / f"{name}.svg", svg(figure))
     shown = reference(found)
     page = Environment(
         loader=PackageLoader("selfroute.evaluate", "."), autoescape=True, undefined=StrictUndefined
@@ -53,8 +55,8 @@ def write_report(run: Path) -> dict[str, Any]:
         },
         show=show,
     )
-    write_json(run / "summary.json", summary)
-    write_atomic(run / "report.html", html)
+    write_json(out / "summary.json", summary)
+    write_atomic(out / "report.html", html)
     return summary
 
 

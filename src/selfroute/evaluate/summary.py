@@ -14,7 +14,7 @@ from selfroute import measures
 from selfroute.errors import RunError
 from selfroute.evaluate.run import Outcome, columns, read_outcomes
 from selfroute.measures import Measure, bootstrap, proportion
-from selfroute.records import checkpoints, read_json, read_records
+from selfroute.records import best_checkpoint, checkpoints, read_json, read_records, results
 
 BOUNDS = {
     "random": measures.random_accuracy,
@@ -23,15 +23,25 @@ BOUNDS = {
 }
 
 
-def evaluations(run: Path) -> dict[str, list[Outcome]]:
-    """The evaluations of a run's test problems, by name; those of an older checkpoint are left out."""
-    saved = checkpoints(run)
-    newest = saved[-1].name if saved else None
-    return {
-        path.parent.name: read_outcomes(path.parent / "records.jsonl")
-        for path in sorted((run / "evaluations").glob("*/evaluation.json"))
-        if read_json(path)["checkpoint"] in (None, newest)
+def evaluations(run: Path, *, best: bool = False) -> dict[str, list[Outcome]]:
+    """The evaluations of a run's test problems, by name: of the newest checkpoint, or the best, and of the model
+    before; those of other checkpoints are left out."""
+    shown = _shown(run, best)
+    before = (run / "evaluations").glob("before/evaluation.json")
+    found = {
+        path.parent.name: path for path in (*before, *results(run, best=best).glob("evaluations/*/evaluation.json"))
     }
+    return {
+        name: read_outcomes(path.parent / "records.jsonl")
+        for name, path in sorted(found.items())
+        if read_json(path)["checkpoint"] in (None, shown)
+    }
+
+
+def _shown(run: Path, best: bool) -> str | None:
+    """The name of the newest checkpoint, or of the best; None where there is none."""
+    checkpoint = best_checkpoint(run) if best else next(reversed(checkpoints(run)), None)
+    return checkpoint.name if checkpoint else None
 
 
 def reference(found: Mapping[str, Sequence[Outcome]]) -> Sequence[Outcome]:
@@ -40,15 +50,15 @@ def reference(found: Mapping[str, Sequence[Outcome]]) -> Sequence[Outcome]:
     return found["after" if "after" in found else trained[0] if trained else "before"]
 
 
-def summarise(run: Path) -> dict[str, Any]:
-    """The content of summary.json; parts whose evaluation is missing are left out.
+def summarise(run: Path, *, best: bool = False) -> dict[str, Any]:
+    """The content of summary.json, of the newest checkpoint or the best; what was not evaluated is left out.
 
     Raises:
         RunError: the run has no evaluation at all.
     """
-    found = evaluations(run)
+    found = evaluations(run, best=best)
     if not found:
-        raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}")
+        raise RunError(f"{run} has no evaluation yet: selfroute evaluate {run}{' --best' if best else ''}")
     summary: dict[str, Any] = {}
     usual: float = read_json(run / "run.json")["config"]["budget"]
     for name, outcomes in found.items():
@@ -61,11 +71,10 @@ def summarise(run: Path) -> dict[str, Any]:
             accuracy = bootstrap(stand, partial(bound, call_rate=rate))
             summary[f"{name}_at_{100 * rate:g}"] = {"accuracy": accuracy.json()}
     summary["cloud"] = {"accuracy": proportion(stand.cloud).json()}
-    calibration = run / "calibration.json"
+    calibration = results(run, best=best) / "calibration.json"
     if calibration.is_file():
         known = read_json(calibration)
-        saved = checkpoints(run)
-        if saved and known["checkpoint"] == saved[-1].name:
+        if known["checkpoint"] == _shown(run, best):
             summary["calibration"] = known["budgets"]
     summary["train"] = training(run)
     return summary

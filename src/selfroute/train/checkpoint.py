@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfroute.errors import ReproducibilityWarning, TrainingError
-from selfroute.records import checkpoints, read_json, write_json
+from selfroute.records import best_checkpoint, checkpoints, read_json, write_json
 
 
 def save_checkpoint(
@@ -28,7 +29,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Save under `run/checkpoints/step-NNNNNN` and drop all but the newest `keep`.
+    """Save under `run/checkpoints/step-NNNNNN` and drop all but the newest `keep` and the best.
 
     The folder is built under another name, flushed, and renamed: a kill at any point leaves the last good one.
 
@@ -57,15 +58,39 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
         _flush(final.parent)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        _prune(run, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise TrainingError(
-            f"cannot save a checkpoint in {final.parent}: {getattr(error, 'strerror', None) or error} "
-            "(free some space, then continue with --resume)"
-        ) from error
+        raise _refused(final, error) from error
     return final
+
+
+def note_scores(run: Path, scores: Mapping[str, float], *, keep: int) -> None:
+    """Write the scores of checkpoints, by their names, into the newest one, and drop what is neither new nor best now.
+
+    Raises:
+        TrainingError: the disk refused; the checkpoint stands as it was.
+    """
+    newest = checkpoints(run)[-1]
+    try:
+        write_json(newest / "state.json", {**read_json(newest / "state.json"), "scores": dict(scores)})
+        _prune(run, keep)
+    except OSError as error:
+        raise _refused(newest, error) from error
+
+
+def _prune(run: Path, keep: int) -> None:
+    best = best_checkpoint(run)
+    for old in checkpoints(run)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def _refused(checkpoint: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"cannot save a checkpoint in {checkpoint.parent}: {getattr(error, 'strerror', None) or error} "
+        "(free some space, then continue with --resume)"
+    )
 
 
 def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -15,6 +15,14 @@ from selfroute.tasks import TASKS
 from selfroute.train.reward import RewardConfig
 
 
+class Evaluation(Sampling):
+    """How responses are drawn when a run is evaluated, calibrated and asked, and how often while it trains."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations on the calibration problems, which keep the best checkpoint beside the newest; 0: none.
+    Each problem's cloud answer is bought once."""
+
+
 class TrainConfig(Config):
     """One post-training run."""
 
@@ -29,8 +37,8 @@ class TrainConfig(Config):
     sampling: Sampling = Sampling(max_tokens=160)
     """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
     solving, and the decision loss alone teaches asking."""
-    evaluation: Sampling = Sampling(max_tokens=160)
-    """How responses are drawn when the run is evaluated, calibrated and asked."""
+    evaluation: Evaluation = Evaluation(max_tokens=160)
+    """How responses are drawn when the run is evaluated, calibrated and asked, and if the best checkpoint stays."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)

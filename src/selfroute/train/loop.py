@@ -2,7 +2,8 @@
 
 One step reads from top to bottom in `Trainer.step`. Everything random is named by (seed, step, problem, index) and the
 weights change only at a step's end, so that a run killed anywhere and resumed equals one that was not. Left out on
-purpose: many machines, evaluation, and clipping, KL or old log-probabilities, which the method does without.
+purpose: many machines, how a checkpoint is rated (`rate` comes from outside), and clipping, KL or old
+log-probabilities, which the method does without.
 
 Axes: P problems, G responses.
 """
@@ -22,12 +23,13 @@ import torch
 from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud, Spent
 from selfroute.device.head import Head
-from selfroute.device.hf import HFEngine, place
-from selfroute.errors import DivergenceError, TrainingError
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import place
+from selfroute.errors import ConfigError, DivergenceError, TrainingError
 from selfroute.protocol import chat
 from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
-from selfroute.tasks import make_task
-from selfroute.train.checkpoint import load_checkpoint, save_checkpoint, warn_of_changes
+from selfroute.tasks import Task, make_task
+from selfroute.train.checkpoint import load_checkpoint, note_scores, save_checkpoint, warn_of_changes
 from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.memory import check_memory
 from selfroute.train.optimizer import MasterAdamW
@@ -37,6 +39,9 @@ from selfroute.train.ranks import Ranks, check_launch
 from selfroute.train.rows import Row, accumulate_gradients
 from selfroute.types import Problem
 
+Rate = Callable[[HFEngine, Task, Cloud], float]
+"""What a model is worth; the more the better. It changes neither the model nor what training draws."""
+
 
 def train(
     config: TrainConfig,
@@ -44,18 +49,23 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[StepRecord], None] = lambda record: None,
+    rate: Rate | None = None,
 ) -> Path:
     """Post-train a device model; returns the last checkpoint.
 
     A Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; `resume` goes on from the newest one.
+    With `rate`, every `config.evaluation.every` steps and at the end a checkpoint is rated, and the best one kept.
 
     Raises:
+        ConfigError: checkpoints are to be rated, and there is no `rate`.
         RunError: `out` holds another run, or one and `resume` is off.
         CloudError: the cloud failed; a checkpoint of the last finished step is saved.
         DivergenceError: a number was not finite.
         TrainingError: the disk refused a checkpoint.
         KeyboardInterrupt: after the checkpoint that a Ctrl-C asked for.
     """
+    if config.evaluation.every and rate is None:
+        raise ConfigError("evaluation.every needs what rates a checkpoint: train with selfroute.api.train")
     where = place(config.device)
     check_launch(where)
     ranks = Ranks(where)
@@ -63,7 +73,7 @@ def train(
     with lock_run(out) if ranks.first else nullcontext():
         ranks.from_first(lambda: open_run(out, "train", written, resume=resume, free=free, as_now=as_now))
         ranks.each(lambda: check_memory(config))
-        trainer = Trainer(config, out, ranks)
+        trainer = Trainer(config, out, ranks, rate)
         try:
             last = trainer.run(report)
         finally:
@@ -74,10 +84,10 @@ def train(
 
 
 class Trainer:
-    """A run on this process, which is one of `ranks`."""
+    """A run on this process, which is one of `ranks`; the first of them rates checkpoints."""
 
-    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks) -> None:
-        self.config, self.out, self.ranks = config, out, ranks
+    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks, rate: Rate | None = None) -> None:
+        self.config, self.out, self.ranks, self.rate = config, out, ranks, rate
         self.task = make_task(config.task)
         self.problems = self.task.load("train")
         saved = checkpoints(out)
@@ -95,6 +105,7 @@ class Trainer:
         self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite") if ranks.first else None
         self.planner = Planner(config, self.task, self.engine.tokenizer, self.engine.points, self.cloud, ranks)
         self.finished = 0
+        self.scores: dict[str, float] = {}
         metrics = out / "metrics.jsonl"
         if saved:
             state = load_checkpoint(saved[-1], self.optimizer)
@@ -102,6 +113,7 @@ class Trainer:
             if self.finished < config.steps:
                 warn_of_changes(saved[-1], state)
             self.planner.cloud_correct, self.planner.dual = state["cloud_correct"], state["dual"]
+            self.scores = state.get("scores", {})
         if ranks.first:
             # Steps past the checkpoint will be done again.
             done = read_records(metrics) if saved else []
@@ -113,6 +125,8 @@ class Trainer:
     def run(self, report: Callable[[StepRecord], None]) -> Path:
         config = self.config
         with stop_signals() as stop:
+            # A run that was stopped before its last checkpoint was rated.
+            self._rate()
             for step in range(self.finished + 1, config.steps + 1):
                 try:
                     record = self.step(step)
@@ -128,13 +142,33 @@ class Trainer:
                         self.save()
                     raise
                 stopped = self.ranks.any(stop.is_set())
-                if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                if step % config.checkpoint_every == 0 or step == config.steps or stopped or self._due():
                     self.ranks.from_first(self.save)
-                if stopped:
+                if stopped or (self._rate() and self.ranks.any(stop.is_set())):
                     raise KeyboardInterrupt
         for tracker in self.accelerator.trackers if self.accelerator else ():
             tracker.finish()
         return checkpoints(self.out)[-1]
+
+    def _due(self) -> bool:
+        """Whether the checkpoint of the last finished step is one to rate, and is not rated yet."""
+        every = self.config.evaluation.every
+        if not (self.rate and every and self.finished) or _name(self.finished) in self.scores:
+            return False
+        return self.finished % every == 0 or self.finished == self.config.steps
+
+    def _rate(self) -> bool:
+        """Rate the newest checkpoint, if that is due, and keep it if it is the best; whether it was."""
+        if not self._due():
+            return False
+        self.scores[_name(self.finished)] = self.ranks.from_first(self._score)
+        self.ranks.from_first(lambda: note_scores(self.out, self.scores, keep=self.config.keep_checkpoints))
+        return True
+
+    def _score(self) -> float:
+        assert self.rate is not None
+        assert self.cloud is not None
+        return self.rate(self.engine, self.task, self.cloud)
 
     def _note(self, values: dict[str, Any]) -> None:
         """Add a step to metrics.jsonl. A step that is not there is never saved, so that a resumed run lacks no line."""
@@ -151,7 +185,7 @@ class Trainer:
         return all(bool(torch.isfinite(p).all()) for p in self.engine.model.parameters())
 
     def save(self) -> None:
-        if any(p.name == f"step-{self.finished:06d}" for p in checkpoints(self.out)):
+        if any(p.name == _name(self.finished) for p in checkpoints(self.out)):
             return
         save_checkpoint(
             self.out,
@@ -159,7 +193,7 @@ class Trainer:
             self.engine.model,
             self.engine.tokenizer,
             self.optimizer,
-            {"cloud_correct": self.planner.cloud_correct, "dual": self.planner.dual},
+            {"cloud_correct": self.planner.cloud_correct, "dual": self.planner.dual, "scores": self.scores},
             keep=self.config.keep_checkpoints,
         )
 
@@ -258,6 +292,10 @@ class Trainer:
         self.whole = False
         self.optimizer.step()
         return total_decision, grad_norm
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _start_again(lr: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from selfroute.device.hf import place
+from selfroute.device.load import place
 from selfroute.device.memory import Memory, estimate, free_memory, gigabytes
 from selfroute.errors import DeviceError
 from selfroute.train.config import TrainConfig
@@ -16,13 +16,22 @@ def memory(config: TrainConfig) -> tuple[Memory, int]:
     Raises:
         DeviceError: the model's config cannot be read.
     """
-    needed = estimate(
-        config.device,
-        responses=min(config.sampling.batch_size, config.problems_per_step * config.num_responses),
-        prompts=config.problems_per_step,
-        max_tokens=config.sampling.max_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
-        recompute=config.gradient_checkpointing,
+    drawn = [(min(config.sampling.batch_size, config.problems_per_step * config.num_responses), config.sampling)]
+    if config.evaluation.every:
+        drawn.append((config.evaluation.batch_size, config.evaluation))
+    needed = max(
+        (
+            estimate(
+                config.device,
+                responses=responses,
+                prompts=config.problems_per_step,
+                max_tokens=sampling.max_tokens,
+                micro_batch_tokens=config.micro_batch_tokens,
+                recompute=config.gradient_checkpointing,
+            )
+            for responses, sampling in drawn
+        ),
+        key=lambda found: found.peak,
     )
     free = free_memory(config.device)
     # Processes on one machine's processor share its memory.
@@ -40,6 +49,13 @@ def check_memory(config: TrainConfig) -> None:
     if needed.held > free:
         raise DeviceError(
             f"not enough memory: weights, gradients and the optimizer take {gigabytes(needed.held)} of "
-            f"{gigabytes(free)} that are free"
-            + ("" if config.device.lora else " (device.lora={} trains adapters alone)")
+            f"{gigabytes(free)} that are free" + _SMALLER[bool(config.device.lora) + bool(config.device.quantize)]
         )
+
+
+_SMALLER = (
+    " (device.lora={} trains adapters alone)",
+    " (device.quantize=4bit loads the weights below the adapters in 4 bits)",
+    "",
+)
+"""The way out for every weight, for adapters, and for adapters on 4-bit weights."""

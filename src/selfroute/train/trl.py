@@ -33,7 +33,8 @@ from selfroute.cloud import free_settings, make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.config import load
 from selfroute.device.base import DeviceConfig
-from selfroute.device.hf import HFEngine, accepted, place
+from selfroute.device.hf import HFEngine, accepted
+from selfroute.device.load import place
 from selfroute.device.prefix import pad_left
 from selfroute.errors import ConfigError, DivergenceError, RunError, SelfrouteError
 from selfroute.protocol import chat
@@ -62,6 +63,10 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
     """
     if config.sampling.forbid_help:
         raise ConfigError("TRL's rollouts cannot forbid help: set sampling.forbid_help=false")
+    if config.evaluation.every:
+        raise ConfigError("no best checkpoint is kept through TRL: set evaluation.every=0")
+    if config.device.quantize:
+        raise ConfigError("4-bit weights are not trained through TRL: set device.quantize to nothing")
     if config.device.dtype == "float16":
         raise ConfigError("float16 is not trained through TRL: set device.dtype=bfloat16")
     rows = config.problems_per_step * config.num_responses

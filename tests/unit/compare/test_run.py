@@ -15,7 +15,8 @@ from selfroute.compare.routing import fit_routers, route_test
 from selfroute.compare.rows import methods_of, read_row, row_info, write_row
 from selfroute.compare.run import Matrix, compare
 from selfroute.config import validate
-from selfroute.device.hf import HFEngine, model_path
+from selfroute.device.hf import HFEngine
+from selfroute.device.load import model_path
 from selfroute.errors import ConfigError, DivergenceError, RunError, TrainingError
 from selfroute.protocol import chat
 from selfroute.records import read_json, write_json

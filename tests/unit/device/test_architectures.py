@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tests.checkpoints import FAMILIES, engine_of, tokenizer
 from tests.gradients import assert_the_gradient_of_whole_sequences
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfroute.device.base import Sampling
+from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.hf import HFEngine
-from selfroute.device.prefix import SharedPrompts
+from selfroute.device.prefix import SharedPrompts, pad_left
+from selfroute.protocol import ANSWER_OPEN, HELP_CALL, INSTRUCTION, chat, find_decision
+from selfroute.train.checkpoint import load_checkpoint, save_checkpoint
+from selfroute.train.optimizer import MasterAdamW
 
-SHAPE = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-LLAMA_3_2 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "qwen3": {},
-    "llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA_3_2},
-    # Prompts are longer than the window.
-    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-    "smollm3": {},
-    "phi": {},
-    "phi3": {},
-}
 # Gemma's norms compute in single precision whatever the weights are.
 TOLERANCE = {"gemma3_text": 1e-5}
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def tiny(request: pytest.FixtureRequest, engine: HFEngine) -> HFEngine:
-    """A random model of an architecture, in double precision, with the shipped tokenizer."""
-    settings = {**SHAPE, "vocab_size": len(engine.tokenizer) + 3, **ARCHITECTURES[request.param]}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    return HFEngine(model, engine.tokenizer)
+@pytest.fixture(params=FAMILIES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny(kind: str) -> HFEngine:
+    """A random model of an architecture, in double precision, with a tokenizer of its family."""
+    return engine_of(kind, torch.float64)
 
 
 def prompts(engine: HFEngine) -> list[list[int]]:
@@ -61,12 +47,86 @@ def test_groups_decode_as_transformers_does(tiny: HFEngine) -> None:
         assert one == two
 
 
+def test_prompts_padded_on_the_left_have_the_logits_that_each_has_alone(tiny: HFEngine, kind: str) -> None:
+    asked, rows = prompts(tiny), [[5, 9, 30, 31], [7] * 6, [40]]
+    _, mask = pad_left(asked, tiny.pad, tiny.model.device)
+    assert not mask.all()
+    with torch.no_grad():
+        shared = SharedPrompts(tiny.model, asked, tiny.pad)
+        together_BTV, _, _ = shared.logits(range(3), rows)
+        for b, (prompt, row) in enumerate(zip(asked, rows, strict=True)):
+            alone_TV = tiny.model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
+            close = TOLERANCE.get(kind, 1e-10)
+            assert torch.allclose(together_BTV[b, : len(row)], alone_TV, rtol=0, atol=close)
+
+
+def test_each_of_its_end_tokens_ends_a_response(tiny: HFEngine, kind: str) -> None:
+    named = {tokenizer(kind).convert_tokens_to_ids(end) for end in FAMILIES[kind].ends}
+    assert tiny.end_tokens == named
+    # A model that draws each of some 800 tokens about as often.
+    with torch.no_grad():
+        for weight in tiny.model.parameters():
+            weight.mul_(0.1)
+    streams = [[str(n) for n in range(512)]]
+    [group] = tiny.generate(prompts(tiny)[:1], streams, Sampling(max_tokens=20))
+    seen = {r.token_ids[-1] for r in group if r.finished}
+    assert seen == named
+    for r in group:
+        assert named.isdisjoint(r.token_ids[:-1])
+        assert r.finished == (r.token_ids[-1] in named)
+        assert not any(end in r.text for end in FAMILIES[kind].ends)
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    engine = engine_of("llama")
+
+    def tied(model: torch.nn.Module) -> bool:
+        inside, outside = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        return inside.weight is outside.weight
+
+    assert tied(engine.model)
+    optimizer = MasterAdamW([p for p in engine.model.parameters() if p.requires_grad], lr=1e-2)
+    before = engine.model.get_input_embeddings().weight.detach().clone()
+    engine.model(torch.tensor([[5, 9, 30]])).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert tied(engine.model)
+    assert not torch.equal(engine.model.get_output_embeddings().weight, before)
+    saved = save_checkpoint(tmp_path, 1, engine.model, engine.tokenizer, optimizer, {}, keep=1)
+    assert "lm_head.weight" not in load_file(saved / "model.safetensors")
+    loaded = HFEngine.load(DeviceConfig(model=str(saved)))
+    assert tied(loaded.model)
+    assert torch.equal(loaded.model.get_output_embeddings().weight, engine.model.get_output_embeddings().weight)
+    load_checkpoint(saved, MasterAdamW([p for p in loaded.model.parameters() if p.requires_grad], lr=1e-2))
+
+
+def test_tags_of_several_tokens_have_a_decision_point(tiny: HFEngine) -> None:
+    for text in ("So\n<answer>3</answer>", f"So\n{HELP_CALL}", f"So. {HELP_CALL}"):
+        ids = tiny.tokenizer.encode(text, add_special_tokens=False)
+        found = find_decision(ids, tiny.points, tiny.tokenizer)
+        assert found is not None
+        index, point = found
+        assert point.ends(ids[:index])
+        assert ids[index] == (point.answer if ANSWER_OPEN in text else point.help)
+    for tag in (ANSWER_OPEN, "<unknown>"):
+        assert len(tiny.tokenizer.encode(tag, add_special_tokens=False)) >= 3
+
+
+def test_templates_offer_the_choice_and_a_turn_without_thought(tiny: HFEngine, kind: str) -> None:
+    text = tiny.tokenizer.decode(tiny.encode(chat("1 + 1")))
+    assert text.count(INSTRUCTION) == 1
+    assert text.index(INSTRUCTION) < text.index("1 + 1")
+    # Whatever the day is.
+    assert ("Today Date: 26 Jul" in text) == (kind in ("llama", "smollm3"))
+    thinks = kind in ("qwen3", "smollm3")
+    assert ("<think>\n\n</think>" in text) == thinks
+    loud = HFEngine(tiny.model, tiny.tokenizer, thinking=True)
+    assert "<think>" not in loud.tokenizer.decode(loud.encode(chat("1 + 1")))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_shared_prompts_have_the_gradient_of_whole_sequences(
-    tiny: HFEngine, request: pytest.FixtureRequest, recompute: bool
-) -> None:
-    close = TOLERANCE.get(request.node.callspec.params["tiny"], 1e-10)
+def test_shared_prompts_have_the_gradient_of_whole_sequences(tiny: HFEngine, kind: str, recompute: bool) -> None:
     rows = [[5, 9, 30, 31, 2], [7] * 20, [40, 41]]
+    close = TOLERANCE.get(kind, 1e-10)
     assert_the_gradient_of_whole_sequences(tiny.model, prompts(tiny), rows, tiny.pad, close=close, recompute=recompute)
 
 

@@ -85,6 +85,20 @@ def test_the_size_of_adapters_is_pefts(targets: str | tuple[str, ...], tmp_path:
     assert of(str(tmp_path)).held == found.held
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_4_bit_weights_take_what_bitsandbytes_holds(dtype: str) -> None:
+    lora = LoRA(rank=4)
+    model = HFEngine.load(DeviceConfig(lora=lora, dtype=dtype, quantize="4bit")).model  # type: ignore[arg-type]
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    for parameter in model.parameters():
+        if parameter.dtype == torch.uint8:
+            scales = parameter.quant_state  # type: ignore[attr-defined]
+            held += scales.absmax.nbytes + scales.state2.absmax.nbytes
+    found = of("countdown-1m", lora=lora.model_dump(), dtype=dtype, quantize="4bit")
+    assert found.weights == pytest.approx(held, rel=2e-3)
+    assert found.optimizer == of("countdown-1m", lora=lora.model_dump(), dtype=dtype).optimizer
+
+
 def test_gradient_checkpointing_and_a_smaller_batch_take_less(folder: str) -> None:
     assert of(folder, recompute=True).peak < of(folder).peak
     assert "kv cache" in str(of(folder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.device.test_architectures import SHAPE
+from tests.checkpoints import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from selfroute.device.head import Head, log_probs

@@ -200,6 +200,9 @@ def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
         HFEngine.load(DeviceConfig(model=str(tmp_path)))
     with pytest.raises(DeviceError, match="no such folder"):
         HFEngine.load(DeviceConfig(model=str(tmp_path / "none")))
+    # Tests run without a network.
+    with pytest.raises(DeviceError, match="run `hf download no/such --local-dir FOLDER`, and give that folder"):
+        HFEngine.load(DeviceConfig(model="no/such"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

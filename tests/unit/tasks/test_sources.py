@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from tests.hub import FolderHub
+from tests.data_hub import FolderHub
 
 from selfroute.errors import TaskError
 from selfroute.tasks.sources import Hub, export_command, find_files, find_named, read_files
