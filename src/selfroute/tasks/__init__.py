@@ -12,6 +12,7 @@ from selfroute.types import Problem, Split, Verdict
 TASKS = {
     "countdown": "selfroute.tasks.countdown:Countdown",
     "addition": "selfroute.tasks.addition:Addition",
+    "code": "selfroute.tasks.code:Code",
 }
 
 

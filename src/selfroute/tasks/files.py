@@ -21,7 +21,7 @@ def read_rows(path: Path) -> Iterator[tuple[tuple[int, ...], int]]:
     if path.suffix == ".parquet":
         rows = _parquet_rows(path)
     elif path.suffix == ".jsonl":
-        rows = _jsonl_rows(path)
+        rows = jsonl_rows(path)
     else:
         raise TaskError(f"cannot read {path.name}: give a .jsonl or .parquet file")
     bad: list[str] = []
@@ -46,7 +46,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _fault(row: object) -> str | None:
-    if isinstance(row, _NotJSON):
+    if isinstance(row, NotJSON):
         return f"is not JSON: {row.args[0]}"
     if not isinstance(row, dict) or "nums" not in row or "target" not in row:
         return "needs the columns `nums` and `target`"
@@ -62,11 +62,11 @@ def _fault(row: object) -> str | None:
     return None
 
 
-class _NotJSON(Exception):  # noqa: N818
+class NotJSON(Exception):  # noqa: N818
     """Stands for a line that cannot be read."""
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
     # A byte-order mark, as some editors write, is not part of the first line.
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -74,7 +74,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
                 try:
                     yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield number, _NotJSON(error)
+                    yield number, NotJSON(error)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:

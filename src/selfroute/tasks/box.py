@@ -1,0 +1,386 @@
+"""One sandbox: the process that runs `inside`, how it is shut in, watched from outside, and ended.
+
+Everything that protects the machine stands here or is given away in `inside` before the program begins. What the
+inside reports is believed in nothing that matters to the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from selfroute.errors import TaskError
+from selfroute.tasks.seccomp import seccomp_filter
+
+NOBODY = 65534
+"""The user and group that programs run as."""
+
+# Makes modules of the names and texts on its command line, since the sandbox sees no file of this package.
+_BOOT = """
+import sys, types
+for name, text in zip(sys.argv[1::2], sys.argv[2::2]):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+module.main()
+"""
+_START_S = 60.0
+_TICK_S = 0.05
+_STDERR_BYTES = 4096
+_SLACK_MB = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one case may take. The limits on time and memory decide verdicts; the others only stop abuse."""
+
+    cpu_s: float = 4.0
+    """Processor seconds of the case's process."""
+    wall_s: float = 14.0
+    """Seconds until everything is killed: for programs that wait, and generous, as a busy machine must not decide."""
+    memory_mb: int = 512
+    """Address space of a process, and resident memory of all together, in MiB."""
+    processes: int = 16
+    """Processes and threads at a time."""
+    file_mb: int = 16
+    """Size of a file, in MiB; /tmp and /dev/shm hold four times that each."""
+    open_files: int = 64
+    """Open files of a process."""
+    output_kb: int = 4096
+    """Standard output, in KiB; a program that prints more is stopped."""
+
+
+Limit = Literal["cpu", "wall", "memory", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What became of a case.
+
+    `stdout` is cut at the limit and `stderr` holds its end; `answers` is what `inside` says beside them. `status` is
+    the exit status, or minus the signal; None where the program took its sandbox down with it, or both were killed from
+    outside. `limit` is the limit that it hit. `clean` means that no file was left for a next case to see.
+    """
+
+    stdout: str
+    stderr: str
+    answers: str
+    status: int | None
+    limit: Limit | None
+    wall_s: float
+    cpu_s: float
+    clean: bool
+
+
+class Box:
+    """A sandbox for one program: `ask` runs a case; close it, or use it in a `with` block.
+
+    It must be closed by the thread that made it, and dies with that thread.
+
+    Args:
+        mode: what `inside` does with a case.
+        program: the program's text.
+        setup: Python that runs before it.
+        function: with mode `call`, what is called.
+        limits: what a case may take.
+        isolated: shut in by bubblewrap; else with resource limits only.
+        link: pipes to another sandbox, to read from and to write to, which the caller closes.
+
+    Raises:
+        TaskError: something that it needs is missing.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        program: str,
+        *,
+        setup: str = "",
+        function: str = "",
+        limits: Limits,
+        isolated: bool,
+        link: Sequence[int] = (),
+    ) -> None:
+        self.limits = limits
+        self._isolated, self._ready = isolated, False
+        self._first: int | None = None
+        self._info = b""
+        self._folder: str | None = None
+        self._received = bytearray()
+        command = [*_unprivileged()]
+        passed, ours = list(link), -1
+        if isolated:
+            rules, ours, info = _filter_pipe(), *os.pipe()
+            os.set_blocking(ours, False)
+            command += _shut_in(rules, info, limits)
+            passed += [rules, info]
+        else:
+            self._folder = tempfile.mkdtemp(prefix="selfroute-")
+            os.chmod(self._folder, 0o777)
+        self._info_pipe = ours
+        command += [_python(), "-s", "-S", "-B", "-c", _BOOT, *_inside()]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                pass_fds=passed, cwd=self._folder or "/", env={"PYTHONHASHSEED": "0"}, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            for number in passed[len(link) :]:
+                os.close(number)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._stdin, False)
+        self._pending = bytearray()
+        self._send(
+            {
+                "mode": mode, "program": program, "setup": setup, "function": function, "link": list(link),
+                "isolated": isolated, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20,
+                "processes": limits.processes, "file_bytes": limits.file_mb << 20, "open_files": limits.open_files,
+                "output_bytes": limits.output_kb << 10, "stderr_bytes": _STDERR_BYTES,
+            }
+        )  # fmt: skip
+
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def begin(self, case: str) -> None:
+        """Hand a case over; `result` tells what became of it."""
+        self._send({"case": case})
+
+    def result(self, *watched: Box) -> Ran:
+        """What became of the case; the memory of the sandboxes `watched` is looked at too.
+
+        Raises:
+            TaskError: the sandbox did not start.
+        """
+        started = time.monotonic()
+        if not self._ready:
+            said = self._receive(started + _START_S, ())
+            if said != {"ready": True}:
+                raise TaskError(f"a sandbox did not start: {said if isinstance(said, str) else self._complaint()}")
+            self._ready = True
+            started = time.monotonic()
+        said = self._receive(started + self.limits.wall_s, (self, *watched))
+        wall_s = time.monotonic() - started
+        if said == "wall" or said == "memory":
+            return Ran("", "", "", None, said, wall_s, 0.0, clean=False)
+        try:
+            return self._read(said, wall_s)
+        except (KeyError, TypeError, ValueError):
+            # It ended, or says what `inside` never would: the program is to blame.
+            return Ran("", "", "", None, None, wall_s, 0.0, clean=False)
+
+    def _read(self, said: Any, wall_s: float) -> Ran:
+        cpu_s, stderr = float(said["cpu_s"]), str(said["stderr"])
+        limit: Limit | None = None
+        if said["flooded"]:
+            limit = "output"
+        elif cpu_s > self.limits.cpu_s:
+            limit = "cpu"
+        elif stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+            limit = "memory"
+        return Ran(
+            stdout=str(said["stdout"]),
+            stderr=stderr,
+            answers=str(said["answers"]),
+            status=int(said["status"]),
+            limit=limit,
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            clean=said["dirty"] is False,
+        )
+
+    def _send(self, message: Any) -> None:
+        data = json.dumps(message).encode()
+        self._pending += len(data).to_bytes(8, "big") + data
+
+    def _receive(self, ends: float, watched: Sequence[Box]) -> Any:
+        """The next message; "wall" or "memory" where a limit is hit first, None where the inside has ended."""
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN)
+        # A message holds the two outputs, which JSON may write as six characters each, and little else.
+        most = 12 * ((self.limits.output_kb << 10) + _STDERR_BYTES) + 4096
+        looked = time.monotonic()
+        while True:
+            size = int.from_bytes(self._received[:8], "big")
+            if len(self._received) >= 8 and size > most:
+                return None
+            if len(self._received) >= 8 + size > 8:
+                message = bytes(self._received[8 : 8 + size])
+                del self._received[: 8 + size]
+                try:
+                    return json.loads(message)
+                except (ValueError, RecursionError):
+                    return None
+            if self._pending:
+                poll.register(self._stdin, select.POLLOUT)
+            for number, event in poll.poll(1000 * _TICK_S):
+                try:
+                    if number == self._stdin:
+                        if self._pending and event & select.POLLOUT:
+                            del self._pending[: os.write(self._stdin, memoryview(self._pending)[: 1 << 16])]
+                        if not self._pending or event & select.POLLERR:
+                            poll.unregister(self._stdin)
+                            self._pending.clear()
+                    else:
+                        data = os.read(self._stdout, 1 << 20)
+                        if not data:
+                            return None
+                        self._received += data
+                except BrokenPipeError:
+                    poll.unregister(self._stdin)
+                    self._pending.clear()
+            now = time.monotonic()
+            if now > ends:
+                return "wall"
+            if now - looked > _TICK_S and watched:
+                looked = now
+                if any(box._resident_mb() > box.limits.memory_mb + _SLACK_MB for box in watched):
+                    return "memory"
+
+    def _resident_mb(self) -> float:
+        first = self._first_process()
+        return 0.0 if first is None else sum(map(_resident_mb, _family(first)))
+
+    def _first_process(self) -> int | None:
+        """The process that all of the program's descend from, by its number out here; None before it is known."""
+        if not self._isolated:
+            return self._process.pid
+        if self._first is None:
+            try:
+                self._info += os.read(self._info_pipe, 4096)
+                self._first = int(json.loads(self._info)["child-pid"])
+            except (BlockingIOError, ValueError):
+                return None
+        return self._first
+
+    def _complaint(self) -> str:
+        assert self._process.stderr is not None
+        self._process.kill()
+        return self._process.stderr.read(4096).decode("utf-8", "replace").strip() or "it said nothing"
+
+    def close(self) -> None:
+        """Kill everything in it, wait until it is dead, and take its folder away."""
+        first = self._first_process()
+        if self._process.poll() is None and first is not None and self._isolated:
+            # The first process of a namespace takes all others with it, and is gone only when they are; bubblewrap
+            # itself ends after it. Its number cannot be another's yet, as bubblewrap waits for it.
+            _kill(first)
+        elif not self._isolated:
+            for number in reversed(_family(self._process.pid)):
+                _kill(number)
+        else:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
+        if self._isolated:
+            os.close(self._info_pipe)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _kill(number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(number, signal.SIGKILL)
+
+
+def _family(number: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [number]
+    for parent in found:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            # It may just have ended.
+            with suppress(OSError):
+                found += map(int, children.read_text().split())
+    return found
+
+
+def _resident_mb(number: int) -> float:
+    """Resident memory of a process that is not shared with files, in MiB."""
+    try:
+        pages = Path(f"/proc/{number}/statm").read_text().split()
+    except OSError:
+        return 0.0
+    return (int(pages[1]) - int(pages[2])) * _page_mb()
+
+
+@cache
+def _page_mb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+@cache
+def _inside() -> tuple[str, ...]:
+    """Names and texts of what runs inside, each after what it imports."""
+    folder = resources.files("selfroute.tasks.inside")
+    files = ("wire", "program", "linked", "runner")
+    return tuple(
+        part
+        for file in files
+        for part in (f"selfroute.tasks.inside.{file}", (folder / f"{file}.py").read_text(encoding="utf-8"))
+    )
+
+
+@cache
+def _python() -> str:
+    """The Python that programs run on: one that the sandbox sees."""
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        if os.access(path, os.X_OK):
+            return os.path.realpath(path)
+    raise TaskError("programs run on the system's Python, but there is no /usr/bin/python3 or /usr/local/bin/python3")
+
+
+def _command(name: str, package: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise TaskError(f"there is no `{name}` (on Debian and Ubuntu: apt-get install {package})")
+    return found
+
+
+def _unprivileged() -> list[str]:
+    """As root: a command that becomes nobody first, since limits and file permissions bind others only."""
+    if os.getuid() != 0:
+        return []
+    return [_command("setpriv", "util-linux"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+
+
+def _shut_in(rules: int, info: int, limits: Limits) -> list[str]:
+    """bubblewrap's command line, but for what it runs."""
+    size = str(limits.file_mb << 22)
+    links = [name for name in ("bin", "lib", "lib64") if os.path.islink(f"/{name}")]
+    return [
+        _command("bwrap", "bubblewrap"), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent",
+        "--new-session", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL",
+        "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr",
+        *(word for name in links for word in ("--symlink", f"usr/{name}", f"/{name}")),
+        "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp",
+        # What bubblewrap makes on its way is writable, and as large as memory.
+        "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
+        "--seccomp", str(rules), "--info-fd", str(info),
+    ]  # fmt: skip
+
+
+def _filter_pipe() -> int:
+    """A pipe that holds the filter on system calls, which fits into it."""
+    read, write = os.pipe()
+    os.write(write, seccomp_filter())
+    os.close(write)
+    return read
