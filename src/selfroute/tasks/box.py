@@ -163,20 +163,20 @@ class Box:
         """Hand a case over; `result` tells what became of it."""
         self._send({"case": case})
 
-    def result(self, *watched: Box) -> Ran:
-        """What became of the case; the memory of the sandboxes `watched` is looked at too.
+    def result(self, *others: Box) -> Ran:
+        """What became of the case; meanwhile, `others` that it waits for are watched too.
 
         Raises:
             TaskError: the sandbox did not start.
         """
         started = time.monotonic()
         if not self._ready:
-            said = self._receive(started + _START_S, ())
+            said = self._receive(started + _START_S, (self, *others))
             if said != {"ready": True}:
                 raise TaskError(f"a sandbox did not start: {said if isinstance(said, str) else self._complaint()}")
             self._ready = True
             started = time.monotonic()
-        said = self._receive(started + self.limits.wall_s, (self, *watched))
+        said = self._receive(started + self.limits.wall_s, (self, *others))
         wall_s = time.monotonic() - started
         if said == "wall" or said == "memory":
             return Ran("", "", "", None, said, wall_s, 0.0, clean=False)
@@ -191,7 +191,7 @@ class Box:
         limit: Limit | None = None
         if said["flooded"]:
             limit = "output"
-        elif cpu_s > self.limits.cpu_s:
+        elif cpu_s > self.limits.cpu_s or said["status"] == -signal.SIGXCPU:
             limit = "cpu"
         elif stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
             limit = "memory"
@@ -210,11 +210,18 @@ class Box:
         data = json.dumps(message).encode()
         self._pending += len(data).to_bytes(8, "big") + data
 
-    def _receive(self, ends: float, watched: Sequence[Box]) -> Any:
-        """The next message; "wall" or "memory" where a limit is hit first, None where the inside has ended."""
+    def _receive(self, ends: float, boxes: Sequence[Box]) -> Any:
+        """The next message; "wall" or "memory" where a limit is hit first, None where the inside has ended.
+
+        What `boxes`, this one among them, are still to be told is told meanwhile, and their memory is looked at.
+        """
         poll = select.poll()
         poll.register(self._stdout, select.POLLIN)
-        # A message holds the two outputs, which JSON may write as six characters each, and little else.
+        for box in boxes:
+            if box._pending:
+                poll.register(box._stdin, select.POLLOUT)
+        inputs = {box._stdin: box for box in boxes}
+        # A message holds two outputs, which JSON may write as six characters each, and little else.
         most = 12 * ((self.limits.output_kb << 10) + _STDERR_BYTES) + 4096
         looked = time.monotonic()
         while True:
@@ -228,31 +235,33 @@ class Box:
                     return json.loads(message)
                 except (ValueError, RecursionError):
                     return None
-            if self._pending:
-                poll.register(self._stdin, select.POLLOUT)
-            for number, event in poll.poll(1000 * _TICK_S):
-                try:
-                    if number == self._stdin:
-                        if self._pending and event & select.POLLOUT:
-                            del self._pending[: os.write(self._stdin, memoryview(self._pending)[: 1 << 16])]
-                        if not self._pending or event & select.POLLERR:
-                            poll.unregister(self._stdin)
-                            self._pending.clear()
-                    else:
-                        data = os.read(self._stdout, 1 << 20)
-                        if not data:
-                            return None
-                        self._received += data
-                except BrokenPipeError:
-                    poll.unregister(self._stdin)
-                    self._pending.clear()
+            for number, _ in poll.poll(1000 * _TICK_S):
+                if number in inputs:
+                    if inputs[number]._tell():
+                        poll.unregister(number)
+                    continue
+                data = os.read(self._stdout, 1 << 20)
+                if not data:
+                    return None
+                self._received += data
             now = time.monotonic()
             if now > ends:
                 return "wall"
-            if now - looked > _TICK_S and watched:
+            if now - looked > _TICK_S:
                 looked = now
-                if any(box._resident_mb() > box.limits.memory_mb + _SLACK_MB for box in watched):
+                if any(box._resident_mb() > box.limits.memory_mb + _SLACK_MB for box in boxes):
                     return "memory"
+
+    def _tell(self) -> bool:
+        """Write what it takes of what it is to be told; whether that is all."""
+        try:
+            del self._pending[: os.write(self._stdin, self._pending[: 1 << 16])]
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            # It has ended, as the other pipe will tell.
+            self._pending.clear()
+        return not self._pending
 
     def _resident_mb(self) -> float:
         first = self._first_process()

@@ -32,7 +32,7 @@ class Job:
 
     `mode` says what a case is: `script`, its text is the standard input; `call`, `function` is called with the case's
     arguments (`inside.wire.pack`, as JSON), and what it returns is in `Ran.answers`; `tests`, it holds tests that run
-    in a second sandbox and ask the program in the first. But for `script`, `setup` runs before the program, in its module.
+    in a second sandbox and ask the program in the first. Except for `script`, `setup` runs before the program.
     """
 
     program: str
