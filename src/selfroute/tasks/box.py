@@ -48,7 +48,7 @@ class Limits:
 
     cpu_s: float = 4.0
     """Processor seconds of the case's process."""
-    wall_s: float = 14.0
+    wall_s: float = 20.0
     """Seconds until everything is killed: for programs that wait, and generous, as a busy machine must not decide."""
     memory_mb: int = 512
     """Address space of a process, and resident memory of all together, in MiB."""
@@ -116,7 +116,7 @@ class Box:
         self.limits = limits
         self._isolated, self._ready = isolated, False
         self._first: int | None = None
-        self._info = b""
+        self._first_file, self._info = -1, b""
         self._folder: str | None = None
         self._received = bytearray()
         command = [*_unprivileged()]
@@ -173,8 +173,10 @@ class Box:
         if not self._ready:
             said = self._receive(started + _START_S, (self, *others))
             if said != {"ready": True}:
-                raise TaskError(f"a sandbox did not start: {said if isinstance(said, str) else self._complaint()}")
+                raise TaskError(f"a sandbox did not start: {self._complaint()}")
             self._ready = True
+            # Known before the program can end anything.
+            self._first_process()
             started = time.monotonic()
         said = self._receive(started + self.limits.wall_s, (self, *others))
         wall_s = time.monotonic() - started
@@ -272,11 +274,12 @@ class Box:
         if not self._isolated:
             return self._process.pid
         if self._first is None:
-            try:
+            # Not a number means: bubblewrap has not said it yet.
+            with suppress(BlockingIOError, ValueError, ProcessLookupError):
                 self._info += os.read(self._info_pipe, 4096)
-                self._first = int(json.loads(self._info)["child-pid"])
-            except (BlockingIOError, ValueError):
-                return None
+                number = int(json.loads(self._info)["child-pid"])
+                self._first_file = os.pidfd_open(number)
+                self._first = number
         return self._first
 
     def _complaint(self) -> str:
@@ -286,16 +289,24 @@ class Box:
 
     def close(self) -> None:
         """Kill everything in it, wait until it is dead, and take its folder away."""
-        first = self._first_process()
-        if self._process.poll() is None and first is not None and self._isolated:
-            # The first process of a namespace takes all others with it, and is gone only when they are; bubblewrap
-            # itself ends after it. Its number cannot be another's yet, as bubblewrap waits for it.
-            _kill(first)
-        elif not self._isolated:
+        if not self._isolated:
             for number in reversed(_family(self._process.pid)):
                 _kill(number)
+        elif self._first_process() is not None:
+            # The first process of a namespace takes all others with it, and ends when they have ended. bubblewrap
+            # itself ends before.
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._first_file, signal.SIGKILL)
+            dead = select.poll()
+            dead.register(self._first_file, select.POLLIN)
+            dead.poll()
+            os.close(self._first_file)
         else:
             self._process.kill()
+        # Let to end by itself, it takes its dead child away.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert pipe is not None
@@ -315,10 +326,10 @@ def _family(number: int) -> list[int]:
     """A process and all that descend from it."""
     found = [number]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            # It may just have ended.
-            with suppress(OSError):
-                found += map(int, children.read_text().split())
+        # It may just have ended.
+        with suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                found += map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
     return found
 
 

@@ -145,7 +145,7 @@ class Code:
     def _limits(self, problem: Problem) -> Limits:
         c, own = self.config, problem.reference["time_limit_s"]
         cpu_s = min(c.time_limit_s if own is None else own * c.time_factor, 600.0)
-        return Limits(cpu_s=cpu_s, wall_s=3 * cpu_s + 2, memory_mb=c.memory_mb)
+        return Limits(cpu_s=cpu_s, wall_s=4 * cpu_s + 4, memory_mb=c.memory_mb)
 
     def _job(self, answer: str, problem: Problem) -> Job | Verdict:
         """What is to be run; a verdict where nothing is."""
