@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -410,7 +411,7 @@ def test_what_a_sandbox_says_is_not_believed_blindly(box: Box) -> None:
     box.begin("x")
     assert box.result().stdout == "x\n"
     for said in ({}, [], "wall!", {"cpu_s": "x"}, {"ready": True}, None):
-        box._received += (data := __import__("json").dumps(said).encode()) and len(data).to_bytes(8, "big") + data
+        box._received += (data := json.dumps(said).encode()) and len(data).to_bytes(8, "big") + data
         ran = box.result()
         assert (ran.status, ran.limit, ran.clean) == (None, None, False)
     box._received += (1 << 60).to_bytes(8, "big")
