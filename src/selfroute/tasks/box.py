@@ -23,10 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfroute.errors import TaskError
-from selfroute.tasks.seccomp import seccomp_filter
-
-NOBODY = 65534
-"""The user and group that programs run as."""
+from selfroute.tasks.isolation import filter_pipe, python, shut_in, unprivileged
 
 # Makes modules of the names and texts on its command line, since the sandbox sees no file of this package.
 _BOOT = """
@@ -119,23 +116,29 @@ class Box:
         self._first_file, self._info = -1, b""
         self._folder: str | None = None
         self._received = bytearray()
-        command = [*_unprivileged()]
+        command = [*unprivileged()]
         passed, ours = list(link), -1
         if isolated:
-            rules, ours, info = _filter_pipe(), *os.pipe()
+            rules, ours, info = filter_pipe(), *os.pipe()
             os.set_blocking(ours, False)
-            command += _shut_in(rules, info, limits)
+            command += shut_in(rules, info, file_system_bytes=limits.file_mb << 22)
             passed += [rules, info]
         else:
             self._folder = tempfile.mkdtemp(prefix="selfroute-")
             os.chmod(self._folder, 0o777)
         self._info_pipe = ours
-        command += [_python(), "-s", "-S", "-B", "-c", _BOOT, *_inside()]
+        command += [python(), "-s", "-S", "-B", "-c", _BOOT, *_inside()]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                 pass_fds=passed, cwd=self._folder or "/", env={"PYTHONHASHSEED": "0"}, start_new_session=True,
             )  # fmt: skip
+        except OSError as error:
+            if isolated:
+                os.close(ours)
+            else:
+                shutil.rmtree(self._folder or "", ignore_errors=True)
+            raise TaskError(f"a sandbox did not start: {error}") from error
         finally:
             for number in passed[len(link) :]:
                 os.close(number)
@@ -267,7 +270,7 @@ class Box:
 
     def _resident_mb(self) -> float:
         first = self._first_process()
-        return 0.0 if first is None else sum(map(_resident_mb, _family(first)))
+        return 0.0 if first is None else sum(map(_resident_mb, family(first)))
 
     def _first_process(self) -> int | None:
         """The process that all of the program's descend from, by its number out here; None before it is known."""
@@ -290,22 +293,20 @@ class Box:
     def close(self) -> None:
         """Kill everything in it, wait until it is dead, and take its folder away."""
         if not self._isolated:
-            for number in reversed(_family(self._process.pid)):
+            for number in reversed(family(self._process.pid)):
                 _kill(number)
         elif self._first_process() is not None:
             # The first process of a namespace takes all others with it, and ends when they have ended. bubblewrap
             # itself ends before.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._first_file, signal.SIGKILL)
-            dead = select.poll()
-            dead.register(self._first_file, select.POLLIN)
-            dead.poll()
+            _await_end(self._first_file)
             os.close(self._first_file)
-        else:
-            self._process.kill()
-        # Let to end by itself, it takes its dead child away.
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+            if self._process.poll() is None:
+                # Let to end by itself, it takes its dead child away.
+                file = os.pidfd_open(self._process.pid)
+                _await_end(file, timeout_ms=5000)
+                os.close(file)
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -317,12 +318,18 @@ class Box:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _await_end(process_file: int, timeout_ms: int | None = None) -> None:
+    poll = select.poll()
+    poll.register(process_file, select.POLLIN)
+    poll.poll(timeout_ms)
+
+
 def _kill(number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(number, signal.SIGKILL)
 
 
-def _family(number: int) -> list[int]:
+def family(number: int) -> list[int]:
     """A process and all that descend from it."""
     found = [number]
     for parent in found:
@@ -357,50 +364,3 @@ def _inside() -> tuple[str, ...]:
         for file in files
         for part in (f"selfroute.tasks.inside.{file}", (folder / f"{file}.py").read_text(encoding="utf-8"))
     )
-
-
-@cache
-def _python() -> str:
-    """The Python that programs run on: one that the sandbox sees."""
-    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
-        if os.access(path, os.X_OK):
-            return os.path.realpath(path)
-    raise TaskError("programs run on the system's Python, but there is no /usr/bin/python3 or /usr/local/bin/python3")
-
-
-def _command(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise TaskError(f"there is no `{name}` (on Debian and Ubuntu: apt-get install {package})")
-    return found
-
-
-def _unprivileged() -> list[str]:
-    """As root: a command that becomes nobody first, since limits and file permissions bind others only."""
-    if os.getuid() != 0:
-        return []
-    return [_command("setpriv", "util-linux"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
-
-
-def _shut_in(rules: int, info: int, limits: Limits) -> list[str]:
-    """bubblewrap's command line, but for what it runs."""
-    size = str(limits.file_mb << 22)
-    links = [name for name in ("bin", "lib", "lib64") if os.path.islink(f"/{name}")]
-    return [
-        _command("bwrap", "bubblewrap"), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent",
-        "--new-session", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL",
-        "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr",
-        *(word for name in links for word in ("--symlink", f"usr/{name}", f"/{name}")),
-        "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp",
-        # What bubblewrap makes on its way is writable, and as large as memory.
-        "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
-        "--seccomp", str(rules), "--info-fd", str(info),
-    ]  # fmt: skip
-
-
-def _filter_pipe() -> int:
-    """A pipe that holds the filter on system calls, which fits into it."""
-    read, write = os.pipe()
-    os.write(write, seccomp_filter())
-    os.close(write)
-    return read

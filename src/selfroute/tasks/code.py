@@ -247,5 +247,5 @@ def _tests_fault(answers: str, count: int) -> str | None:
         place = f"test {said['failed']}" if said["failed"] else "before the first test"
         line = f" at {show(said['line'], 100)}" if said["line"] else ""
         return f"{place}: {said['error'][:200]}{line}"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "the tests ended without a verdict"

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfroute.errors import TaskError
-from selfroute.tasks.box import NOBODY, Box, Limits, Ran
+from selfroute.tasks.box import Box, Limits, Ran
+from selfroute.tasks.isolation import NOBODY
 
 _LIMITS = Limits()
 
@@ -109,8 +110,12 @@ class Sandbox:
         """
         self.isolated()
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(concurrency or cores()) as threads:
+        threads = ThreadPoolExecutor(concurrency or cores())
+        try:
             return list(await asyncio.gather(*(loop.run_in_executor(threads, self.run, job) for job in jobs)))
+        finally:
+            # After a failure, jobs that have begun end by themselves, and no further one begins.
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def cores() -> int:

@@ -9,84 +9,18 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from tests.witness import LIMITS, SHORT, judge
 
 from selfroute.errors import TaskError
-from selfroute.tasks.box import Box, Limits, Ran, _family
+from selfroute.tasks.box import Box, family
 from selfroute.tasks.sandbox import Job, Sandbox
-from selfroute.tasks.seccomp import seccomp_filter
-
-LIMITS = Limits(cpu_s=1, wall_s=30, memory_mb=128, processes=8, output_kb=64)
-# For programs that wait, or whose processes together take more than one core.
-SHORT = replace(LIMITS, wall_s=2.5)
-PYTHON = "/usr/bin/python3"
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    """Fails, and does not skip, where programs cannot be isolated: apt-get install bubblewrap."""
-    made = Sandbox()
-    assert made.isolated()
-    return made
-
-
-class Witness:
-    """Sees every process that descends from this one while it is in use, and which of them are alive after."""
-
-    def __enter__(self) -> Witness:
-        self.before = set(_family(os.getpid()))
-        self.seen: dict[int, str] = {}
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._look)
-        self.thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self.done.is_set():
-            for number in set(_family(os.getpid())) - self.before:
-                started = self._started(number)
-                if started:
-                    self.seen[number] = started
-            self.done.wait(0.01)
-
-    @staticmethod
-    def _started(number: int) -> str | None:
-        """When a process started, in ticks; None where it has ended (a zombie has)."""
-        try:
-            state, *rest = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if state in "ZX" else rest[18]
-
-    def __exit__(self, *exc: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def alive(self) -> list[int]:
-        return [n for n, started in self.seen.items() if self._started(n) == started]
-
-
-def judge(sandbox: Sandbox, program: str, cases: list[str] | None = None, limits: Limits = LIMITS) -> list[Ran]:
-    """Run a program, and check what every program must leave behind: nothing, and in time."""
-    folder = Path(os.environ.get("TMPDIR", "/tmp"))
-    open_files, started = len(os.listdir("/proc/self/fd")), time.monotonic()
-    with Witness() as witness:
-        runs = sandbox.run(Job(program, cases or [""], limits=limits))
-    # Beside the limit, what starting and killing take on a busy machine.
-    assert time.monotonic() - started < len(runs) * limits.wall_s + 5
-    assert witness.alive() == []
-    assert witness.seen
-    assert len(os.listdir("/proc/self/fd")) == open_files
-    assert not list(folder.glob("selfroute-*"))
-    return runs
 
 
 def test_a_plain_program(sandbox: Sandbox) -> None:
@@ -184,40 +118,6 @@ def test_no_network(sandbox: Sandbox) -> None:
         with pytest.raises(TimeoutError):
             server.accept()
     assert ran.stdout.split() == ["1", "1", "1", "1", "made", "AF_UNIX"]
-
-
-SYSCALLS = {
-    "unshare a user namespace": "unshare(0x10000000)",
-    "unshare a mount namespace": "unshare(0x20000)",
-    "clone into a user namespace": "syscall(56, 0x10000011, 0, 0, 0, 0)",
-    "clone3": "syscall(435, 0, 0)",
-    "mount": "mount(b'none', b'/tmp', b'tmpfs', 0, 0)",
-    "remount": "mount(b'none', b'/', b'none', 0x20 | 0x1000, 0)",
-    "umount": "umount2(b'/proc', 2)",
-    "chroot": "chroot(b'/tmp')",
-    "ptrace": "ptrace(16, 1, 0, 0)",
-    "process_vm_readv": "syscall(310, 1, 0, 0, 0, 0, 0)",
-    "keyctl": "syscall(250, 0, -3, 0)",
-    "bpf": "syscall(321, 0, 0, 0)",
-    "perf_event_open": "syscall(298, 0, 0, -1, -1, 0)",
-    "userfaultfd": "syscall(323, 0)",
-    "io_uring_setup": "syscall(425, 1, 0)",
-    "memfd_create": "syscall(319, b'x', 0)",
-    "shmget": "shmget(0, 1 << 30, 0o1600)",
-    "setuid": "setuid(0)",
-    "reboot": "reboot(0)",
-    "x32 open": "syscall(0x40000002, b'/etc/passwd', 0)",
-}
-
-
-@pytest.mark.parametrize("name", SYSCALLS)
-def test_system_calls_that_are_refused(sandbox: Sandbox, name: str) -> None:
-    program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nresult = libc.{SYSCALLS[name]}\nprint(result, ctypes.get_errno())"
-    [ran] = judge(sandbox, program)
-    # The filter kills on calls of another architecture, and refuses the others; setuid fails for lack of a mapped root.
-    allowed = {"clone3": "-1 38\n", "setuid": "-1 22\n", "x32 open": ""}.get(name, "-1 1\n")
-    assert ran.stdout == allowed, ran.stderr
-    assert ran.status == (-31 if name == "x32 open" else 0)
 
 
 DIE_HARD = "import os, signal, sys, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
@@ -324,11 +224,11 @@ def test_a_killed_parent_takes_its_sandboxes_with_it() -> None:
         "Sandbox().run(Job('import time\\ntime.sleep(60)', [''], limits=Limits(wall_s=60)))"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        family: list[int] = []
+        members: list[int] = []
         ends = time.monotonic() + 60
         while time.monotonic() < ends:
-            family = _family(parent.pid)
-            names = [Path(f"/proc/{n}/cmdline").read_bytes() for n in family[1:] if Path(f"/proc/{n}").exists()]
+            members = family(parent.pid)
+            names = [Path(f"/proc/{n}/cmdline").read_bytes() for n in members[1:] if Path(f"/proc/{n}").exists()]
             # bubblewrap twice, the runner and the case's process.
             if (
                 len(names) >= 4
@@ -336,12 +236,12 @@ def test_a_killed_parent_takes_its_sandboxes_with_it() -> None:
             ):
                 break
             time.sleep(0.05)
-        assert len(family) >= 5
+        assert len(members) >= 5
         parent.kill()
     ends = time.monotonic() + 20
-    while any(Path(f"/proc/{n}").exists() for n in family[1:]) and time.monotonic() < ends:
+    while any(Path(f"/proc/{n}").exists() for n in members[1:]) and time.monotonic() < ends:
         time.sleep(0.05)
-    assert not [n for n in family[1:] if Path(f"/proc/{n}").exists()]
+    assert not [n for n in members[1:] if Path(f"/proc/{n}").exists()]
 
 
 @pytest.fixture
@@ -390,15 +290,6 @@ def test_limits_alone_where_the_user_says_so(commands: Path) -> None:
     # Another user than root.
     [ran] = judge(unsafe, "import os\nprint(os.getuid())")
     assert int(ran.stdout) == (os.getuid() or 65534)
-
-
-def test_the_filter_of_each_processor_is_whole() -> None:
-    for machine in ("x86_64", "aarch64"):
-        steps = seccomp_filter(machine)
-        assert len(steps) % 8 == 0
-        assert len(steps) < 4096
-    with pytest.raises(TaskError, match="no table of system calls for riscv64"):
-        seccomp_filter("riscv64")
 
 
 @pytest.fixture

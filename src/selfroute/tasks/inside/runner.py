@@ -73,7 +73,8 @@ def _give_away(start: dict[str, Any]) -> None:
             file.write("1000")
     except OSError:
         pass  # only a hint to the kernel: of all, kill these first
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # With 0, a program that the host has for core dumps would still be started; with 1 it is not.
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     resource.setrlimit(resource.RLIMIT_NOFILE, (start["open_files"] + 16,) * 2)
     # Room for this process itself, and what it holds of a case.
     space = start["memory_bytes"] + (256 << 20)
