@@ -54,14 +54,12 @@ class Witness:
 
 def judge(sandbox: Sandbox, program: str, cases: list[str] | None = None, limits: Limits = LIMITS) -> list[Ran]:
     """Run a program, and check what every program must leave behind: nothing, and in time."""
-    folder = Path(os.environ.get("TMPDIR", "/tmp"))
     open_files, started = len(os.listdir("/proc/self/fd")), time.monotonic()
     with Witness() as witness:
         runs = sandbox.run(Job(program, cases or [""], limits=limits))
     # Beside the limit, what starting and killing take on a busy machine.
     assert time.monotonic() - started < len(runs) * limits.wall_s + 5
     assert witness.alive() == []
-    assert witness.seen
+    assert len(witness.seen) >= 2 or all(ran.wall_s < 1 for ran in runs)
     assert len(os.listdir("/proc/self/fd")) == open_files
-    assert not list(folder.glob("selfroute-*"))
     return runs

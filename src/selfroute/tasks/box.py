@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfroute.errors import TaskError
-from selfroute.tasks.isolation import filter_pipe, python, shut_in, unprivileged
+from selfroute.tasks.isolation import bubblewrap, filter_pipe, python, shut_in, unprivileged
 
 # Makes modules of the names and texts on its command line, since the sandbox sees no file of this package.
 _BOOT = """
@@ -82,7 +82,7 @@ class Ran:
 
 
 class Box:
-    """A sandbox for one program: `ask` runs a case; close it, or use it in a `with` block.
+    """A sandbox for one program: `begin` a case, then its `result`; close it, or use it in a `with` block.
 
     It must be closed by the thread that made it, and dies with that thread.
 
@@ -116,10 +116,12 @@ class Box:
         self._first_file, self._info = -1, b""
         self._folder: str | None = None
         self._received = bytearray()
-        command = [*unprivileged()]
+        command, inside = unprivileged(), [python(), "-s", "-S", "-B", "-c", _BOOT, *_inside()]
         passed, ours = list(link), -1
         if isolated:
-            rules, ours, info = filter_pipe(), *os.pipe()
+            command.append(bubblewrap())
+            rules = filter_pipe()
+            ours, info = os.pipe()
             os.set_blocking(ours, False)
             command += shut_in(rules, info, file_system_bytes=limits.file_mb << 22)
             passed += [rules, info]
@@ -127,10 +129,9 @@ class Box:
             self._folder = tempfile.mkdtemp(prefix="selfroute-")
             os.chmod(self._folder, 0o777)
         self._info_pipe = ours
-        command += [python(), "-s", "-S", "-B", "-c", _BOOT, *_inside()]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                command + inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                 pass_fds=passed, cwd=self._folder or "/", env={"PYTHONHASHSEED": "0"}, start_new_session=True,
             )  # fmt: skip
         except OSError as error:

@@ -36,8 +36,13 @@ def unprivileged() -> list[str]:
     return [_command("setpriv", "util-linux"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
 
 
+def bubblewrap() -> str:
+    """Where bubblewrap is."""
+    return _command("bwrap", "bubblewrap")
+
+
 def shut_in(rules: int, info: int, *, file_system_bytes: int) -> list[str]:
-    """bubblewrap's command line, but for what it runs.
+    """What bubblewrap is told, but for what it runs.
 
     Args:
         rules: a file that holds the filter on system calls.
@@ -47,7 +52,7 @@ def shut_in(rules: int, info: int, *, file_system_bytes: int) -> list[str]:
     size = str(file_system_bytes)
     links = [name for name in ("bin", "lib", "lib64") if os.path.islink(f"/{name}")]
     return [
-        _command("bwrap", "bubblewrap"), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent",
+        "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent",
         "--new-session", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL",
         "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr",
         *(word for name in links for word in ("--symlink", f"usr/{name}", f"/{name}")),
@@ -60,7 +65,8 @@ def shut_in(rules: int, info: int, *, file_system_bytes: int) -> list[str]:
 
 def filter_pipe() -> int:
     """A pipe that holds the filter on system calls, which fits into it."""
+    rules = seccomp_filter()
     read, write = os.pipe()
-    os.write(write, seccomp_filter())
+    os.write(write, rules)
     os.close(write)
     return read

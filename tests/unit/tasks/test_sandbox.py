@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ SECRET = "canary-8d1f"
         "/etc/shadow",
         "/root",
         "/home",
-        "/work",
+        "/opt",
         "/var/log",
         "/sys/kernel",
         "/proc/1/environ",
@@ -83,14 +84,14 @@ def test_nothing_outside_can_be_written(sandbox: Sandbox, tmp_path: Path) -> Non
     victim.chmod(0o666)
     [ran] = judge(
         sandbox,
-        f"import os\nfor path in ['/x', '/usr/x', '/usr/bin/x', '/dev/x', '/proc/x', '/proc/sys/kernel/hostname', '/proc/sysrq-trigger', {str(victim)!r}, {str(tmp_path)!r} + '/x', '/usr/bin/python3', '/tmp/x', '/dev/shm/x']:\n"
+        f"import os\nfor path in ['/x', '/usr/x', '/usr/bin/x', '/dev/x', '/proc/x', '/proc/sys/kernel/hostname', '/proc/sysrq-trigger', {str(victim)!r}, {str(tmp_path)!r} + '/x', '/usr/bin/python3', '/tmp/selfroute-escape', '/dev/shm/selfroute-escape']:\n"
         "    try:\n        with open(path, 'w') as file: file.write('x')\n        print('wrote', path)\n    except OSError: pass\n",
     )  # fmt: skip
-    assert ran.stdout.split() == ["wrote", "/tmp/x", "wrote", "/dev/shm/x"]
+    assert ran.stdout.split() == ["wrote", "/tmp/selfroute-escape", "wrote", "/dev/shm/selfroute-escape"]
     assert victim.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [victim]
-    assert not Path("/tmp/x").exists()
-    assert not Path("/dev/shm/x").exists()
+    assert not Path("/tmp/selfroute-escape").exists()
+    assert not Path("/dev/shm/selfroute-escape").exists()
     assert not ran.clean
 
 
@@ -274,7 +275,8 @@ def test_without_isolation_it_refuses_and_says_how_to_go_on(commands: Path) -> N
         Sandbox().isolated()
 
 
-def test_limits_alone_where_the_user_says_so(commands: Path) -> None:
+def test_limits_alone_where_the_user_says_so(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(commands))
     unsafe = Sandbox(unsafe=True)
     assert not unsafe.isolated()
     assert [r.stdout for r in judge(unsafe, "print(input()[::-1])", ["abc", "d"])] == ["cba\n", "d\n"]
@@ -287,6 +289,8 @@ def test_limits_alone_where_the_user_says_so(commands: Path) -> None:
     # It can start no process that would be left behind.
     [ran] = judge(unsafe, "import os\nos.fork()")
     assert "BlockingIOError" in ran.stderr
+    assert not judge(unsafe, "open('x', 'w').write('x')")[0].clean
+    assert [path.name for path in commands.iterdir()] == ["setpriv"]
     # Another user than root.
     [ran] = judge(unsafe, "import os\nprint(os.getuid())")
     assert int(ran.stdout) == (os.getuid() or 65534)

@@ -40,8 +40,8 @@ def main() -> None:
     _close_but({requests, replies, *start["link"]})
     _give_away(start)
     sys.path.remove("")
-    for line in start["program"].splitlines() if start["mode"] != "tests" else ():
-        words = line.replace(",", " ").split()[:9]
+    for line in (start["setup"] + "\n" + start["program"]).splitlines():
+        words = line.replace(",", " ").split()
         for name in words[1:] if words[:1] in (["import"], ["from"]) else ():
             if name in _WARM:
                 __import__(name)
