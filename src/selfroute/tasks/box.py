@@ -295,14 +295,12 @@ class Box:
         """Kill everything in it, wait until it is dead, and take its folder away."""
         if not self._isolated:
             for number in reversed(family(self._process.pid)):
-                _kill(number)
+                with suppress(ProcessLookupError):
+                    _end(os.pidfd_open(number))
         elif self._first_process() is not None:
             # The first process of a namespace takes all others with it, and ends when they have ended. bubblewrap
-            # itself ends before.
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._first_file, signal.SIGKILL)
-            _await_end(self._first_file)
-            os.close(self._first_file)
+            # itself may end before.
+            _end(self._first_file)
             if self._process.poll() is None:
                 # Let to end by itself, it takes its dead child away.
                 file = os.pidfd_open(self._process.pid)
@@ -319,15 +317,18 @@ class Box:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _end(process_file: int) -> None:
+    """Kill a process, wait until it has ended, and close its file."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process_file, signal.SIGKILL)
+    _await_end(process_file)
+    os.close(process_file)
+
+
 def _await_end(process_file: int, timeout_ms: int | None = None) -> None:
     poll = select.poll()
     poll.register(process_file, select.POLLIN)
     poll.poll(timeout_ms)
-
-
-def _kill(number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(number, signal.SIGKILL)
 
 
 def family(number: int) -> list[int]:
