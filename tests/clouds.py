@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfroute.cloud.oracle import Oracle, OracleConfig
 from selfroute.errors import CloudError
-from selfroute.protocol import ANSWER_CLOSE
+from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
 from selfroute.types import CloudAnswer, CloudRequest
 
 
@@ -43,3 +43,23 @@ class CutOracle(Oracle):
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         answer = await super().complete(request)
         return replace(answer, text=answer.text.removesuffix(ANSWER_CLOSE), finished=False)
+
+
+class ProgramConfig(OracleConfig):
+    """A cloud that gives one program to every question."""
+
+    program: str = ""
+    """The program."""
+
+
+class ProgramCloud(Oracle):
+    """Answers every question with the same program."""
+
+    Config = ProgramConfig
+
+    def __init__(self, config: ProgramConfig) -> None:
+        super().__init__(config)
+        self.program = config.program
+
+    def _text(self, question: str) -> str:
+        return f"{ANSWER_OPEN}```python\n{self.program}\n```{ANSWER_CLOSE}"

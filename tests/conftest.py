@@ -16,6 +16,7 @@ import torch
 
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
+from selfroute.tasks.sandbox import Sandbox
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,14 @@ torch.set_num_threads(1)
 def engine() -> HFEngine:
     """The shipped device model; tests that train load their own."""
     return HFEngine.load(DeviceConfig(model="countdown-1m"))
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    """Fails, and does not skip, where programs cannot be isolated: apt-get install bubblewrap."""
+    made = Sandbox()
+    assert made.isolated()
+    return made
 
 
 @pytest.fixture

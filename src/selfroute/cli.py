@@ -119,6 +119,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the memory that it takes, and stop.")
     ] = False,
+    unsafe_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-sandbox",
+            help="Task code, where programs cannot be isolated: run what models write with resource limits only.",
+        ),
+    ] = False,
 ) -> None:
     """Post-train a device model with GAPG and the decision loss.
 
@@ -127,7 +134,8 @@ def train(
     """
     from selfroute import api
 
-    resolved = api.load_train_config(config, overrides or [])
+    unsafe = ["task.unsafe_sandbox=true"] if unsafe_sandbox else []
+    resolved = api.load_train_config(config, [*(overrides or []), *unsafe])
     if dry_run:
         _dry_run(resolved)
     try:

@@ -111,6 +111,9 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = selfroute("train", "countdown-qwen2.5-3b", "--dry-run", cwd=tmp_path)
     assert '"model": "Qwen/Qwen2.5-3B-Instruct"' in out
     assert "memory: not known (cannot load the device model 'Qwen/Qwen2.5-3B-Instruct'" in out
+    out = selfroute("train", "code-taco", "--unsafe-sandbox", "--dry-run", cwd=tmp_path)
+    task = json.loads(out.split("\nmemory: ")[0])["task"]
+    assert (task["name"], task["path"], task["unsafe_sandbox"]) == ("code", "data/taco-verified", True)
     out = selfroute("train", "countdown-tiny", "device.model=./none", "--dry-run", cwd=tmp_path)
     assert "memory: not known (cannot load the device model './none'" in out
 
@@ -121,7 +124,12 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["train", "nope"], "no such config: 'nope'"),
         (["train", "countdown-tiny", "stesp=3"], "stesp: Extra inputs are not permitted"),
         (["train", "countdown-tiny", "task.nubmer_max=3", "--dry-run"], "nubmer_max: Extra inputs are not permitted"),
-        (["train", "countdown-tiny", "task.name=nope"], "known: addition, countdown"),
+        (["train", "countdown-tiny", "task.name=nope"], "known: addition, code, countdown"),
+        (
+            ["train", "code-taco", "device.model=countdown-1m", "cloud={name='oracle'}"],
+            "no such file: data/taco-verified",
+        ),
+        (["train", "countdown-tiny", "--unsafe-sandbox"], "unsafe_sandbox: Extra inputs are not permitted"),
         (["evaluate", "damaged"], "run.json is damaged: it holds no config"),
         (["train", "countdown-tiny", "device.model=no/such-model", "steps=1"], "cannot load the device model"),
         (["evaluate", "nowhere"], "not a run directory"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from selfroute.config import Choice, build
@@ -13,6 +14,7 @@ TASKS = {
     "countdown": "selfroute.tasks.countdown:Countdown",
     "addition": "selfroute.tasks.addition:Addition",
     "maths": "selfroute.tasks.maths:Maths",
+    "code": "selfroute.tasks.code:Code",
 }
 
 
@@ -41,6 +43,18 @@ class Task(Protocol):
     def variants(self, problem: Problem, count: int) -> list[str]: ...
 
     def canonical(self, answer: str) -> str: ...
+
+
+def verdicts(task: Task, answers: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+    """The verdicts on answers, in their order: many at a time where a task's verifier costs time and has `verify_many`.
+
+    Not for use inside an event loop.
+    """
+    many = getattr(task, "verify_many", None)
+    if many is None or not answers:
+        return [task.verify(answer, problem) for answer, problem in answers]
+    found: list[Verdict] = asyncio.run(many(answers))
+    return found
 
 
 def make_task(choice: Choice) -> Task:

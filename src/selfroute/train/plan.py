@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from selfroute.cloud.memory import Cloud
 from selfroute.errors import TrainingError
 from selfroute.protocol import DecisionPoint, cloud_request, find_decision, last_boundary, parse
-from selfroute.tasks import Task
+from selfroute.tasks import Task, verdicts
 from selfroute.train import gapg
 from selfroute.train.algorithms import ALGORITHMS, next_dual
 from selfroute.train.config import TrainConfig
@@ -97,7 +97,8 @@ class Planner:
     def judge(self, problem: Problem, responses: Sequence[Response]) -> Judged:
         """What a problem's responses decide, and which answers are correct."""
         decisions = [parse(r.text, finished=r.finished) for r in responses]
-        correct = [isinstance(d, Answer) and self.task.verify(d.text, problem).correct for d in decisions]
+        found = iter(verdicts(self.task, [(d.text, problem) for d in decisions if isinstance(d, Answer)]))
+        correct = [isinstance(d, Answer) and next(found).correct for d in decisions]
         return Judged(responses, decisions, correct)
 
     def plan(self, step: int, problems: Sequence[Problem], judged: Sequence[Judged]) -> Plan:
@@ -214,7 +215,7 @@ class Planner:
         """The cloud's verdict on each problem of the batch; None where it was never needed."""
         fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_correct]
 
-        def verdicts() -> list[bool]:
+        def correct() -> list[bool]:
             assert self.cloud is not None
             asked = [(p.id, cloud_request(p.question)) for p in fresh]
             answers = self.cloud.ask(asked, phase="train", step=step)
@@ -223,6 +224,6 @@ class Planner:
                 isinstance(r, Answer) and self.task.verify(r.text, p).correct for p, r in zip(fresh, read, strict=True)
             ]
 
-        for p, correct in zip(fresh, self.ranks.from_first(verdicts), strict=True):
-            self.cloud_correct[p.id] = correct
+        for p, ok in zip(fresh, self.ranks.from_first(correct), strict=True):
+            self.cloud_correct[p.id] = ok
         return [self.cloud_correct.get(p.id) for p in problems]
