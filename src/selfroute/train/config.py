@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from selfroute.cloud import CLOUDS
 from selfroute.config import Choice, Config, resolve, validate
@@ -25,12 +25,18 @@ class TrainConfig(Config):
     cloud: Choice = Choice(name="oracle")
     """The cloud that answers help calls."""
     reward: RewardConfig = RewardConfig()
-    """alpha_a, alpha_c, alpha_f."""
+    """alpha_a, alpha_c, alpha_f, and what a token costs."""
+    early_exit: bool = False
+    """Learn to ask at any line break of the reasoning, not only where it ends; evaluation then declines help calls by
+    `go_on`."""
     sampling: Sampling = Sampling(max_tokens=160)
     """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
     solving, and the decision loss alone teaches asking."""
-    evaluation: Sampling = Sampling(max_tokens=160)
+    evaluation: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
     """How responses are drawn when the run is evaluated, calibrated and asked."""
+    handoff: Literal["problem", "reasoning"] = "problem"
+    """What the cloud is given when the run is evaluated and asked: the problem alone, or the device's reasoning too.
+    Training gives it the problem alone, so that an answer serves all of a problem's responses."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)
@@ -73,9 +79,14 @@ class TrainConfig(Config):
     @field_validator("sampling")
     @classmethod
     def _own_distribution(cls, sampling: Sampling) -> Sampling:
-        if sampling.temperature != 1 or sampling.decide != "sample":
-            raise ValueError("training samples from the model itself: temperature 1, decide sample")
+        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.declined != "answer":
+            raise ValueError("training samples from the model itself: temperature 1, decide sample, declined answer")
         return sampling
+
+    @field_validator("evaluation")
+    @classmethod
+    def _declined_early(cls, evaluation: Sampling, info: ValidationInfo) -> Sampling:
+        return evaluation.model_copy(update={"declined": "go_on"}) if info.data.get("early_exit") else evaluation
 
     @model_validator(mode="after")
     def _something_teaches_asking(self) -> TrainConfig:
@@ -83,6 +94,19 @@ class TrainConfig(Config):
             raise ValueError(
                 "with sampling.forbid_help no help call is sampled: only the decision loss can teach asking"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _solving_beats_asking(self) -> TrainConfig:
+        reward = self.reward
+        most = reward.token_cost * self.sampling.max_tokens
+        if most >= reward.answer - reward.cloud:
+            raise ValueError(
+                f"reward.token_cost: a right answer of sampling.max_tokens tokens would cost {most:g}, more than the "
+                f"{reward.answer - reward.cloud:g} that it earns above a help call"
+            )
+        if self.early_exit and not (self.decision_weight and reward.cloud):
+            raise ValueError("early_exit is taught by the decision loss: it needs decision_weight and reward.cloud > 0")
         return self
 
 

@@ -92,6 +92,26 @@ def decision_gap(answer_reward: float, *, cloud_correct: bool | None, cloud_shar
     return cloud_reward * expected - answer_reward
 
 
+def early_gap(
+    earned: float, *, cloud_correct: bool | None, cloud_share: float, cloud_reward: float, token_cost: float, saved: int
+) -> float:
+    """Delta of asking before the end: token_cost * saved - max(0, r - alpha_c * q).
+
+    Asking there saves tokens, and loses what the response went on to earn above a help call. One that went on to earn
+    less could still have asked at its end, so going on is worth max(r, alpha_c * q).
+
+    Args:
+        earned: r, the response's reward without the price of its tokens.
+        cloud_correct: as in `decision_gap`.
+        cloud_share: as in `decision_gap`.
+        cloud_reward: alpha_c.
+        token_cost: the price of a token.
+        saved: the response's tokens from there on, less those of a help call.
+    """
+    lost = -decision_gap(earned, cloud_correct=cloud_correct, cloud_share=cloud_share, cloud_reward=cloud_reward)
+    return token_cost * saved - max(0.0, lost)
+
+
 def policy_loss(log_prob_B: Tensor, advantage_B: Tensor, count: int) -> Tensor:
     """-sum_i A_i log pi(y_i) / count, with log pi summed over a response's tokens and count = |D1 u D2| * G."""
     return -(advantage_B * log_prob_B).sum() / count
