@@ -194,6 +194,7 @@ def evaluate(
             sampling=sampling,
             seed=config.seed,
             solve_samples=SOLVE_SAMPLES,
+            handoff=config.handoff,
             progress=_under(f"evaluate {name}", progress),
         )
     finally:
@@ -202,7 +203,7 @@ def evaluate(
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(
         folder / "evaluation.json",
-        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json")},
+        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json"), "handoff": config.handoff},
     )
     return outcomes
 
@@ -280,7 +281,7 @@ class Pair:
     def __init__(self, config: TrainConfig, engine: HFEngine, cloud: Cloud, sampling: Sampling) -> None:
         from selfroute.tasks import make_task
 
-        self.engine, self.cloud, self.sampling = engine, cloud, sampling
+        self.engine, self.cloud, self.sampling, self.handoff = engine, cloud, sampling, config.handoff
         self.task = make_task(config.task)
 
     def __enter__(self) -> Pair:
@@ -295,7 +296,7 @@ class Pair:
 
     def answer(self, question: str, *, seed: int = 0) -> Reply:
         """Answer a question in the task's own words; the device decides whether the cloud is asked."""
-        from selfroute.evaluate.run import judge, route_of
+        from selfroute.evaluate.run import handed_over, judge, route_of
         from selfroute.protocol import chat, cloud_request, parse
 
         started = time.perf_counter()
@@ -306,7 +307,8 @@ class Pair:
         text, finished, cost = response.text, response.finished, 0.0
         if isinstance(decision, HelpCall):
             before = self.cloud.spent().cost_usd
-            [given] = self.cloud.ask([(problem.id, cloud_request(problem.question))], phase="ask")
+            request = cloud_request(problem.question, handed_over(response, self.handoff))
+            [given] = self.cloud.ask([(problem.id, request)], phase="ask")
             text, finished, cost = given.text, given.finished, self.cloud.spent().cost_usd - before
         answer, correct, reason = judge(self.task, problem, text, finished)
         return Reply(

@@ -156,5 +156,8 @@ Split = Literal["train", "calibration", "test"]
 Route = Literal["device", "cloud", "undecided"]
 """Where an answer came from. An undecided response was never sent anywhere and is wrong."""
 
+Handoff = Literal["problem", "reasoning"]
+"""What the cloud is given of a problem that the device asks about: the problem alone, or the device's reasoning too."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how many responses are done, and of how many."""

@@ -9,7 +9,6 @@ Axes: P prompts, G responses, B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA, Sampling
+from selfroute.device.draws import Redraws, uniforms
 from selfroute.device.prefix import SharedPrompts
 from selfroute.errors import DeviceError, DivergenceError
 from selfroute.protocol import DecisionPoint, decision_points, find_decision
@@ -207,12 +207,6 @@ def _with_adapter(model: PreTrainedModel, where: str, lora: LoRA | None) -> PreT
             raise DeviceError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
 
 
-def uniforms(stream: str, count: int) -> np.ndarray:
-    """`count` uniforms in [0, 1) of the stream called `stream` (float64)."""
-    key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
 class _Decoder:
     """One batch of rows, decoded together: the state of `HFEngine.generate`."""
 
@@ -245,7 +239,9 @@ class _Decoder:
         self.scores: list[dict[int, float]] = [{} for _ in names]
         # An mps device has no double precision, in which tokens are drawn.
         exact = "cpu" if device.type == "mps" else device
-        self.uniforms = torch.from_numpy(np.stack([uniforms(n, sampling.max_tokens) for n in names])).to(exact)
+        self.redraws = Redraws(engine.points, names, sampling) if sampling.declined == "go_on" else None
+        draws = self.redraws.draws if self.redraws else sampling.max_tokens
+        self.uniforms = torch.from_numpy(np.stack([uniforms(n, draws) for n in names])).to(exact)
 
     def run(self, progress: Callable[[int], None] | None) -> list[Response]:
         model, sampling = self.engine.model, self.sampling
@@ -298,7 +294,8 @@ class _Decoder:
                 deciding.append((point, list(range(len(rows)))))
         pairs = [(point, here, (logits_BV[here, point.help] - logits_BV[here, point.answer]).tolist())
                  for point, here in deciding]  # fmt: skip
-        if sampling.forbid_help:
+        redraws = self.redraws
+        if sampling.forbid_help and redraws is None:
             for point, here, _ in pairs:
                 logits_BV[here, point.help] = -torch.inf
         if not torch.isfinite(logits_BV.logsumexp(-1)).all():
@@ -308,20 +305,32 @@ class _Decoder:
         else:
             exact = self.uniforms.device
             probability_BV = torch.softmax(logits_BV.to(exact).double() / sampling.temperature, dim=-1)
-            step = torch.tensor([len(self.tokens[row]) for row in rows], device=exact)
+            taken_back = redraws.taken_back if redraws else [0] * len(self.tokens)
+            step = torch.tensor([len(self.tokens[row]) + taken_back[row] for row in rows], device=exact)
             draw_B = self.uniforms[self.alive.to(exact), step.clamp_max(self.uniforms.shape[1] - 1)]
             cumulative_BV = probability_BV.cumsum(-1)
             draw_B = draw_B * cumulative_BV[:, -1]
             token_B = torch.searchsorted(cumulative_BV, draw_B[:, None], right=True)[:, 0]
             token_B = token_B.clamp_max(logits_BV.shape[-1] - 1).to(logits_BV.device)
+        declined = set()
         for point, here, scores in pairs:
             for b, score in zip(here, scores, strict=True):
                 row, token = rows[b], int(token_B[b])
-                if token not in (point.help, point.answer) or not live_B[b]:
+                if token not in (point.help, point.answer) or not live_B[b] or b in declined:
                     continue
                 self.scores[row][len(self.tokens[row])] = score
-                if not sampling.forbid_help and sampling.decide == "threshold":
-                    token_B[b] = point.help if score + sampling.bias > 0 else point.answer
+                by_dial = sampling.decide == "threshold"
+                asks = not sampling.forbid_help and (score + sampling.bias > 0 if by_dial else token == point.help)
+                if redraws and token == point.help and not asks:
+                    declined.add(b)
+                    token_B[b], back = redraws.go_on(row, self.tokens[row], point, logits_BV[b])
+                    # The cache keeps the places of what was taken back, which nothing sees any more.
+                    self.mask[b, self.mask.shape[1] - back :] = 0
+                else:
+                    token_B[b] = point.help if asks else point.answer
+        if redraws:
+            for b, (row, token) in enumerate(zip(rows, token_B.tolist(), strict=True)):
+                redraws.note(row, len(self.tokens[row]), token, logits_BV[b])
         return token_B
 
     def _response(self, row: int, finished: bool) -> Response:
@@ -329,6 +338,9 @@ class _Decoder:
         found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
         index = found[0] if found else None
         score = self.scores[row].get(index) if index is not None else None
+        if self.redraws:
+            # The dial asks at the first that it does not decline, so the highest says whether it asks.
+            score = max(self.scores[row].values(), default=None)
         return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
 
 
@@ -357,6 +369,9 @@ class _GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
+        if end > self._keys.shape[-2]:
+            # A row that took tokens back goes on past the room that was made.
+            self._keys, self._values = (_with_room(x, end) for x in (self._keys, self._values))
         self._keys[..., self.length : end, :] = key_states
         self._values[..., self.length : end, :] = value_states
         self.length = end

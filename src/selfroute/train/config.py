@@ -13,6 +13,7 @@ from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.errors import ConfigError
 from selfroute.tasks import TASKS
 from selfroute.train.reward import RewardConfig
+from selfroute.types import Handoff
 
 
 class TrainConfig(Config):
@@ -34,9 +35,9 @@ class TrainConfig(Config):
     solving, and the decision loss alone teaches asking."""
     evaluation: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
     """How responses are drawn when the run is evaluated, calibrated and asked."""
-    handoff: Literal["problem", "reasoning"] = "problem"
-    """What the cloud is given when the run is evaluated and asked: the problem alone, or the device's reasoning too.
-    Training gives it the problem alone, so that an answer serves all of a problem's responses."""
+    handoff: Handoff = "problem"
+    """What the cloud is given when the run is evaluated and asked; in training always the problem alone, so that one
+    answer serves all of a problem's responses."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)

@@ -133,9 +133,7 @@ class Planner:
         rewards_PG = torch.tensor(
             [
                 [
-                    reward(
-                        d, correct=ok, cloud_correct=cloud_correct, weights=config.reward, tokens=len(r.token_ids)
-                    )
+                    reward(d, correct=ok, cloud_correct=cloud_correct, weights=config.reward, tokens=len(r.token_ids))
                     for r, d, ok in zip(one.responses, one.decisions, one.correct, strict=True)
                 ]
                 for one, cloud_correct in zip(judged, cloud_correct_P, strict=True)
