@@ -2,9 +2,10 @@
 
     python benchmarks/early_exit.py --out FILE [--runs DIR] [--base-steps N] [--steps N] [--seeds N]
 
-For each seed a base is trained (the main job's settings, smaller); each arm goes on from it with the same settings and
-its own price of a token, without and with `early_exit`. Test problems are then decided by the model itself and at the
-30 % dial, and the cloud is given the problem alone or the device's reasoning too. What is already in DIR is kept.
+A base is trained once (the main job's settings, smaller). Each arm goes on from it with its own price of a token, without
+and with `early_exit`, for each seed, which names the order of the problems and all that is sampled. Test problems are then
+decided by the model itself and at the 30 % dial, and the cloud is given the problem alone or the device's reasoning too.
+What is already in DIR is kept.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ SHOWN = ("accuracy", "call_rate", "local_accuracy", "device_tokens", "device_tok
 
 
 def train(runs: Path, arm: str, seed: int, base_steps: int, steps: int) -> tuple[TrainConfig, Path]:
-    """An arm's config and its checkpoint, trained from the seed's base."""
-    base = api.load_train_config("countdown-tiny", (*SETTINGS, f"seed={seed}", f"steps={base_steps}", "lr_end=1.0"))
-    start = api.train(base, runs / f"base-seed-{seed}", resume=True, report=told("base", seed))
+    """An arm's config and its checkpoint, trained from the base."""
+    base = api.load_train_config("countdown-tiny", (*SETTINGS, "seed=0", f"steps={base_steps}", "lr_end=1.0"))
+    start = api.train(base, runs / "base", resume=True, report=told("base", 0))
     changes = (*SETTINGS, *ARMS[arm], f"seed={seed}", f"steps={steps}", f"device.model={start.resolve()}")
     config = api.load_train_config("countdown-tiny", changes)
     name = f"{arm.replace(', ', '-').replace(' ', '-')}-seed-{seed}"

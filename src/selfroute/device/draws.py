@@ -9,6 +9,7 @@ Axes: V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,23 @@ class Redraws:
         if token in self.begins:
             self._opened[row] = place, logits_V.clone()
 
+    def odds(self, row: int, tokens: Sequence[int], point: DecisionPoint, logits_V: Tensor) -> float:
+        """The log-odds of asking against all else that could have come where the tag was opened, in nats.
+
+        Early on, the doubt lies in whether to open a tag; behind it little but the help call can come, and its odds
+        against the answer say nothing. Where the tag was bound to come, they are those odds.
+        """
+        log_p = float(logits_V.cpu().double().log_softmax(-1)[point.help])
+        opened_V = self._opened_at(row, tokens, point)
+        if opened_V is not None:
+            log_p += float(opened_V.cpu().double().log_softmax(-1)[point.prefix[0]])
+        return log_p - math.log(-math.expm1(min(log_p, -1e-12)))
+
+    def _opened_at(self, row: int, tokens: Sequence[int], point: DecisionPoint) -> Tensor | None:
+        """The logits from which a row opened the tag that it is in; None where that was before the draws began."""
+        place, opened_V = self._opened.get(row, (-1, None))
+        return opened_V if point.prefix and place == len(tokens) - len(point.prefix) else None
+
     def go_on(self, row: int, tokens: list[int], point: DecisionPoint, logits_V: Tensor) -> tuple[int, int]:
         """The next token of a row whose help call was drawn and is declined, and how many tokens it took back.
 
@@ -67,8 +85,8 @@ class Redraws:
             logits_V: those that the help call was drawn from.
         """
         chances_V, n = self._chances(logits_V), len(point.prefix)
-        place, opened_V = self._opened.pop(row, (-1, logits_V))
-        if n and place == len(tokens) - n:
+        opened_V = self._opened_at(row, tokens, point)
+        if opened_V is not None:
             others_V = self._chances(opened_V)
             others_V[point.prefix[0]] *= 1 - chances_V[point.help]
             others_V[self.bare] = 0

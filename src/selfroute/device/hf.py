@@ -318,6 +318,8 @@ class _Decoder:
                 row, token = rows[b], int(token_B[b])
                 if token not in (point.help, point.answer) or not live_B[b] or b in declined:
                     continue
+                if redraws:
+                    score = redraws.odds(row, self.tokens[row], point, logits_BV[b])
                 self.scores[row][len(self.tokens[row])] = score
                 by_dial = sampling.decide == "threshold"
                 asks = not sampling.forbid_help and (score + sampling.bias > 0 if by_dial else token == point.help)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -56,10 +57,10 @@ def test_a_tag_that_was_opened_before_the_draws_begin_stays_open() -> None:
 
 
 def eager(engine: HFEngine, opens: float, asks: float) -> HFEngine:
-    """The shipped model, in float64, made to open a tag after each line and to ask behind it, by so many nats."""
+    """The shipped model, in float64, made to open a tag after each attempt and to ask behind it, by so many nats."""
     model = copy.deepcopy(engine.model).double()
     [point] = engine.points
-    lines = [t for t in range(model.config.vocab_size) if "\n" in engine.tokenizer.decode([t])]
+    lines = [t for t in range(model.config.vocab_size) if engine.tokenizer.decode([t]) in ("?\n", "!\n")]
 
     def push(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         after = kwargs["input_ids"][:, -output.logits.shape[1] :]
@@ -73,7 +74,7 @@ def eager(engine: HFEngine, opens: float, asks: float) -> HFEngine:
 
 @pytest.fixture(scope="module")
 def asking(engine: HFEngine) -> HFEngine:
-    return eager(engine, 18.0, 12.0)
+    return eager(engine, 18.0, 22.0)
 
 
 def plainly(engine: HFEngine, prompt: list[int], limit: int) -> tuple[list[int], int]:
@@ -103,6 +104,19 @@ def plainly(engine: HFEngine, prompt: list[int], limit: int) -> tuple[list[int],
                 behind[point.help] = 0
                 ids.append(int(behind.argmax()))
     return ids, declined
+
+
+def test_the_odds_of_asking_are_against_all_else() -> None:
+    point = DecisionPoint((1,), help=5, answer=4)
+    bare = DecisionPoint((), help=5, answer=4)
+    redraws = Redraws([point, bare], ["a"], Sampling(declined="go_on"))
+    redraws.note(0, 1, 1, torch.tensor([0.3, 0.6, 0.1, 0, 0, 0]).log())
+    at_tag = torch.tensor([0, 0, 0.05, 0, 0.2, 0.75]).log()
+    assert redraws.odds(0, [9, 1], point, at_tag) == pytest.approx(math.log(0.45 / 0.55))
+    # A tag that was open before, or that needs no opening.
+    assert redraws.odds(0, [9, 9, 1], point, at_tag) == pytest.approx(math.log(0.75 / 0.25))
+    assert redraws.odds(0, [9], bare, at_tag) == pytest.approx(math.log(0.75 / 0.25))
+    assert redraws.odds(0, [9], bare, torch.tensor([-999.0, 0, 0, 0, 0, 999])) < 30
 
 
 @pytest.mark.parametrize("limit", [40, 100])
