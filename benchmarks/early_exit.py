@@ -2,10 +2,10 @@
 
     python benchmarks/early_exit.py --out FILE [--runs DIR] [--base-steps N] [--steps N] [--seeds N]
 
-A base is trained once (the main job's settings, smaller). Each arm goes on from it with its own price of a token, without
-and with `early_exit`, for each seed, which names the order of the problems and all that is sampled. Test problems are then
-decided by the model itself and at the 30 % dial, and the cloud is given the problem alone or the device's reasoning too.
-What is already in DIR is kept.
+A base is trained once (the main job's settings, smaller). Each arm goes on from it with its own price of a token,
+without and with `early_exit`, for each seed, which names the order of the problems and all that is sampled. Test
+problems are then decided by the model itself and at the 30 % dial, and the cloud is given the problem alone or the
+device's reasoning too. What is already in DIR is kept.
 """
 
 from __future__ import annotations

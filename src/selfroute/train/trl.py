@@ -222,9 +222,7 @@ class GAPGTrainer(GRPOTrainer):
                 loss = loss + self._decision_loss(model, inputs, [learned[i] for i in inputs["row"].tolist()])
         return loss
 
-    def _decision_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], decisions: Sequence[Row | None]
-    ) -> Tensor:
+    def _decision_loss(self, model: torch.nn.Module, inputs: dict[str, Any], decisions: Sequence[Row | None]) -> Tensor:
         """The decision loss of a micro-batch, from a pass up to each decision. Every process makes one, with sharded
         weights none may stay away."""
         assert self.plan is not None

@@ -21,7 +21,9 @@ from selfroute.types import HelpCall
 DRAWS = 20_000
 
 
-def drawn(points: Sequence[DecisionPoint], opened: Sequence[float], at_tag: Sequence[float]) -> Counter[tuple[int, int]]:
+def drawn(
+    points: Sequence[DecisionPoint], opened: Sequence[float], at_tag: Sequence[float]
+) -> Counter[tuple[int, int]]:
     """(token, taken back) of many rows whose help call, tokens 1 and 5 or 5 alone, is declined."""
     redraws = Redraws(points, [f"row {n}" for n in range(DRAWS)], Sampling(max_tokens=4, declined="go_on"))
     found: Counter[tuple[int, int]] = Counter()

@@ -157,7 +157,10 @@ def test_the_early_exits_are_rows_of_the_update(engine: HFEngine) -> None:
         ({"early_exit": True, "decision_weight": 0.0}, "needs decision_weight and reward.cloud > 0"),
         ({"early_exit": True, "reward": {"cloud": 0.0, "format": 0.0}}, "needs decision_weight and reward.cloud > 0"),
         ({"reward": {"token_cost": -0.1}}, "reward.token_cost"),
-        ({"reward": {"token_cost": 0.01}}, "a right answer of sampling.max_tokens tokens would cost 1.2, more than the"),
+        (
+            {"reward": {"token_cost": 0.01}},
+            "a right answer of sampling.max_tokens tokens would cost 1.2, more than the",
+        ),
         ({"sampling": {"declined": "go_on"}}, "declined answer"),
         ({"handoff": "everything"}, "handoff"),
     ],

@@ -56,9 +56,7 @@ EARLY = {"early_exit": True, "reward": {"answer": 1.0, "cloud": 0.25, "format": 
         pytest.param(2, 3.0, EARLY, marks=pytest.mark.slow),
     ],
 )
-def test_the_gradient_is_that_of_our_loop(
-    tmp_path: Path, processes: int, weight: float, more: dict[str, Any]
-) -> None:
+def test_the_gradient_is_that_of_our_loop(tmp_path: Path, processes: int, weight: float, more: dict[str, Any]) -> None:
     changes = {**SETTINGS, "decision_weight": weight, **more}
     with trainer(tmp_path / "ours", **changes) as made:
         plans = plans_of(made)
