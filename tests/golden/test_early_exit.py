@@ -9,7 +9,7 @@ import torch
 
 from selfroute.protocol import DecisionPoint
 from selfroute.train import gapg
-from selfroute.train.rows import Row, log_odds, row_log_probs
+from selfroute.train.rows import Row, asking_log_probs, log_odds, row_log_probs
 
 
 def gap(earned: float, cloud_correct: bool | None, saved: int = 50, token_cost: float = 0.002) -> float:
@@ -73,3 +73,48 @@ def test_the_odds_of_asking_tend_to_what_is_won_over_what_is_lost() -> None:
     (torch.stack(terms) * chances).sum().backward()
     assert odds.grad is not None
     assert abs(odds.grad.item()) < 1e-12
+
+
+def test_what_a_response_without_help_was_drawn_from() -> None:
+    """Where help was forbidden and the response went on, the policy's gradient is that of the distribution it was drawn
+    from: at each place, all but the help call, over what that leaves; one early place stands for both."""
+    torch.manual_seed(0)
+    point = DecisionPoint((1,), help=5, answer=4)
+    # Token 2 breaks a line. States predict each token, and at the early places what comes behind a tag opened there.
+    tokens = (0, 2, 3, 2, 3, 2, 1, 4, 0)
+    logits_TV = torch.randn(len(tokens), 6, dtype=torch.float64, requires_grad=True)
+    opened_PV = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    places, last = (2, 4), 6
+
+    log_p = logits_TV.log_softmax(-1)
+    log_q = log_p[range(len(tokens)), tokens].sum()
+    for place, behind_V in [*zip(places, opened_PV, strict=True), (last, logits_TV[last + 1])]:
+        asks = log_p[place, 1].exp() * behind_V.softmax(-1)[5]
+        log_q = log_q - torch.log(1 - asks)
+    # The last place by the rule that tokens are drawn by: what opens the tag, and behind it all but help.
+    p, behind = log_p[last].exp(), logits_TV[last + 1].softmax(-1)
+    others = p * torch.where(torch.arange(6) == 1, 1 - behind[5], 1.0)
+    by_rule = (others[1] / others.sum()).log() + (behind[4] / (1 - behind[5])).log()
+    assert (by_rule - (log_p[last, 1] + log_p[last + 1, 4] - torch.log(1 - p[1] * behind[5]))).abs() < 1e-12
+
+    advantage, count = 0.7, 4
+    wanted = torch.autograd.grad(-advantage * log_q / count, (logits_TV, opened_PV))
+
+    def same(states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    losses = []
+    for place, behind_V in zip(places, opened_PV, strict=True):
+        rows = [
+            Row(0, tokens, advantage, 0.1, last + 1, point, declined=advantage),
+            Row(0, (*tokens[:place], 1, 5), 0.0, 0.1, place + 1, point, boundary=place, declined=2 * advantage),
+        ]
+        branch = torch.cat([logits_TV[: place + 1], behind_V[None], logits_TV[place + 2 :]])
+        states_BTH = torch.stack([logits_TV, branch])
+        log_prob_B = row_log_probs(same, states_BTH, rows)
+        asking_D = asking_log_probs(same, states_BTH, rows, log_prob_B)
+        weights = torch.tensor([row.declined for row in rows])
+        policy = gapg.policy_loss(log_prob_B, torch.tensor([row.advantage for row in rows]), count)
+        losses.append(policy + gapg.declined_loss(asking_D, weights, count))
+    found = torch.autograd.grad(sum(losses) / 2, (logits_TV, opened_PV))
+    assert all(torch.allclose(f, w, rtol=1e-6) for f, w in zip(found, wanted, strict=True))

@@ -28,9 +28,9 @@ class TrainConfig(Config):
     reward: RewardConfig = RewardConfig()
     """alpha_a, alpha_c, alpha_f, and what a token costs."""
     early_exit: bool = False
-    """Learn to ask at any line break of the reasoning, not only where it ends; evaluation then declines help calls by
-    `go_on`."""
-    sampling: Sampling = Sampling(max_tokens=160)
+    """Learn to ask at any line break of the reasoning, not only where it ends. Sets `declined` to `go_on` in
+    `sampling` and `evaluation`."""
+    sampling: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
     """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
     solving, and the decision loss alone teaches asking."""
     evaluation: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
@@ -79,15 +79,17 @@ class TrainConfig(Config):
 
     @field_validator("sampling")
     @classmethod
-    def _own_distribution(cls, sampling: Sampling) -> Sampling:
-        if sampling.temperature != 1 or sampling.decide != "sample" or sampling.declined != "answer":
-            raise ValueError("training samples from the model itself: temperature 1, decide sample, declined answer")
+    def _own_distribution(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
+        if sampling.temperature != 1 or sampling.decide != "sample":
+            raise ValueError("training samples from the model itself: temperature 1, decide sample")
+        if sampling.declined == "go_on" and not info.data.get("early_exit"):
+            raise ValueError("declined help calls go on in training with early_exit alone")
         return sampling
 
-    @field_validator("evaluation")
+    @field_validator("sampling", "evaluation")
     @classmethod
-    def _declined_early(cls, evaluation: Sampling, info: ValidationInfo) -> Sampling:
-        return evaluation.model_copy(update={"declined": "go_on"}) if info.data.get("early_exit") else evaluation
+    def _declined_early(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
+        return sampling.model_copy(update={"declined": "go_on"}) if info.data.get("early_exit") else sampling
 
     @model_validator(mode="after")
     def _something_teaches_asking(self) -> TrainConfig:

@@ -117,6 +117,15 @@ def policy_loss(log_prob_B: Tensor, advantage_B: Tensor, count: int) -> Tensor:
     return -(advantage_B * log_prob_B).sum() / count
 
 
+def declined_loss(asking_B: Tensor, weight_B: Tensor, count: int) -> Tensor:
+    """sum_b w_b log(1 - P_b) / count, with log P_b the log-probability of a help call that could not be made there.
+
+    What a response was drawn from has 1 / (1 - P) times the model's own probability of going on at each place where it
+    would have asked, so its log-probability is the tokens' less log(1 - P) for each such place.
+    """
+    return (weight_B * torch.log(-torch.expm1(asking_B.clamp_max(-1e-6)))).sum() / count
+
+
 def decision_loss(log_odds_B: Tensor, gap_B: Tensor, weight: float, count: int) -> Tensor:
     """weight / count * sum |Delta| softplus(-sign(Delta) * l), with l the log-odds of asking at the decision point.
 

@@ -61,9 +61,11 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class EarlyExit:
-    """Where a response could have asked before its end: `place` tokens stand before it; its term weighs `weight`."""
+    """Where a response could have asked before its end: `place` tokens stand before it. It is one of `places`, and its
+    term weighs `weight`."""
 
     place: int
+    places: int
     weight: float
 
 
@@ -209,7 +211,8 @@ class Planner:
             cloud_share=self.cloud_share(),
             cloud_reward=self.config.reward.cloud,
         )
-        return Row(p, ids[: index + 1], 0.0, gap, index, point, boundary) if gap else None
+        declined = self._declined(plan, p, g)
+        return Row(p, ids[: index + 1], 0.0, gap, index, point, boundary, declined) if gap or declined else None
 
     def early(self, plan: Plan, p: int, g: int) -> Row | None:
         """A response up to a place where it could have asked before its end, and the help call there; None without."""
@@ -226,7 +229,14 @@ class Planner:
             saved=len(response.token_ids) - exit_.place - self.help_tokens,
         )
         ids, index, point, boundary = self._asking(response.token_ids, exit_.place)
-        return Row(p, ids, 0.0, exit_.weight * gap, index, point, boundary) if gap else None
+        # One place stands for all of them.
+        declined = exit_.places * self._declined(plan, p, g)
+        return Row(p, ids, 0.0, exit_.weight * gap, index, point, boundary, declined) if gap or declined else None
+
+    def _declined(self, plan: Plan, p: int, g: int) -> float:
+        """What a help call that could not come weighs in the policy loss: the response's advantage, where it went on."""
+        sampling = self.config.sampling
+        return plan.advantages_PG[p, g].item() if sampling.forbid_help and sampling.declined == "go_on" else 0.0
 
     def _asking(self, ids: Sequence[int], place: int) -> tuple[tuple[int, ...], int, DecisionPoint, int]:
         """A response that asks at a place: its tokens up to the one that parts the tags, where that stands, under which
@@ -274,7 +284,7 @@ class Planner:
             for g, places in enumerate(places_PG.get(p, [])):
                 if places:
                     rng = random.Random(f"{self.config.seed}/{step}/{problem.id}/{first + g}/exit")
-                    group[g] = EarlyExit(rng.choice(places), len(places) / mean)
+                    group[g] = EarlyExit(rng.choice(places), len(places), len(places) / mean)
             exits.append(group)
         return exits
 

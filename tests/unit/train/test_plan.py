@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_the_early_exits_are_rows_of_the_update(engine: HFEngine) -> None:
             {"reward": {"token_cost": 0.01}},
             "a right answer of sampling.max_tokens tokens would cost 1.2, more than the",
         ),
-        ({"sampling": {"declined": "go_on"}}, "declined answer"),
+        ({"sampling": {"declined": "go_on"}}, "with early_exit alone"),
         ({"handoff": "everything"}, "handoff"),
     ],
 )
@@ -171,15 +172,29 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 
 def test_who_learns_to_ask_early_goes_on_when_declined() -> None:
-    assert config().evaluation.declined == "answer"
-    assert config(**EARLY).evaluation.declined == config(**EARLY, evaluation={"max_tokens": 9}).evaluation.declined
-    assert config(**EARLY).evaluation.declined == "go_on"
+    assert config().evaluation.declined == config().sampling.declined == "answer"
+    for made in (config(**EARLY), config(**EARLY, evaluation={"max_tokens": 9})):
+        assert made.evaluation.declined == made.sampling.declined == "go_on"
 
 
-def test_it_trains_and_is_the_same_twice(tmp_path: Any) -> None:
+def test_help_calls_that_could_not_come_have_a_part_in_the_policy(engine: HFEngine) -> None:
+    texts = [ONE + TWO + THREE + RIGHT, ONE + TWO + WRONG, ONE + TWO + "3:20..."]
+    made = Rehearsal(engine, sampling={"max_tokens": 120, "forbid_help": True})
+    plan = made.planner.plan(1, [PROBLEM], [made.judged(*texts)])
+    solved, failed, cut = plan.advantages_PG[0].tolist()
+    rows = [(row.advantage, row.declined) for row in made.planner.rows(plan) if row.point]
+    # The early exit of each, which stands for two places, one and one; then its last place.
+    assert rows == [(0, 2 * solved), (solved, solved), (0, failed), (failed, failed), (0, cut), (0, cut)]
+    sampled = Rehearsal(engine).planner
+    assert all(row.declined == 0 for row in sampled.rows(sampled.plan(1, [PROBLEM], [made.judged(*texts)])))
+
+
+def test_it_trains_and_is_the_same_twice(tmp_path: Path) -> None:
     for name in "ab":
         train(config(**EARLY, steps=2), tmp_path / name)
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    train(config(**EARLY, steps=2, sampling={"max_tokens": 120, "forbid_help": True}), tmp_path / "forbidden")
+    assert all(step["help"] == 0 and step["rows"] > 0 for step in metrics(tmp_path / "forbidden"))
     with trainer(tmp_path / "off", **{**EARLY, "early_exit": False}) as made:
         off = made.step(1)
     [on, _] = metrics(tmp_path / "a")
