@@ -1,6 +1,6 @@
 """What asking early saves on Countdown, what it costs in accuracy, and what the cloud is given at the hand-off.
 
-    python benchmarks/early_exit.py --out FILE [--runs DIR] [--base-steps N] [--steps N] [--seeds N]
+    python benchmarks/early_exit.py --out FILE [--runs DIR] [--base-steps N] [--steps N] [--seeds N] [KEY=VALUE]...
 
 A base is trained once (the main job's settings, smaller). Each arm goes on from it with its own price of a token,
 without and with `early_exit`, for each seed, which names the order of the problems and all that is sampled. Test
@@ -30,13 +30,15 @@ from selfroute.records import write_json
 from selfroute.tasks import make_task
 from selfroute.train.config import TrainConfig
 
-SETTINGS = ("problems_per_step=32", "lr=4e-4", "keep_checkpoints=1", "task.test=500")
+BASE = ("problems_per_step=32", "lr=4e-4", "lr_end=1.0", "keep_checkpoints=1", "task.test=500", "seed=0")
+ARM = ("problems_per_step=12", "lr=4e-4", "keep_checkpoints=1", "task.test=300", "task.calibration=300",
+       "sampling.forbid_help=true")  # fmt: skip
 ARMS = {
     "at the end": ("early_exit=false", "reward.token_cost=0"),
     "early, 0.001": ("early_exit=true", "reward.token_cost=0.001"),
     "early, 0.003": ("early_exit=true", "reward.token_cost=0.003"),
 }
-"""When it may ask, and the price of a token."""
+"""When it may ask, and the price of a token; no help call is sampled in training, as in the comparison's own row."""
 FIRST = next(iter(ARMS))
 BUDGET = 0.3
 DECISIONS = ("own decision", "budget 30 %")
@@ -44,12 +46,12 @@ SHOWN = ("accuracy", "call_rate", "local_accuracy", "device_tokens", "device_tok
          "device_tokens_where_answered")  # fmt: skip
 
 
-def train(runs: Path, arm: str, seed: int, base_steps: int, steps: int) -> tuple[TrainConfig, Path]:
+def train(runs: Path, arm: str, seed: int, given: argparse.Namespace) -> tuple[TrainConfig, Path]:
     """An arm's config and its checkpoint, trained from the base."""
-    base = api.load_train_config("countdown-tiny", (*SETTINGS, "seed=0", f"steps={base_steps}", "lr_end=1.0"))
+    base = api.load_train_config("countdown-tiny", (*BASE, f"steps={given.base_steps}", *given.overrides))
     start = api.train(base, runs / "base", resume=True, report=told("base", 0))
-    changes = (*SETTINGS, *ARMS[arm], f"seed={seed}", f"steps={steps}", f"device.model={start.resolve()}")
-    config = api.load_train_config("countdown-tiny", changes)
+    own = (*ARMS[arm], f"seed={seed}", f"steps={given.steps}", f"device.model={start.resolve()}")
+    config = api.load_train_config("countdown-tiny", (*ARM, *given.overrides, *own))
     name = f"{arm.replace(', ', '-').replace(' ', '-')}-seed-{seed}"
     return config, api.train(config, runs / name, resume=True, report=told(arm, seed))
 
@@ -110,11 +112,16 @@ def handoffs(task: Any, cloud: Cloud, outcomes: Sequence[Outcome]) -> dict[str, 
         right = [judge(task, problems[o.problem], a.text, a.finished)[1] for o, a in zip(asked, answers, strict=True)]
         result[name] = {
             "calls": len(asked),
-            "accuracy": float(np.mean(right)),
-            "prompt_tokens": float(np.mean([a.prompt_tokens for a in answers])),
-            "usd_per_1k_calls": 1000 * float(np.mean([a.cost_usd for a in answers])),
+            "accuracy": mean(right),
+            "prompt_tokens": mean([a.prompt_tokens for a in answers]),
+            "usd_per_1k_calls": mean([1000 * a.cost_usd for a in answers]),
         }
     return result
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return float(np.mean(values)) if values else None
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,7 +130,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     A difference is paired by seed and problem; its 95 % interval is the bootstrap's, over problems.
     """
     rng = np.random.default_rng(0)
-    table = []
+    table: list[dict[str, Any]] = []
     for arm in ARMS:
         for decision in DECISIONS:
             mine = [r for r in rows if r["arm"] == arm and r["decision"] == decision]
@@ -159,18 +166,19 @@ def show(table: Sequence[dict[str, Any]]) -> None:
         print(f"| {row['arm']} | {row['decision']} | " + " | ".join(cells) + " |")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--runs", type=Path, default=Path("runs/early-exit"), help="where the run directories go")
     parser.add_argument("--base-steps", type=int, default=30)
     parser.add_argument("--steps", type=int, default=12, help="of an arm, after its base")
     parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, such as task.test=50")
+    given = parser.parse_args(arguments)
     rows = []
     for seed in range(given.seeds):
         for arm in ARMS:
-            config, checkpoint = train(given.runs, arm, seed, given.base_steps, given.steps)
+            config, checkpoint = train(given.runs, arm, seed, given)
             for decision, found in measure(config, checkpoint).items():
                 rows.append({"arm": arm, "seed": seed, "decision": decision, **found})
         # Whole after each seed, for a run that is cut.
@@ -178,7 +186,8 @@ def main() -> None:
         kept = [{k: v for k, v in row.items() if k != "outcomes"} for row in rows]
         write_json(
             given.out,
-            {"base_steps": given.base_steps, "steps": given.steps, "settings": SETTINGS, "arms": ARMS, "table": table,
+            {"base_steps": given.base_steps, "steps": given.steps, "base": BASE, "arm": ARM,
+             "overrides": given.overrides, "arms": ARMS, "table": table,
              "rows": kept},
         )  # fmt: skip
         show(table)

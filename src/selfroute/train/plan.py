@@ -234,7 +234,7 @@ class Planner:
         return Row(p, ids, 0.0, exit_.weight * gap, index, point, boundary, declined) if gap or declined else None
 
     def _declined(self, plan: Plan, p: int, g: int) -> float:
-        """What a help call that could not come weighs in the policy loss: the response's advantage, where it went on."""
+        """What a help call that could not come weighs in the policy loss: the advantage of what went on instead."""
         sampling = self.config.sampling
         return plan.advantages_PG[p, g].item() if sampling.forbid_help and sampling.declined == "go_on" else 0.0
 
