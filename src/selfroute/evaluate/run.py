@@ -209,14 +209,16 @@ def _local_answers(
 ) -> list[Response]:
     """Each problem's local answer: the response itself, or for a help call its prefix continued without the tag.
 
-    The prefix ends before the choice between the tags, or before the tag where a declined help call goes on.
+    The prefix ends before the choice between the tags, or before the tag where a declined help call goes on. That one
+    has draws of its own, since a response that took tokens back has used up some of those that would come next.
     """
     local = list(responses)
     asked = _asked(responses)
+    goes_on = sampling.declined == "go_on"
     if asked:
         continued = engine.generate(
             [prompts[n] for n in asked],
-            [streams[n] for n in asked],
+            [[f"{name}/local" if goes_on else name for name in streams[n]] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
             starts=[_before_the_call(engine, responses[n], sampling) for n in asked],
             progress=counter(progress, "local answers of asked problems", len(asked)),

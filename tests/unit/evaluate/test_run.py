@@ -48,7 +48,7 @@ def test_the_local_answer_of_an_early_help_call_is_that_of_the_reasoning_gone_on
     found = outcomes(asking, run_dir, GO_ON)
     asked = [o for o in found if o.route == "cloud"]
     assert len(asked) > 5
-    # What it would have said without the help call: the same stream, help forbidden from where it asked.
+    # What it would have said without the help call: help forbidden from where it asked.
     prompts = [asking.encode(chat(p.question)) for p in problems]
     streams = [[f"0/test/{p.id}/0"] for p in problems]
     [first] = zip(*asking.generate(prompts, streams, GO_ON), strict=True)
@@ -59,7 +59,7 @@ def test_the_local_answer_of_an_early_help_call_is_that_of_the_reasoning_gone_on
         if o.route != "cloud":
             continue
         forbid = GO_ON.model_copy(update={"forbid_help": True})
-        [[own]] = asking.generate([prompt], [stream], forbid, starts=[start])
+        [[own]] = asking.generate([prompt], [[f"{stream[0]}/local"]], forbid, starts=[start])
         assert own.text.startswith(reasoning_of(o.response))
         assert not isinstance(parse(own.text, finished=own.finished), HelpCall)
         judged = parse(own.text, finished=own.finished)
