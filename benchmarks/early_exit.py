@@ -34,9 +34,9 @@ BASE = ("problems_per_step=32", "lr=4e-4", "lr_end=1.0", "keep_checkpoints=1", "
 ARM = ("problems_per_step=12", "lr=4e-4", "keep_checkpoints=1", "task.test=300", "task.calibration=300",
        "sampling.forbid_help=true")  # fmt: skip
 ARMS = {
-    "at the end": ("early_exit=false", "reward.token_cost=0"),
-    "early, 0.001": ("early_exit=true", "reward.token_cost=0.001"),
-    "early, 0.003": ("early_exit=true", "reward.token_cost=0.003"),
+    "at the end": ("sampling.early_exit=false", "reward.token_cost=0"),
+    "early, 0.001": ("sampling.early_exit=true", "reward.token_cost=0.001"),
+    "early, 0.003": ("sampling.early_exit=true", "reward.token_cost=0.003"),
 }
 """When it may ask, and the price of a token; no help call is sampled in training, as in the comparison's own row."""
 FIRST = next(iter(ARMS))

@@ -194,7 +194,7 @@ def evaluate(
             sampling=sampling,
             seed=config.seed,
             solve_samples=SOLVE_SAMPLES,
-            handoff=config.handoff,
+            handoff=config.evaluation.handoff,
             progress=_under(f"evaluate {name}", progress),
         )
     finally:
@@ -203,7 +203,7 @@ def evaluate(
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(
         folder / "evaluation.json",
-        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json"), "handoff": config.handoff},
+        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json")},
     )
     return outcomes
 
@@ -281,7 +281,7 @@ class Pair:
     def __init__(self, config: TrainConfig, engine: HFEngine, cloud: Cloud, sampling: Sampling) -> None:
         from selfroute.tasks import make_task
 
-        self.engine, self.cloud, self.sampling, self.handoff = engine, cloud, sampling, config.handoff
+        self.engine, self.cloud, self.sampling, self.handoff = engine, cloud, sampling, config.evaluation.handoff
         self.task = make_task(config.task)
 
     def __enter__(self) -> Pair:

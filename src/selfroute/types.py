@@ -67,7 +67,7 @@ class Response:
     `token_ids` holds the generated tokens, the end token included when `finished`; a response that is not
     `finished` was cut at the token limit. `score` is l, the log-odds of the help call against the answer at the
     decision point (nats; None when no decision point was met), and `decision_index` that point's position in
-    `token_ids`. Under `Sampling.declined = "go_on"`, `score` is the highest of all points on the way, against all else
+    `token_ids`. Under `Sampling.early_exit`, `score` is the highest of all points on the way, against all else
     that could have come there.
     """
 

@@ -59,8 +59,10 @@ class CompareConfig(Config):
             raise ValueError("lr and seed are the comparison's: set lrs and seeds")
         if train.decision_weight == 0:
             raise ValueError("decision_weight is that of GAPG + decision loss, so it must be above 0")
-        if train.handoff != "problem":
-            raise ValueError("handoff must be the problem alone: all rows stand on the same answers of the cloud")
+        if train.evaluation.handoff != "problem":
+            raise ValueError(
+                "evaluation.handoff must be the problem alone: all rows stand on the same answers of the cloud"
+            )
         return whole(train)
 
     @field_validator("swap_clouds")

@@ -50,6 +50,6 @@ class Sampling(Config):
     """The budget dial, in nats, added to l under `threshold`."""
     forbid_help: bool = False
     """Never emit the help call (the help tag has probability 0 at the decision point)."""
-    declined: Literal["answer", "go_on"] = "answer"
-    """A help call that is forbidden, or that the dial declines: the response answers there, or goes on from before the
-    tag as if it could not have asked there. The second is for models that ask early, before they have an answer."""
+    early_exit: bool = False
+    """Help calls may come before there is an answer: one that is forbidden, or that the dial declines, goes on from
+    before the tag as if it could not have come there, in place of answering. In training this is what teaches them."""

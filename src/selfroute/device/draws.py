@@ -27,7 +27,7 @@ def uniforms(stream: str, count: int) -> np.ndarray:
 
 
 class Redraws:
-    """The rows of a batch under `Sampling.declined = "go_on"`.
+    """The rows of a batch under `Sampling.early_exit`.
 
     Args:
         points: the decision points.

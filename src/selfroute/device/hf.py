@@ -239,7 +239,7 @@ class _Decoder:
         self.scores: list[dict[int, float]] = [{} for _ in names]
         # An mps device has no double precision, in which tokens are drawn.
         exact = "cpu" if device.type == "mps" else device
-        self.redraws = Redraws(engine.points, names, sampling) if sampling.declined == "go_on" else None
+        self.redraws = Redraws(engine.points, names, sampling) if sampling.early_exit else None
         draws = self.redraws.draws if self.redraws else sampling.max_tokens
         self.uniforms = torch.from_numpy(np.stack([uniforms(n, draws) for n in names])).to(exact)
 

@@ -103,7 +103,7 @@ def evaluate(
                 question=p.question,
                 response=response.text,
                 route=route_of(decision),
-                score=_score(response, own) if sampling.declined == "go_on" else response.score,
+                score=_score(response, own) if sampling.early_exit else response.score,
                 correct=cloud_correct if asked else device_correct,
                 device_answer=device_answer,
                 device_correct=device_correct,
@@ -135,7 +135,7 @@ def calibration_responses(
     Where a declined help call goes on, all are: the highest l on the way says at which dial a response asks.
     """
     problems = task.load("calibration")
-    if sampling.declined == "go_on":
+    if sampling.early_exit:
         sampling = sampling.model_copy(update={"forbid_help": True})
     _, _, groups = _respond(engine, problems, sampling, f"{seed}/calibration", draws, progress)
     return [(p.id, r) for p, group in zip(problems, groups, strict=True) for r in group]
@@ -214,11 +214,10 @@ def _local_answers(
     """
     local = list(responses)
     asked = _asked(responses)
-    goes_on = sampling.declined == "go_on"
     if asked:
         continued = engine.generate(
             [prompts[n] for n in asked],
-            [[f"{name}/local" if goes_on else name for name in streams[n]] for n in asked],
+            [[f"{name}/local" if sampling.early_exit else name for name in streams[n]] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
             starts=[_before_the_call(engine, responses[n], sampling) for n in asked],
             progress=counter(progress, "local answers of asked problems", len(asked)),
@@ -234,7 +233,7 @@ def _before_the_call(engine: HFEngine, response: Response, sampling: Sampling) -
     if found is None:
         return ()
     index, point = found
-    return response.token_ids[: index - len(point.prefix) if sampling.declined == "go_on" else index]
+    return response.token_ids[: index - len(point.prefix) if sampling.early_exit else index]
 
 
 def solve_shares(

@@ -16,6 +16,14 @@ from selfroute.train.reward import RewardConfig
 from selfroute.types import Handoff
 
 
+class Evaluation(Sampling):
+    """How responses are drawn, and what the cloud is given of those that ask."""
+
+    handoff: Handoff = "problem"
+    """The problem alone, or the device's reasoning too; in training always the problem alone, so that one answer serves
+    all of a problem's responses."""
+
+
 class TrainConfig(Config):
     """One post-training run."""
 
@@ -27,17 +35,12 @@ class TrainConfig(Config):
     """The cloud that answers help calls."""
     reward: RewardConfig = RewardConfig()
     """alpha_a, alpha_c, alpha_f, and what a token costs."""
-    early_exit: bool = False
-    """Learn to ask at any line break of the reasoning, not only where it ends. Sets `declined` to `go_on` in
-    `sampling` and `evaluation`."""
-    sampling: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
+    sampling: Sampling = Sampling(max_tokens=160)
     """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
-    solving, and the decision loss alone teaches asking."""
-    evaluation: Sampling = Field(Sampling(max_tokens=160), validate_default=True)
-    """How responses are drawn when the run is evaluated, calibrated and asked."""
-    handoff: Handoff = "problem"
-    """What the cloud is given when the run is evaluated and asked; in training always the problem alone, so that one
-    answer serves all of a problem's responses."""
+    solving, and the decision loss alone teaches asking. With `early_exit` that is taught at every line break, and
+    `evaluation` has it too."""
+    evaluation: Evaluation = Field(Evaluation(max_tokens=160), validate_default=True)
+    """How responses are drawn and handed over when the run is evaluated, calibrated and asked."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)
@@ -79,17 +82,16 @@ class TrainConfig(Config):
 
     @field_validator("sampling")
     @classmethod
-    def _own_distribution(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
+    def _own_distribution(cls, sampling: Sampling) -> Sampling:
         if sampling.temperature != 1 or sampling.decide != "sample":
             raise ValueError("training samples from the model itself: temperature 1, decide sample")
-        if sampling.declined == "go_on" and not info.data.get("early_exit"):
-            raise ValueError("declined help calls go on in training with early_exit alone")
         return sampling
 
-    @field_validator("sampling", "evaluation")
+    @field_validator("evaluation")
     @classmethod
-    def _declined_early(cls, sampling: Sampling, info: ValidationInfo) -> Sampling:
-        return sampling.model_copy(update={"declined": "go_on"}) if info.data.get("early_exit") else sampling
+    def _as_it_learned(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
+        learned = "sampling" in info.data and info.data["sampling"].early_exit
+        return evaluation.model_copy(update={"early_exit": True}) if learned else evaluation
 
     @model_validator(mode="after")
     def _something_teaches_asking(self) -> TrainConfig:
@@ -108,8 +110,10 @@ class TrainConfig(Config):
                 f"reward.token_cost: a right answer of sampling.max_tokens tokens would cost {most:g}, more than the "
                 f"{reward.answer - reward.cloud:g} that it earns above a help call"
             )
-        if self.early_exit and not (self.decision_weight and reward.cloud):
-            raise ValueError("early_exit is taught by the decision loss: it needs decision_weight and reward.cloud > 0")
+        if self.sampling.early_exit and not (self.decision_weight and reward.cloud):
+            raise ValueError(
+                "sampling.early_exit needs decision_weight and reward.cloud > 0: the decision loss teaches it"
+            )
         return self
 
 

@@ -155,7 +155,7 @@ class Planner:
             selection = replace(selection, kept=tuple(range(len(problems))))
         asks_PG = torch.tensor([[isinstance(d, HelpCall) for d in one.decisions] for one in judged]).double()
         advantages_PG = self.algorithm.advantages(rewards_PG, asks_PG, self.dual)
-        exits_PG = self._exits(step, problems, judged, selection.kept) if config.early_exit else ()
+        exits_PG = self._exits(step, problems, judged, selection.kept) if config.sampling.early_exit else ()
         return Plan(judged, cloud_correct_P, rewards_PG, selection, advantages_PG, asks_PG.mean().item(), exits_PG)
 
     def follow(self, plan: Plan) -> None:
@@ -236,7 +236,7 @@ class Planner:
     def _declined(self, plan: Plan, p: int, g: int) -> float:
         """What a help call that could not come weighs in the policy loss: the advantage of what went on instead."""
         sampling = self.config.sampling
-        return plan.advantages_PG[p, g].item() if sampling.forbid_help and sampling.declined == "go_on" else 0.0
+        return plan.advantages_PG[p, g].item() if sampling.forbid_help and sampling.early_exit else 0.0
 
     def _asking(self, ids: Sequence[int], place: int) -> tuple[tuple[int, ...], int, DecisionPoint, int]:
         """A response that asks at a place: its tokens up to the one that parts the tags, where that stands, under which

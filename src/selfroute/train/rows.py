@@ -130,7 +130,7 @@ def accumulate_gradients(
         return 0.0
     total_decision = 0.0
     # Where a declined help call went on, each place has a term of its own.
-    forbidden = engine.points if config.sampling.forbid_help and config.sampling.declined == "answer" else ()
+    forbidden = engine.points if config.sampling.forbid_help and not config.sampling.early_exit else ()
     # A group without a gradient has no row, and its prompt does not run either.
     learning = sorted({row.problem for row in rows})
     place = {problem: n for n, problem in enumerate(learning)}

@@ -198,7 +198,9 @@ class GAPGTrainer(GRPOTrainer):
         # TRL averages over all rows, kept or not.
         scale = len(everything) / self.plan.count if self.plan.count else 0.0
         self._advantages = [self.plan.advantages_PG[i // G, i % G].item() * scale * (i // G in kept) for i in mine]
-        learned = (self.planner.decision, self.planner.early) if self.config.early_exit else (self.planner.decision,)
+        learned = (
+            (self.planner.decision, self.planner.early) if self.config.sampling.early_exit else (self.planner.decision,)
+        )
         self._decisions = [[of(self.plan, i // G, i % G) if i // G in kept else None for i in mine] for of in learned]
         self._rewards = [self.plan.rewards_PG[i // G, i % G].item() for i in mine]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

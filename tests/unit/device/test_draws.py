@@ -25,7 +25,7 @@ def drawn(
     points: Sequence[DecisionPoint], opened: Sequence[float], at_tag: Sequence[float]
 ) -> Counter[tuple[int, int]]:
     """(token, taken back) of many rows whose help call, tokens 1 and 5 or 5 alone, is declined."""
-    redraws = Redraws(points, [f"row {n}" for n in range(DRAWS)], Sampling(max_tokens=4, declined="go_on"))
+    redraws = Redraws(points, [f"row {n}" for n in range(DRAWS)], Sampling(max_tokens=4, early_exit=True))
     found: Counter[tuple[int, int]] = Counter()
     for row in range(DRAWS):
         tokens = [9]
@@ -52,7 +52,7 @@ def test_tags_that_share_nothing_need_no_taking_back() -> None:
 
 
 def test_a_tag_that_was_opened_before_the_draws_begin_stays_open() -> None:
-    redraws = Redraws([DecisionPoint((1,), help=5, answer=4)], ["a"], Sampling(temperature=0, declined="go_on"))
+    redraws = Redraws([DecisionPoint((1,), help=5, answer=4)], ["a"], Sampling(temperature=0, early_exit=True))
     tokens = [9, 1]
     assert redraws.go_on(0, tokens, DecisionPoint((1,), help=5, answer=4), torch.tensor([0, 0, 1, 0, 2.0, 3])) == (4, 0)
     assert tokens == [9, 1]
@@ -111,7 +111,7 @@ def plainly(engine: HFEngine, prompt: list[int], limit: int) -> tuple[list[int],
 def test_the_odds_of_asking_are_against_all_else() -> None:
     point = DecisionPoint((1,), help=5, answer=4)
     bare = DecisionPoint((), help=5, answer=4)
-    redraws = Redraws([point, bare], ["a"], Sampling(declined="go_on"))
+    redraws = Redraws([point, bare], ["a"], Sampling(early_exit=True))
     redraws.note(0, 1, 1, torch.tensor([0.3, 0.6, 0.1, 0, 0, 0]).log())
     at_tag = torch.tensor([0, 0, 0.05, 0, 0.2, 0.75]).log()
     assert redraws.odds(0, [9, 1], point, at_tag) == pytest.approx(math.log(0.45 / 0.55))
@@ -124,7 +124,7 @@ def test_the_odds_of_asking_are_against_all_else() -> None:
 @pytest.mark.parametrize("limit", [40, 100])
 def test_a_declined_call_leaves_no_trace(asking: HFEngine, limit: int) -> None:
     """Rows that take tokens back go on as if these had never been; those that are cut, past the room of the cache."""
-    sampling = Sampling(temperature=0, max_tokens=limit, forbid_help=True, declined="go_on")
+    sampling = Sampling(temperature=0, max_tokens=limit, forbid_help=True, early_exit=True)
     groups = asking.generate(prompts(asking), names(), sampling)
     times = 0
     for prompt, [response] in zip(prompts(asking), groups, strict=True):
@@ -136,8 +136,8 @@ def test_a_declined_call_leaves_no_trace(asking: HFEngine, limit: int) -> None:
 
 def test_what_goes_on_reasons_and_what_does_not_answers_at_once(asking: HFEngine) -> None:
     lengths = []
-    for declined in ("go_on", "answer"):
-        sampling = Sampling(max_tokens=100, forbid_help=True, declined=declined)  # type: ignore[arg-type]
+    for early in (True, False):
+        sampling = Sampling(max_tokens=100, forbid_help=True, early_exit=early)
         responses = [r for group in asking.generate(prompts(asking), names(4), sampling) for r in group]
         assert not any(isinstance(parse(r.text, finished=r.finished), HelpCall) for r in responses)
         lengths.append(sum(len(r.token_ids) for r in responses))
@@ -146,12 +146,12 @@ def test_what_goes_on_reasons_and_what_does_not_answers_at_once(asking: HFEngine
 
 def test_the_highest_score_says_at_which_dial_it_asks(asking: HFEngine) -> None:
     """With the same streams, a dial asks exactly where the score of the response that never asks passes it."""
-    never = Sampling(max_tokens=150, forbid_help=True, declined="go_on")
+    never = Sampling(max_tokens=150, forbid_help=True, early_exit=True)
     groups = asking.generate(prompts(asking), names(4), never)
     scores = [r.score for group in groups for r in group]
     assert None not in scores
     threshold = sorted(scores)[len(scores) // 2] - 1e-6  # type: ignore[type-var]
-    dial = Sampling(max_tokens=150, decide="threshold", bias=-threshold, declined="go_on")
+    dial = Sampling(max_tokens=150, decide="threshold", bias=-threshold, early_exit=True)
     turned = asking.generate(prompts(asking), names(4), dial)
     asked = [isinstance(parse(r.text, finished=r.finished), HelpCall) for group in turned for r in group]
     assert asked == [score > threshold for score in scores]  # type: ignore[operator]

@@ -20,7 +20,7 @@ from selfroute.tasks.countdown import Countdown, CountdownConfig
 from selfroute.types import Handoff, HelpCall
 
 TASK = Countdown(CountdownConfig(test=24, calibration=12))
-GO_ON = Sampling(max_tokens=150, declined="go_on")
+GO_ON = Sampling(max_tokens=150, early_exit=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_cloud_is_handed_the_reasoning_of_those_that_asked_alone(engine: HFE
 def test_a_question_is_handed_over_as_the_config_says(tmp_path: Path) -> None:
     sizes = {}
     for handoff in ("problem", "reasoning"):
-        config = api.load_train_config("countdown-tiny", [f"handoff={handoff}", "early_exit=true"])
+        config = api.load_train_config("countdown-tiny", [f"evaluation.handoff={handoff}", "sampling.early_exit=true"])
         engine = eager(HFEngine.load(config.device), 30.0, 30.0)
         cloud = Cloud(make_cloud(config.cloud), tmp_path / handoff / "cloud.sqlite")
         with api.Pair(config, engine, cloud, config.evaluation) as pair:

@@ -20,7 +20,7 @@ from selfroute.train.rows import Row
 from selfroute.types import Problem, Response
 
 ALPHAS = {"answer": 1.0, "cloud": 0.25, "format": 0.02}
-EARLY: dict[str, Any] = {"early_exit": True, "reward": {**ALPHAS, "token_cost": 0.001}}
+EARLY: dict[str, Any] = {"sampling": {"max_tokens": 120, "early_exit": True}, "reward": {**ALPHAS, "token_cost": 0.001}}
 ONE, TWO, THREE = "1:20-6=14,14-2=12?\n", "2:20+6=26,26+2=28?\n", "3:6/2=3,3+20=23!\n"
 RIGHT, WRONG = "<answer>6/2+20</answer>", "<answer>20-6-2</answer>"
 TASK = Countdown(CountdownConfig())
@@ -106,7 +106,7 @@ def test_without_a_price_only_what_was_solved_says_something(engine: HFEngine) -
     assert solved
     assert solved[2].gap < 0
     assert failed is asked is None
-    off = Rehearsal(engine, early_exit=False)
+    off = Rehearsal(engine, sampling={"max_tokens": 120})
     assert off.early(ONE + TWO + THREE + RIGHT, ONE + TWO + WRONG) == [None, None]
 
 
@@ -130,7 +130,7 @@ def test_the_draw_follows_from_seed_step_problem_and_index_alone(engine: HFEngin
 
 
 def test_each_token_of_a_response_costs_its_reward(engine: HFEngine) -> None:
-    made = Rehearsal(engine, early_exit=False)
+    made = Rehearsal(engine, sampling={"max_tokens": 120})
     judged = made.judged(ONE + TWO + THREE + RIGHT, ONE + WRONG, ONE + HELP_CALL, ONE + TWO + "3:20...")
     plan = made.planner.plan(1, [PROBLEM], [judged])
     costs = [0.001 * len(r.token_ids) for r in judged.responses]
@@ -145,7 +145,7 @@ def test_the_early_exits_are_rows_of_the_update(engine: HFEngine) -> None:
     texts = [ONE + TWO + THREE + RIGHT, ONE + TWO + WRONG]
     made = Rehearsal(engine)
     rows = made.planner.rows(made.planner.plan(1, [PROBLEM], [made.judged(*texts)]))
-    plain = Rehearsal(engine, early_exit=False)
+    plain = Rehearsal(engine, sampling={"max_tokens": 120})
     fewer = plain.planner.rows(plain.planner.plan(1, [PROBLEM], [plain.judged(*texts)]))
     early = [row for row in rows if row.boundary is not None]
     assert [row for row in rows if row.boundary is None] == fewer
@@ -155,15 +155,17 @@ def test_the_early_exits_are_rows_of_the_update(engine: HFEngine) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"early_exit": True, "decision_weight": 0.0}, "needs decision_weight and reward.cloud > 0"),
-        ({"early_exit": True, "reward": {"cloud": 0.0, "format": 0.0}}, "needs decision_weight and reward.cloud > 0"),
+        ({"sampling": {"early_exit": True}, "decision_weight": 0.0}, "needs decision_weight and reward.cloud > 0"),
+        (
+            {"sampling": {"early_exit": True}, "reward": {"cloud": 0.0, "format": 0.0}},
+            "needs decision_weight and reward.cloud > 0",
+        ),
         ({"reward": {"token_cost": -0.1}}, "reward.token_cost"),
         (
             {"reward": {"token_cost": 0.01}},
             "a right answer of sampling.max_tokens tokens would cost 1.2, more than the",
         ),
-        ({"sampling": {"declined": "go_on"}}, "with early_exit alone"),
-        ({"handoff": "everything"}, "handoff"),
+        ({"evaluation": {"handoff": "everything"}}, "evaluation.handoff"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -171,15 +173,15 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         config(**changes)
 
 
-def test_who_learns_to_ask_early_goes_on_when_declined() -> None:
-    assert config().evaluation.declined == config().sampling.declined == "answer"
-    for made in (config(**EARLY), config(**EARLY, evaluation={"max_tokens": 9})):
-        assert made.evaluation.declined == made.sampling.declined == "go_on"
+def test_who_learns_to_ask_early_is_evaluated_so() -> None:
+    assert not config().evaluation.early_exit
+    assert config(**EARLY).evaluation.early_exit
+    assert config(**EARLY, evaluation={"max_tokens": 9}).evaluation.early_exit
 
 
 def test_help_calls_that_could_not_come_have_a_part_in_the_policy(engine: HFEngine) -> None:
     texts = [ONE + TWO + THREE + RIGHT, ONE + TWO + WRONG, ONE + TWO + "3:20..."]
-    made = Rehearsal(engine, sampling={"max_tokens": 120, "forbid_help": True})
+    made = Rehearsal(engine, sampling={**EARLY["sampling"], "forbid_help": True})
     plan = made.planner.plan(1, [PROBLEM], [made.judged(*texts)])
     solved, failed, cut = plan.advantages_PG[0].tolist()
     rows = [(row.advantage, row.declined) for row in made.planner.rows(plan) if row.point]
@@ -193,9 +195,9 @@ def test_it_trains_and_is_the_same_twice(tmp_path: Path) -> None:
     for name in "ab":
         train(config(**EARLY, steps=2), tmp_path / name)
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    train(config(**EARLY, steps=2, sampling={"max_tokens": 120, "forbid_help": True}), tmp_path / "forbidden")
+    train(config(**{**EARLY, "sampling": {**EARLY["sampling"], "forbid_help": True}}, steps=2), tmp_path / "forbidden")
     assert all(step["help"] == 0 and step["rows"] > 0 for step in metrics(tmp_path / "forbidden"))
-    with trainer(tmp_path / "off", **{**EARLY, "early_exit": False}) as made:
+    with trainer(tmp_path / "off", **{**EARLY, "sampling": {"max_tokens": 120}}) as made:
         off = made.step(1)
     [on, _] = metrics(tmp_path / "a")
     assert on["rows"] > off.rows

@@ -42,7 +42,10 @@ def run(*command: str, processes: int) -> str:
     return done.stdout
 
 
-EARLY = {"early_exit": True, "reward": {"answer": 1.0, "cloud": 0.25, "format": 0.02, "token_cost": 0.002}}
+EARLY = {
+    "sampling": {"max_tokens": 80, "early_exit": True},
+    "reward": {"answer": 1.0, "cloud": 0.25, "format": 0.02, "token_cost": 0.002},
+}
 
 
 @pytest.mark.parametrize(
