@@ -4,8 +4,8 @@
 
 A base is trained once (the main job's settings, smaller). Each arm goes on from it with its own price of a token,
 without and with `early_exit`, for each seed, which names the order of the problems and all that is sampled. Test
-problems are then decided by the model itself and at the 30 % dial, and the cloud is given the problem alone or the
-device's reasoning too. What is already in DIR is kept.
+problems are then decided by the model's own odds, by the more likely side (the dial at 0), and by the dial at 30 %; the
+cloud is given the problem alone or the device's reasoning too. What is already in DIR is kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARMS = {
 """When it may ask, and the price of a token; no help call is sampled in training, as in the comparison's own row."""
 FIRST = next(iter(ARMS))
 BUDGET = 0.3
-DECISIONS = ("own decision", "budget 30 %")
+DECISIONS = ("own decision", "bias 0", "budget 30 %")
 SHOWN = ("accuracy", "call_rate", "local_accuracy", "device_tokens", "device_tokens_where_asked",
          "device_tokens_where_answered")  # fmt: skip
 
@@ -80,7 +80,7 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict[str, dict[str, Any]]:
             file = run / "evaluations" / name.replace(" ", "-") / "records.jsonl"
             if not file.is_file():
                 engine = HFEngine.load(config.device.model_copy(update={"model": str(checkpoint)}))
-                sampling = config.evaluation if name == DECISIONS[0] else turned(config, engine, task)
+                sampling = decided(name, config, engine, task)
                 write_outcomes(file, evaluate(engine, task, cloud, sampling=sampling, seed=config.seed))
             outcomes = read_outcomes(file)
             found[name] = {
@@ -93,8 +93,12 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def turned(config: TrainConfig, engine: HFEngine, task: Any) -> Sampling:
-    """Sampling with the dial set for the budget, from one response to each calibration problem."""
+def decided(name: str, config: TrainConfig, engine: HFEngine, task: Any) -> Sampling:
+    """Sampling under a decision; the dial's bias comes from one response to each calibration problem."""
+    if name == "own decision":
+        return config.evaluation
+    if name == "bias 0":
+        return config.evaluation.model_copy(update={"decide": "threshold"})
     drawn = calibration_responses(engine, task, sampling=config.evaluation, seed=config.seed, draws=1)
     dial = calibrate([r.score for _, r in drawn], BUDGET, num_problems=len(drawn))
     return config.evaluation.model_copy(update={"decide": "threshold", "bias": dial.bias})

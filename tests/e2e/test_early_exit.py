@@ -23,9 +23,9 @@ def test_the_benchmark_of_asking_early(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "out.json").read_text())
-    assert len(made["rows"]) == 12
-    assert [row["seeds"] for row in made["table"]] == [2] * 6
-    for row in made["table"][:2]:
+    assert len(made["rows"]) == 18
+    assert [row["seeds"] for row in made["table"]] == [2] * 9
+    for row in made["table"][:3]:
         assert row["accuracy_ahead"]["mean"] == row["device_tokens_ahead"]["high"] == 0
     for row in made["rows"]:
         alone, handed = row["handoff"]["problem"], row["handoff"]["reasoning"]
