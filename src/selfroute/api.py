@@ -234,6 +234,7 @@ def evaluate(
             sampling=sampling,
             seed=config.seed,
             solve_samples=SOLVE_SAMPLES,
+            handoff=config.evaluation.handoff,
             progress=_under(f"evaluate {name}", progress),
         )
     finally:

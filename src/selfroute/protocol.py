@@ -32,14 +32,35 @@ def chat(question: str) -> tuple[Message, ...]:
     return ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question})
 
 
-def cloud_request(question: str) -> CloudRequest:
-    """What the cloud is asked: the problem alone."""
+def cloud_request(question: str, reasoning: str = "") -> CloudRequest:
+    """What the cloud is asked: the problem, and below it the device's reasoning, if it is to have it.
+
+    >>> print(cloud_request("Add the numbers 2 and 3.", "2+3=6").messages[-1]["content"])
+    Add the numbers 2 and 3.
+    <BLANKLINE>
+    A smaller model began as follows, and then asked for your help. It may be wrong:
+    <BLANKLINE>
+    2+3=6
+    """
+    content = f"{question}\n\n{_HANDED_OVER}\n\n{reasoning}" if reasoning else question
     return CloudRequest(
         messages=(
             {"role": "system", "content": f"Think step by step, then end with {ANSWER_OPEN}your answer{ANSWER_CLOSE}."},
-            {"role": "user", "content": question},
+            {"role": "user", "content": content},
         )
     )
+
+
+_HANDED_OVER = "A smaller model began as follows, and then asked for your help. It may be wrong:"
+
+
+def reasoning_of(text: str) -> str:
+    """A response's reasoning, up to its first help tag.
+
+    >>> reasoning_of("2+3=6\\n<unknown> I need external assistance </unknown>")
+    '2+3=6'
+    """
+    return text.partition(HELP_OPEN)[0].strip()
 
 
 def parse(text: str, *, finished: bool = True) -> Decision:
@@ -165,9 +186,12 @@ def find_decision(
     return None
 
 
+def boundaries(token_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The places where a response could have asked, past each line break: how many tokens stand before each."""
+    breaks = {token for token in set(token_ids) if "\n" in tokenizer.decode([token])}
+    return [index + 1 for index, token in enumerate(token_ids) if token in breaks]
+
+
 def last_boundary(token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
-    """How many tokens stand before the last place where a cut response could have decided: past its last line break."""
-    for index in range(len(token_ids) - 1, -1, -1):
-        if "\n" in tokenizer.decode([token_ids[index]]):
-            return index + 1
-    return 0
+    """The last place where a cut response could have decided; 0 where it has no line break."""
+    return max(boundaries(token_ids, tokenizer), default=0)

@@ -77,7 +77,8 @@ class Response:
     `token_ids` holds the generated tokens, the end token included when `finished`; a response that is not
     `finished` was cut at the token limit. `score` is l, the log-odds of the help call against the answer at the
     decision point (nats; None when no decision point was met), and `decision_index` that point's position in
-    `token_ids`.
+    `token_ids`. Under `Sampling.early_exit`, `score` is the highest of all points on the way, against all else
+    that could have come there.
     """
 
     text: str
@@ -165,6 +166,9 @@ Split = Literal["train", "calibration", "test"]
 
 Route = Literal["device", "cloud", "undecided"]
 """Where an answer came from. An undecided response was never sent anywhere and is wrong."""
+
+Handoff = Literal["problem", "reasoning"]
+"""What the cloud is given of a problem that the device asks about: the problem alone, or the device's reasoning too."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how many responses are done, and of how many."""

@@ -11,11 +11,15 @@ from selfroute.protocol import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     HELP_CALL,
+    HELP_OPEN,
     INSTRUCTION,
+    boundaries,
+    cloud_request,
     decision_points,
     find_decision,
     last_boundary,
     parse,
+    reasoning_of,
 )
 from selfroute.train.warmstart import train_tokenizer
 from selfroute.types import Answer, HelpCall, Undecided
@@ -182,6 +186,26 @@ def test_a_tokenizer_without_the_tags_is_refused() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DeviceError, match="cannot tell"):
         decision_points(fast(tokenizer))
+
+
+def test_boundaries_are_past_each_line_break() -> None:
+    tokenizer = train_tokenizer()
+    ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+2=3!\n3")
+    heads = [tokenizer.decode(ids[:place]) for place in boundaries(ids, tokenizer)]
+    assert heads == ["1:1+2=3,3+4=7?\n", "1:1+2=3,3+4=7?\n2:1+2=3!\n"]
+    assert boundaries([], tokenizer) == []
+
+
+@given(st.text(max_size=60), st.sampled_from(["", HELP_CALL, f"a {HELP_OPEN} b"]))
+def test_reasoning_that_is_handed_over_holds_no_help_tag(text: str, end: str) -> None:
+    reasoning = reasoning_of(text + end)
+    assert HELP_OPEN not in reasoning
+    assert (text + end).lstrip().startswith(reasoning)
+    # The question stands first, as it is.
+    content = cloud_request("What is 1+1?", reasoning).messages[-1]["content"]
+    assert content.startswith("What is 1+1?")
+    assert content.endswith(reasoning)
+    assert (content == "What is 1+1?") == (reasoning == "")
 
 
 def test_last_boundary_is_past_the_last_line_break() -> None:

@@ -62,3 +62,6 @@ class Sampling(Config):
     """The budget dial, in nats, added to l under `threshold`."""
     forbid_help: bool = False
     """Never emit the help call (the help tag has probability 0 at the decision point)."""
+    early_exit: bool = False
+    """Help calls may come before there is an answer: one that is forbidden, or that the dial declines, goes on from
+    before the tag as if it could not have come there, in place of answering. In training this is what teaches them."""

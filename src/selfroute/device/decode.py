@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from selfroute.device.base import Sampling
+from selfroute.device.declined import Redraws
 from selfroute.device.draw import Draws
 from selfroute.device.graphs import StaticSteps, has_fixed_shapes
 from selfroute.device.prefix import SharedPrompts
@@ -77,14 +78,17 @@ class Decoder:
             owners = range(rows)
         shared = SharedPrompts(engine.model, prompts, engine.pad)
         index_B = torch.tensor(list(owners), device=device)
-        self.steps = engine.steps(engine.model, shared, index_B, sampling.max_tokens)
+        self.redraws = Redraws(engine.points, names, sampling) if sampling.early_exit else None
+        # Steps of fixed shape cannot be taken back.
+        new_steps = GrowingSteps if self.redraws else engine.steps
+        self.steps = new_steps(engine.model, shared, index_B, sampling.max_tokens)
         self.last_B = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
         self.alive_B = torch.arange(rows, device=device)
         self.over_B = torch.zeros(rows, dtype=torch.bool, device=device)
         self.count_B = torch.tensor([len(start) for start in starts], device=device)
         self.limit_B = torch.tensor(list(limits), device=device)
         self.ends = torch.tensor(sorted(engine.end_tokens), device=device)
-        self.draws = Draws(names, sampling.max_tokens, device)
+        self.draws = Draws(names, self.redraws.draws if self.redraws else sampling.max_tokens, device)
         self.scores: list[dict[int, float]] = [{} for _ in names]
 
         # -1 is no token: N columns before the first one, so that a window ends at any, and one that rows that are
@@ -146,7 +150,7 @@ class Decoder:
         decisive = bool(at_BD.any())
         if decisive:
             score_BD = logits_BV[:, self.help_D].float() - logits_BV[:, self.answer_D].float()
-            if sampling.forbid_help:
+            if sampling.forbid_help and self.redraws is None:
                 # Added, since two forms may share their token.
                 logits_BV.index_add_(1, self.help_D, torch.where(at_BD, -torch.inf, 0.0).to(logits_BV.dtype))
         top_B = logits_BV.amax(-1)
@@ -155,23 +159,48 @@ class Decoder:
         if sampling.temperature == 0:
             token_B = logits_BV.argmax(-1)
         else:
-            token_B = self.draws(logits_BV, top_B, sampling.temperature, self.alive_B, self.count_B)
+            drawn_B = self.count_B
+            if self.redraws:
+                drawn_B = drawn_B + torch.tensor(self.redraws.taken_back, device=drawn_B.device)[self.alive_B]
+            token_B = self.draws(logits_BV, top_B, sampling.temperature, self.alive_B, drawn_B)
         if decisive:
             chosen_BD = (token_B[:, None] == self.help_D) | (token_B[:, None] == self.answer_D)
             deciding_B = (at_BD & chosen_BD).any(-1) & ~self.over_B
             for b in deciding_B.nonzero()[:, 0].tolist():
-                token_B[b] = self._decide(b, int(token_B[b]), at_BD[b].tolist(), score_BD[b].tolist())
+                token_B[b] = self._decide(b, int(token_B[b]), at_BD[b].tolist(), score_BD[b].tolist(), logits_BV[b])
+        if self.redraws:
+            rows = zip(self.alive_B.tolist(), self.count_B.tolist(), token_B.tolist(), logits_BV, strict=True)
+            for row, index, token, logits_V in rows:
+                self.redraws.note(row, index, token, logits_V)
         return token_B
 
-    def _decide(self, b: int, token: int, at_D: list[bool], score_D: list[float]) -> int:
+    def _decide(self, b: int, token: int, at_D: list[bool], score_D: list[float], logits_V: Tensor) -> int:
         """Note l of a row that decides; returns the token that it goes on with."""
-        scores, index = self.scores[int(self.alive_B[b])], int(self.count_B[b])
+        sampling, row, index = self.sampling, int(self.alive_B[b]), int(self.count_B[b])
         for point, at, score in zip(self.engine.points, at_D, score_D, strict=True):
-            if at and token in (point.help, point.answer):
-                scores[index] = score
-                if not self.sampling.forbid_help and self.sampling.decide == "threshold":
-                    token = point.help if score + self.sampling.bias > 0 else point.answer
+            if not at or token not in (point.help, point.answer):
+                continue
+            if self.redraws:
+                score = self.redraws.odds(row, index, point, logits_V)
+            self.scores[row][index] = score
+            if sampling.decide == "threshold" and not sampling.forbid_help:
+                asks = score + sampling.bias > 0
+            else:
+                asks = token == point.help and not sampling.forbid_help
+            if self.redraws and token == point.help and not asks:
+                token, back = self.redraws.go_on(row, index, point, logits_V)
+                self._take_back(b, back)
+                return token
+            token = point.help if asks else point.answer
         return token
+
+    def _take_back(self, b: int, count: int) -> None:
+        """Forget a row's last tokens."""
+        assert isinstance(self.steps, GrowingSteps)
+        end = int(self.count_B[b]) + len(self.window_N)
+        self.tokens_RT[self.alive_B[b], end - count : end] = -1
+        self.count_B[b] -= count
+        self.steps.take_back(b, count)
 
     def _response(self, row: int, tokens: list[int]) -> Response:
         ids = [token for token in tokens[:-1] if token >= 0]
@@ -179,6 +208,9 @@ class Decoder:
         found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
         index = found[0] if found else None
         score = self.scores[row].get(index) if index is not None else None
+        if self.redraws:
+            # The dial asks at the first that it does not decline, so the highest says whether it asks.
+            score = max(self.scores[row].values(), default=None)
         return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
 
 
@@ -208,6 +240,10 @@ class GrowingSteps:
         """Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows."""
         rows = len(self.mask_BT)
         return live if (rows - live) * 8 >= rows else rows
+
+    def take_back(self, row: int, count: int) -> None:
+        """Forget a row's last tokens: the cache keeps their places, which nothing sees any more."""
+        self.mask_BT[row, self.mask_BT.shape[1] - count :] = 0
 
     def keep(self, rows_B: Tensor) -> None:
         self.mask_BT = self.mask_BT[rows_B]
@@ -240,6 +276,9 @@ class _GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
+        if end > self._keys.shape[-2]:
+            # A row that took tokens back goes on past the room that was made.
+            self._keys, self._values = (_with_room(x, end) for x in (self._keys, self._values))
         self._keys[..., self.length : end, :] = key_states
         self._values[..., self.length : end, :] = value_states
         self.length = end

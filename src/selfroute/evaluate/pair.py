@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import Sampling
-from selfroute.evaluate.run import judge, route_of
+from selfroute.evaluate.run import handed_over, judge, route_of
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.tasks import make_task
 from selfroute.train.config import TrainConfig
@@ -38,7 +38,7 @@ class Pair:
     """A device model and its cloud, ready to answer; close it, or use it in a `with` block."""
 
     def __init__(self, config: TrainConfig, engine: HFEngine, cloud: Cloud, sampling: Sampling) -> None:
-        self.engine, self.cloud, self.sampling = engine, cloud, sampling
+        self.engine, self.cloud, self.sampling, self.handoff = engine, cloud, sampling, config.evaluation.handoff
         self.task = make_task(config.task)
 
     def __enter__(self) -> Pair:
@@ -61,7 +61,8 @@ class Pair:
         text, finished, cost = response.text, response.finished, 0.0
         if isinstance(decision, HelpCall):
             before = self.cloud.spent().cost_usd
-            [given] = self.cloud.ask([(problem.id, cloud_request(problem.question))], phase="ask")
+            request = cloud_request(problem.question, handed_over(response, self.handoff))
+            [given] = self.cloud.ask([(problem.id, request)], phase="ask")
             text, finished, cost = given.text, given.finished, self.cloud.spent().cost_usd - before
         answer, correct, reason = judge(self.task, problem, text, finished)
         return Reply(

@@ -1,7 +1,7 @@
 """Evaluation: one device response a problem, both answers that the problem could get, and a record of it.
 
 The answer of each side is known for each problem: an asked problem's local answer is the same prefix continued with
-the help tag forbidden, and the cloud is asked (once, through the cache) for every problem, so that the whole curve
+help forbidden, and the cloud is asked (once, through the cache) for every problem, so that the whole curve
 along the dial follows from one set of records. Left out on purpose: what the records mean (measures) and how they
 look (report).
 """
@@ -20,10 +20,10 @@ from selfroute.cloud.memory import Cloud
 from selfroute.device.base import Sampling
 from selfroute.errors import RunError
 from selfroute.measures import Columns
-from selfroute.protocol import chat, cloud_request, parse
+from selfroute.protocol import chat, cloud_request, find_decision, parse, reasoning_of
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task
-from selfroute.types import Answer, Decision, HelpCall, Problem, Progress, Response, Route, Split
+from selfroute.types import Answer, Decision, Handoff, HelpCall, Problem, Progress, Response, Route, Split
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -71,11 +71,14 @@ def evaluate(
     seed: int,
     split: Split = "test",
     solve_samples: int = 0,
+    handoff: Handoff = "problem",
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """An outcome for each problem of a split.
 
     `solve_samples` extra responses, help forbidden, tell how often the device solves the problems that it asked about.
+    With the `handoff` of reasoning the cloud is given that of the responses that asked; what it would have answered to
+    the others rests on the problem alone.
 
     The same seed gives the same reasoning whatever the dial, so that dial settings compare like with like.
     """
@@ -85,7 +88,9 @@ def evaluate(
     local = _local_answers(engine, prompts, streams, responses, sampling, progress)
     asked_about = [problems[n] for n in _asked(responses)] if solve_samples else []
     shares = solve_shares(engine, task, asked_about, sampling, f"{seed}/{split}", solve_samples, progress)
-    answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
+    handed = [handed_over(response, handoff) for response in responses]
+    requests = [(p.id, cloud_request(p.question, reasoning)) for p, reasoning in zip(problems, handed, strict=True)]
+    answers = cloud.ask(requests, phase="evaluate")
     outcomes = []
     for p, response, own, answer in zip(problems, responses, local, answers, strict=True):
         decision = parse(response.text, finished=response.finished)
@@ -98,7 +103,7 @@ def evaluate(
                 question=p.question,
                 response=response.text,
                 route=route_of(decision),
-                score=response.score,
+                score=_score(response, own) if sampling.early_exit else response.score,
                 correct=cloud_correct if asked else device_correct,
                 device_answer=device_answer,
                 device_correct=device_correct,
@@ -125,8 +130,13 @@ def calibration_responses(
     draws: int,
     progress: Progress | None = None,
 ) -> list[tuple[str, Response]]:
-    """Problem id and response, `draws` to each calibration problem; the cloud is not asked."""
+    """Problem id and response, `draws` to each calibration problem; the cloud is not asked.
+
+    Where a declined help call goes on, all are: the highest l on the way says at which dial a response asks.
+    """
     problems = task.load("calibration")
+    if sampling.early_exit:
+        sampling = sampling.model_copy(update={"forbid_help": True})
     _, _, groups = _respond(engine, problems, sampling, f"{seed}/calibration", draws, progress)
     return [(p.id, r) for p, group in zip(problems, groups, strict=True) for r in group]
 
@@ -173,6 +183,18 @@ def judge(task: Task, problem: Problem, text: str, finished: bool) -> tuple[str 
     return decision.text, verdict.correct, verdict.reason
 
 
+def handed_over(response: Response, handoff: Handoff) -> str:
+    """The reasoning that the cloud is given beside the problem: that of a response that asked, or none."""
+    asked = isinstance(parse(response.text, finished=response.finished), HelpCall)
+    return reasoning_of(response.text) if asked and handoff == "reasoning" else ""
+
+
+def _score(response: Response, local: Response) -> float | None:
+    """The highest l that a response comes to where its help call is declined and it goes on: the dial asks if it asks
+    at any."""
+    return max((r.score for r in (response, local) if r.score is not None), default=None)
+
+
 def _asked(responses: Sequence[Response]) -> list[int]:
     return [n for n, r in enumerate(responses) if isinstance(parse(r.text, finished=r.finished), HelpCall)]
 
@@ -185,20 +207,33 @@ def _local_answers(
     sampling: Sampling,
     progress: Progress | None,
 ) -> list[Response]:
-    """Each problem's local answer: the response itself, or for a help call its prefix continued without the tag."""
+    """Each problem's local answer: the response itself, or for a help call its prefix continued without the tag.
+
+    The prefix ends before the choice between the tags, or before the tag where a declined help call goes on. That one
+    has draws of its own, since a response that took tokens back has used up some of those that would come next.
+    """
     local = list(responses)
     asked = _asked(responses)
     if asked:
         continued = engine.generate(
             [prompts[n] for n in asked],
-            [streams[n] for n in asked],
+            [[f"{name}/local" if sampling.early_exit else name for name in streams[n]] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
-            starts=[responses[n].token_ids[: responses[n].decision_index or 0] for n in asked],
+            starts=[_before_the_call(engine, responses[n], sampling) for n in asked],
             progress=counter(progress, "local answers of asked problems", len(asked)),
         )
         for n, group in zip(asked, continued, strict=True):
             local[n] = group[0]
     return local
+
+
+def _before_the_call(engine: HFEngine, response: Response, sampling: Sampling) -> tuple[int, ...]:
+    """A help call's tokens up to where it could have been declined."""
+    found = find_decision(response.token_ids, engine.points, engine.tokenizer)
+    if found is None:
+        return ()
+    index, point = found
+    return response.token_ids[: index - len(point.prefix) if sampling.early_exit else index]
 
 
 def solve_shares(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -126,6 +127,8 @@ def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None
         "calls_that_rescued": proportion(((c.device == 0) & (c.cloud == 1))[asked].astype(float)),
         "calls_wasted": proportion((shares > 0.5).astype(float)),
         "device_tokens": _mean([o.device_tokens for o in outcomes]),
+        "device_tokens_where_answered": _mean([o.device_tokens for o in outcomes if o.route == "device"]),
+        "device_tokens_where_asked": _mean([o.device_tokens for o in calls]),
         "cloud_tokens": _mean([o.cloud_tokens * (o.route == "cloud") for o in outcomes]),
         "usd_per_1k": _mean([1000 * o.cost_usd for o in outcomes]),
         "cloud_latency_s": _mean([o.cloud_latency_s * (o.route == "cloud") for o in outcomes]),
@@ -134,7 +137,9 @@ def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None
 
 
 def _mean(values: Sequence[float]) -> Measure:
-    """A mean with its normal interval."""
+    """A mean with its normal interval; NaN of nothing."""
+    if not values:
+        return Measure(math.nan, math.nan, math.nan)
     mean, half = float(np.mean(values)), 1.959964 * float(np.std(values)) / len(values) ** 0.5
     return Measure(mean, mean - half, mean + half)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from selfroute.cloud import CLOUDS, SERVES
 from selfroute.config import Choice, Config, resolve, validate
@@ -13,11 +13,16 @@ from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.errors import ConfigError
 from selfroute.tasks import TASKS
 from selfroute.train.reward import RewardConfig
+from selfroute.types import Handoff
 
 
 class Evaluation(Sampling):
-    """How responses are drawn when a run is evaluated, calibrated and asked, and how often while it trains."""
+    """How responses are drawn when a run is evaluated, calibrated and asked, what the cloud is given of those that ask,
+    and how often a run is evaluated while it trains."""
 
+    handoff: Handoff = "problem"
+    """The problem alone, or the device's reasoning too; in training always the problem alone, so that one answer serves
+    all of a problem's responses."""
     every: int = Field(0, ge=0)
     """Steps between evaluations on the calibration problems, which keep the best checkpoint beside the newest; 0: none.
     Each problem's cloud answer is bought once."""
@@ -33,12 +38,14 @@ class TrainConfig(Config):
     cloud: Choice = Choice(name="oracle")
     """The cloud that answers help calls."""
     reward: RewardConfig = RewardConfig()
-    """alpha_a, alpha_c, alpha_f."""
+    """alpha_a, alpha_c, alpha_f, and what a token costs."""
     sampling: Sampling = Sampling(max_tokens=160)
     """How training responses are drawn; the temperature must be 1. With `forbid_help` no response asks: each teaches
-    solving, and the decision loss alone teaches asking."""
-    evaluation: Evaluation = Evaluation(max_tokens=160)
-    """How responses are drawn when the run is evaluated, calibrated and asked, and if the best checkpoint stays."""
+    solving, and the decision loss alone teaches asking. With `early_exit` that is taught at every line break, and
+    `evaluation` has it too."""
+    evaluation: Evaluation = Field(Evaluation(max_tokens=160), validate_default=True)
+    """How responses are drawn and handed over when the run is evaluated, calibrated and asked, and if the best
+    checkpoint stays."""
     seed: int = 0
     """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)
@@ -85,6 +92,12 @@ class TrainConfig(Config):
             raise ValueError("training samples from the model itself: temperature 1, decide sample")
         return sampling
 
+    @field_validator("evaluation")
+    @classmethod
+    def _as_it_learned(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
+        learned = "sampling" in info.data and info.data["sampling"].early_exit
+        return evaluation.model_copy(update={"early_exit": True}) if learned else evaluation
+
     @model_validator(mode="after")
     def _cloud_serves_the_task(self) -> TrainConfig:
         served = SERVES.get(self.cloud.name, ())
@@ -100,6 +113,21 @@ class TrainConfig(Config):
         if self.sampling.forbid_help and not self.decision_weight and self.reward.cloud:
             raise ValueError(
                 "with sampling.forbid_help no help call is sampled: only the decision loss can teach asking"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _solving_beats_asking(self) -> TrainConfig:
+        reward = self.reward
+        most = reward.token_cost * self.sampling.max_tokens
+        if most >= reward.answer - reward.cloud:
+            raise ValueError(
+                f"reward.token_cost: a right answer of sampling.max_tokens tokens would cost {most:g}, more than the "
+                f"{reward.answer - reward.cloud:g} that it earns above a help call"
+            )
+        if self.sampling.early_exit and not (self.decision_weight and reward.cloud):
+            raise ValueError(
+                "sampling.early_exit needs decision_weight and reward.cloud > 0: the decision loss teaches it"
             )
         return self
 

@@ -92,9 +92,38 @@ def decision_gap(answer_reward: float, *, cloud_correct: bool | None, cloud_shar
     return cloud_reward * expected - answer_reward
 
 
+def early_gap(
+    earned: float, *, cloud_correct: bool | None, cloud_share: float, cloud_reward: float, token_cost: float, saved: int
+) -> float:
+    """Delta of asking before the end: token_cost * saved - max(0, r - alpha_c * q).
+
+    Asking there saves tokens, and loses what the response went on to earn above a help call. One that went on to earn
+    less could still have asked at its end, so going on is worth max(r, alpha_c * q).
+
+    Args:
+        earned: r, the response's reward without the price of its tokens.
+        cloud_correct: as in `decision_gap`.
+        cloud_share: as in `decision_gap`.
+        cloud_reward: alpha_c.
+        token_cost: the price of a token.
+        saved: the response's tokens from there on, less those of a help call.
+    """
+    lost = -decision_gap(earned, cloud_correct=cloud_correct, cloud_share=cloud_share, cloud_reward=cloud_reward)
+    return token_cost * saved - max(0.0, lost)
+
+
 def policy_loss(log_prob_B: Tensor, advantage_B: Tensor, count: int) -> Tensor:
     """-sum_i A_i log pi(y_i) / count, with log pi summed over a response's tokens and count = |D1 u D2| * G."""
     return -(advantage_B * log_prob_B).sum() / count
+
+
+def declined_loss(asking_B: Tensor, weight_B: Tensor, count: int) -> Tensor:
+    """sum_b w_b log(1 - P_b) / count, with log P_b the log-probability of a help call that could not be made there.
+
+    What a response was drawn from has 1 / (1 - P) times the model's own probability of going on at each place where it
+    would have asked, so its log-probability is the tokens' less log(1 - P) for each such place.
+    """
+    return (weight_B * torch.log(-torch.expm1(asking_B.clamp_max(-1e-6)))).sum() / count
 
 
 def decision_loss(log_odds_B: Tensor, gap_B: Tensor, weight: float, count: int) -> Tensor:

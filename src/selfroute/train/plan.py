@@ -8,6 +8,7 @@ Axes: P problems, G responses.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from selfroute.cloud.memory import Cloud
 from selfroute.errors import TrainingError
-from selfroute.protocol import DecisionPoint, cloud_request, find_decision, last_boundary, parse
+from selfroute.protocol import (
+    HELP_CALL,
+    DecisionPoint,
+    boundaries,
+    cloud_request,
+    find_decision,
+    last_boundary,
+    parse,
+)
 from selfroute.tasks import Task, verdicts
 from selfroute.train import gapg
 from selfroute.train.algorithms import ALGORITHMS, next_dual
@@ -25,7 +34,7 @@ from selfroute.train.config import TrainConfig
 from selfroute.train.ranks import Ranks
 from selfroute.train.reward import reward
 from selfroute.train.rows import Row
-from selfroute.types import Answer, Decision, HelpCall, Problem, Response
+from selfroute.types import Answer, Decision, HelpCall, Problem, Response, Undecided
 
 
 def batch(config: TrainConfig, problems: Sequence[Problem], step: int) -> list[Problem]:
@@ -51,8 +60,19 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlyExit:
+    """Where a response could have asked before its end: `place` tokens stand before it. It is one of `places`, and its
+    term weighs `weight`."""
+
+    place: int
+    places: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a batch teaches. `cloud_correct_P` is None where the cloud's verdict was never needed."""
+    """What a batch teaches. `cloud_correct_P` is None where the cloud's verdict was never needed, `exits_PG` where a
+    response is not kept or had no early exit."""
 
     judged: Sequence[Judged]
     cloud_correct_P: Sequence[bool | None]
@@ -60,6 +80,7 @@ class Plan:
     selection: gapg.Selection
     advantages_PG: Tensor
     call_rate: float
+    exits_PG: Sequence[Sequence[EarlyExit | None]] = ()
 
     @property
     def count(self) -> int:
@@ -91,6 +112,8 @@ class Planner:
         self.config, self.task, self.tokenizer, self.points = config, task, tokenizer, points
         self.cloud, self.ranks = cloud, ranks
         self.algorithm = ALGORITHMS[config.algorithm]
+        # The end token counts.
+        self.help_tokens = len(tokenizer.encode(HELP_CALL, add_special_tokens=False)) + 1
         self.cloud_correct: dict[str, bool] = {}
         self.dual = 0.0
 
@@ -113,8 +136,8 @@ class Planner:
         rewards_PG = torch.tensor(
             [
                 [
-                    reward(d, correct=ok, cloud_correct=cloud_correct, weights=config.reward)
-                    for d, ok in zip(one.decisions, one.correct, strict=True)
+                    reward(d, correct=ok, cloud_correct=cloud_correct, weights=config.reward, tokens=len(r.token_ids))
+                    for r, d, ok in zip(one.responses, one.decisions, one.correct, strict=True)
                 ]
                 for one, cloud_correct in zip(judged, cloud_correct_P, strict=True)
             ],
@@ -133,7 +156,8 @@ class Planner:
             selection = replace(selection, kept=tuple(range(len(problems))))
         asks_PG = torch.tensor([[isinstance(d, HelpCall) for d in one.decisions] for one in judged]).double()
         advantages_PG = self.algorithm.advantages(rewards_PG, asks_PG, self.dual)
-        return Plan(judged, cloud_correct_P, rewards_PG, selection, advantages_PG, asks_PG.mean().item())
+        exits_PG = self._exits(step, problems, judged, selection.kept) if config.sampling.early_exit else ()
+        return Plan(judged, cloud_correct_P, rewards_PG, selection, advantages_PG, asks_PG.mean().item(), exits_PG)
 
     def follow(self, plan: Plan) -> None:
         """After the update: lambda follows the batch's call rate."""
@@ -151,6 +175,9 @@ class Planner:
             for g, response in enumerate(plan.judged[p].responses):
                 advantage = plan.advantages_PG[p, g].item()
                 decision = self.decision(plan, p, g)
+                early = self.early(plan, p, g)
+                if early is not None:
+                    rows.append(replace(early, problem=number))
                 if decision is not None:
                     decision = replace(decision, problem=number)
                 if decision is not None and advantage and decision.boundary is None:
@@ -176,23 +203,100 @@ class Planner:
             index, point = found
         elif not response.finished:
             # A cut response has not decided: at its last line break it could have asked.
-            point = self.points[0]
-            head = ids[: last_boundary(ids, self.tokenizer)]
-            if head and str(self.tokenizer.decode(list(point.prefix))).startswith("\n"):
-                # This tokenizer merges the line break into the tag's first token.
-                head = head[:-1]
-            boundary = len(head)
-            ids = (*head, *point.prefix, point.help)
-            index = len(ids) - 1
+            ids, index, point, boundary = self._asking(ids, last_boundary(ids, self.tokenizer))
         else:
             return None
         gap = gapg.decision_gap(
-            plan.rewards_PG[p, g].item() if isinstance(decision, Answer) else 0.0,
+            self._earned(plan, p, g),
             cloud_correct=plan.cloud_correct_P[p],
             cloud_share=self.cloud_share(),
             cloud_reward=self.config.reward.cloud,
         )
-        return Row(p, ids[: index + 1], 0.0, gap, index, point, boundary) if gap else None
+        declined = self._declined(plan, p, g)
+        return Row(p, ids[: index + 1], 0.0, gap, index, point, boundary, declined) if gap or declined else None
+
+    def early(self, plan: Plan, p: int, g: int) -> Row | None:
+        """A response up to a place where it could have asked before its end, and the help call there; None without."""
+        exit_ = plan.exits_PG[p][g] if plan.exits_PG else None
+        if exit_ is None:
+            return None
+        response, config = plan.judged[p].responses[g], self.config
+        gap = gapg.early_gap(
+            self._earned(plan, p, g),
+            cloud_correct=plan.cloud_correct_P[p],
+            cloud_share=self.cloud_share(),
+            cloud_reward=config.reward.cloud,
+            token_cost=config.reward.token_cost,
+            saved=len(response.token_ids) - exit_.place - self.help_tokens,
+        )
+        ids, index, point, boundary = self._asking(response.token_ids, exit_.place)
+        # One place stands for all of them.
+        declined = exit_.places * self._declined(plan, p, g)
+        return Row(p, ids, 0.0, exit_.weight * gap, index, point, boundary, declined) if gap or declined else None
+
+    def _declined(self, plan: Plan, p: int, g: int) -> float:
+        """What a help call that could not come weighs in the policy loss: the advantage of what went on instead."""
+        sampling = self.config.sampling
+        return plan.advantages_PG[p, g].item() if sampling.forbid_help and sampling.early_exit else 0.0
+
+    def _asking(self, ids: Sequence[int], place: int) -> tuple[tuple[int, ...], int, DecisionPoint, int]:
+        """A response that asks at a place: its tokens up to the one that parts the tags, where that stands, under which
+        form of the decision point, and where the help call begins."""
+        point = self.points[0]
+        head = tuple(ids[:place])
+        if head and str(self.tokenizer.decode(list(point.prefix))).startswith("\n"):
+            # This tokenizer merges the line break into the tag's first token.
+            head = head[:-1]
+        asking = (*head, *point.prefix, point.help)
+        return asking, len(asking) - 1, point, len(head)
+
+    def _earned(self, plan: Plan, p: int, g: int) -> float:
+        """A response's reward without the price of its tokens."""
+        one = plan.judged[p]
+        return reward(
+            one.decisions[g],
+            correct=one.correct[g],
+            cloud_correct=plan.cloud_correct_P[p],
+            weights=self.config.reward,
+        )
+
+    def _exits(
+        self, step: int, problems: Sequence[Problem], judged: Sequence[Judged], kept: Sequence[int]
+    ) -> list[list[EarlyExit | None]]:
+        """For each response of a kept problem, one of the line breaks before its decision, drawn evenly.
+
+        It stands for all B of them, so it weighs B, which makes each place of the batch count the same: the odds of
+        asking after some reasoning then tend to the ratio of what is won and lost over all responses that go through
+        it, however long they are. The weights are divided by their mean, which leaves the term of a response as
+        large as that of its last decision. The draw follows from (seed, step, problem, index) alone.
+        """
+        places_PG: dict[int, list[list[int]]] = {
+            p: [self._places(r, d) for r, d in zip(judged[p].responses, judged[p].decisions, strict=True)] for p in kept
+        }
+        counts = [len(places) for group in places_PG.values() for places in group if places]
+        mean = sum(counts) / len(counts) if counts else 1.0
+        exits: list[list[EarlyExit | None]] = []
+        seen: Counter[str] = Counter()
+        for p, problem in enumerate(problems):
+            # A problem that a batch holds twice goes on counting.
+            first = seen[problem.id]
+            seen[problem.id] += len(judged[p].responses)
+            group: list[EarlyExit | None] = [None] * len(judged[p].responses)
+            for g, places in enumerate(places_PG.get(p, [])):
+                if places:
+                    rng = random.Random(f"{self.config.seed}/{step}/{problem.id}/{first + g}/exit")
+                    group[g] = EarlyExit(rng.choice(places), len(places), len(places) / mean)
+            exits.append(group)
+        return exits
+
+    def _places(self, response: Response, decision: Decision) -> list[int]:
+        """The line breaks before the one at which a response decided, or was cut."""
+        places = boundaries(response.token_ids, self.tokenizer)
+        found = None
+        if not isinstance(decision, Undecided):
+            found = find_decision(response.token_ids, self.points, self.tokenizer)
+        end = found[0] - len(found[1].prefix) if found else max(places, default=0)
+        return [place for place in places if place < end]
 
     def cloud_share(self) -> float:
         """q: the share of correct cloud answers so far; 1 before the first."""

@@ -9,7 +9,8 @@ from selfroute.types import Answer, Decision, HelpCall
 
 
 class RewardConfig(Config):
-    """The reward's three weights, answer > cloud > format; with cloud and format 0, accuracy alone."""
+    """The reward's three weights, answer > cloud > format, and the price of a token; with cloud and format 0, accuracy
+    alone."""
 
     answer: float = Field(1.0, gt=0)
     """alpha_a: a correct local answer."""
@@ -17,6 +18,8 @@ class RewardConfig(Config):
     """alpha_c: a help call that the cloud answers correctly. At 0 training never asks the cloud."""
     format: float = Field(0.1, ge=0)
     """alpha_f: a well-formed local answer, right or wrong."""
+    token_cost: float = Field(0.0, ge=0)
+    """What each token of a response costs, in units of reward a token."""
 
     @model_validator(mode="after")
     def _order(self) -> RewardConfig:
@@ -25,8 +28,10 @@ class RewardConfig(Config):
         return self
 
 
-def reward(decision: Decision, *, correct: bool, cloud_correct: bool | None, weights: RewardConfig) -> float:
-    """The reward of one response.
+def reward(
+    decision: Decision, *, correct: bool, cloud_correct: bool | None, weights: RewardConfig, tokens: int = 0
+) -> float:
+    """The reward of one response: what the table says, less `token_cost` for each of its tokens.
 
     | response                                 | reward            |
     |------------------------------------------|-------------------|
@@ -40,16 +45,17 @@ def reward(decision: Decision, *, correct: bool, cloud_correct: bool | None, wei
         decision: the response, parsed.
         correct: the verifier's verdict on the local answer; without meaning for a help call.
         cloud_correct: the verdict on the cloud's answer; None if the cloud was not asked.
+        weights: the alphas and the price of a token.
+        tokens: the response's length, its end token included; 0 gives the table's value.
 
     Raises:
         ValueError: a help call without a verdict on the cloud (a missing cloud is an error, never a 0).
     """
-    if isinstance(decision, HelpCall):
-        if weights.cloud == 0:
-            return 0.0
+    earned = 0.0
+    if isinstance(decision, HelpCall) and weights.cloud:
         if cloud_correct is None:
             raise ValueError("a help call has no reward before the cloud's answer is judged")
-        return weights.cloud if cloud_correct else 0.0
-    if isinstance(decision, Answer):
-        return weights.answer * correct + weights.format * decision.well_formed
-    return 0.0
+        earned = weights.cloud * cloud_correct
+    elif isinstance(decision, Answer):
+        earned = weights.answer * correct + weights.format * decision.well_formed
+    return earned - weights.token_cost * tokens

@@ -25,8 +25,9 @@ class Row:
     """One token sequence of the update.
 
     `advantage` weighs the sum of its log-probabilities; `gap` is Delta at token `decision_index`. A row with advantage
-    0 ends at its decision. In a row made of a cut response, which has none, the tokens from `boundary` on are the help
-    call that it did not make.
+    0 ends at its decision. In a row made of a cut response, which has none, or of an early exit, the tokens from
+    `boundary` on are the help call that it did not make. Where that could not come, `declined` weighs log(1 - P) of it
+    in the policy loss.
     """
 
     problem: int
@@ -36,6 +37,7 @@ class Row:
     decision_index: int = 0
     point: DecisionPoint | None = None
     boundary: int | None = None
+    declined: float = 0.0
 
     @property
     def counted(self) -> range:
@@ -88,6 +90,21 @@ def log_odds(head: Callable[[Tensor], Tensor], states_BTH: Tensor, rows: Sequenc
     return torch.stack(found)
 
 
+def asking_log_probs(
+    head: Callable[[Tensor], Tensor], states_BTH: Tensor, rows: Sequence[Row], log_prob_B: Tensor
+) -> Tensor:
+    """log P of the help call, from where its tag begins, in each row with a decision, (D,)."""
+    answered = [(b, row) for b, row in enumerate(rows) if row.point and row.boundary is None]
+    paths = [(b, row.decision_index - len(row.point.prefix), (*row.point.prefix, row.point.help))
+             for b, row in answered if row.point]  # fmt: skip
+    tokens = [(b, begin + i, token) for b, begin, path in paths for i, token in enumerate(path)]
+    states_NH = states_BTH[[b for b, _, _ in tokens], [t for _, t, _ in tokens]]
+    targets_N = torch.tensor([token for _, _, token in tokens], dtype=torch.long, device=states_BTH.device)
+    parts = log_probs(head, states_NH, targets_N).split([len(path) for _, _, path in paths])
+    found = {b: part.sum() for (b, _, _), part in zip(paths, parts, strict=True)}
+    return torch.stack([found.get(b, log_prob_B[b]) for b, row in enumerate(rows) if row.point])
+
+
 def accumulate_gradients(
     engine: HFEngine,
     head: Callable[[Tensor], Tensor],
@@ -112,7 +129,8 @@ def accumulate_gradients(
     if not rows:
         return 0.0
     total_decision = 0.0
-    forbidden = engine.points if config.sampling.forbid_help else ()
+    # Where a declined help call went on, each place has a term of its own.
+    forbidden = engine.points if config.sampling.forbid_help and not config.sampling.early_exit else ()
     # A group without a gradient has no row, and its prompt does not run either.
     learning = sorted({row.problem for row in rows})
     place = {problem: n for n, problem in enumerate(learning)}
@@ -134,6 +152,10 @@ def accumulate_gradients(
             decision = gapg.decision_loss(log_odds_D, gap_D, config.decision_weight, count)
             total_decision += decision.item()
             loss = loss + decision
+            declined_D = torch.tensor([row.declined for row in chosen if row.point], device=states_BTH.device)
+            if declined_D.any():
+                asking_D = asking_log_probs(head, states_BTH, chosen, log_prob_B)
+                loss = loss + gapg.declined_loss(asking_D, declined_D, count)
         if not torch.isfinite(loss):
             raise DivergenceError(f"the loss is {loss.item()}")
         loss.backward()

@@ -203,7 +203,10 @@ class GAPGTrainer(GRPOTrainer):
         # TRL averages over all rows, kept or not.
         scale = len(everything) / self.plan.count if self.plan.count else 0.0
         self._advantages = [self.plan.advantages_PG[i // G, i % G].item() * scale * (i // G in kept) for i in mine]
-        self._decisions = [self.planner.decision(self.plan, i // G, i % G) if i // G in kept else None for i in mine]
+        learned = (
+            (self.planner.decision, self.planner.early) if self.config.sampling.early_exit else (self.planner.decision,)
+        )
+        self._decisions = [[of(self.plan, i // G, i % G) if i // G in kept else None for i in mine] for of in learned]
         self._rewards = [self.plan.rewards_PG[i // G, i % G].item() for i in mine]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return rewards
@@ -215,20 +218,21 @@ class GAPGTrainer(GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         output["advantages"] = torch.tensor(self._advantages).to(output["advantages"])
         # Says after TRL's shuffle which decision is whose.
-        output["row"] = torch.arange(len(self._decisions))
+        output["row"] = torch.arange(len(self._advantages))
         return output
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss: Tensor = super()._compute_loss(model, inputs)
         if self.config.decision_weight > 0:
-            loss = loss + self._decision_loss(model, inputs)
+            # The decisions at the end, then those before it, a pass each.
+            for learned in self._decisions:
+                loss = loss + self._decision_loss(model, inputs, [learned[i] for i in inputs["row"].tolist()])
         return loss
 
-    def _decision_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _decision_loss(self, model: torch.nn.Module, inputs: dict[str, Any], decisions: Sequence[Row | None]) -> Tensor:
         """The decision loss of a micro-batch, from a pass up to each decision. Every process makes one, with sharded
         weights none may stay away."""
         assert self.plan is not None
-        decisions = [self._decisions[i] for i in inputs["row"].tolist()]
         last = max((len(_path(row)) for row in decisions if row), default=1)
         sequences, rows = [], []
         for ids, mask, row in zip(inputs["prompt_ids"], inputs["prompt_mask"], decisions, strict=True):

@@ -98,6 +98,16 @@ def test_a_wrong_answer_is_wrong_even_where_every_way_comes_to_the_target() -> N
     assert not verify(read.text, [0, 0, 0], 0).correct
 
 
+def test_it_finds_the_question_above_the_reasoning_that_it_is_handed() -> None:
+    oracle = Oracle(OracleConfig())
+    for p in Countdown(CountdownConfig()).load("test")[:20]:
+        other = problem([1, 2, 3], 99).question
+        alone, handed = (cloud_request(p.question, text) for text in ("", f"1:7+5=12,12+9=21?\n{other}"))
+        answers = [asyncio.run(oracle.complete(request)) for request in (alone, handed)]
+        assert answers[0].text == answers[1].text
+        assert answers[0].prompt_tokens < answers[1].prompt_tokens
+
+
 def test_other_questions_are_an_error() -> None:
     with pytest.raises(CloudError, match="Countdown and addition questions only"):
         asyncio.run(Oracle(OracleConfig()).complete(cloud_request("What is the capital of France?")))

@@ -45,7 +45,12 @@ def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
         assert other["decision_weight"] == (ours["decision_weight"] if method == OURS else 0)
         # The paper's v4 reward has no format term.
         cloud = 0 if method == TASK_TUNED else 0.25
-        assert other["reward"] == {"answer": 1, "cloud": cloud, "format": 0.02 if method == OURS else 0}
+        assert other["reward"] == {
+            "answer": 1,
+            "cloud": cloud,
+            "format": 0.02 if method == OURS else 0,
+            "token_cost": 0,
+        }
 
 
 def test_routers_bring_the_model_that_they_stand_on() -> None:

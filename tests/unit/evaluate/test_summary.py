@@ -34,7 +34,7 @@ OUTCOMES = [
     outcome(5, correct=False, device_correct=False),
     outcome(6, **ASKED, device_correct=False, device_solve_share=0.2),
     outcome(7, **ASKED, device_correct=False, device_solve_share=0.4),
-    outcome(8, **ASKED, device_solve_share=1.0),
+    outcome(8, **ASKED, device_solve_share=1.0, device_tokens=25),
     outcome(9, route="undecided", score=None, correct=False, device_correct=False, device_answer=None),
 ]
 
@@ -52,7 +52,9 @@ def test_the_decomposition_by_hand() -> None:
         "accuracy_where_asked": 1.0,
         "calls_that_rescued": 2 / 3,
         "calls_wasted": 1 / 3,
-        "device_tokens": 10,
+        "device_tokens": 11.5,
+        "device_tokens_where_answered": 10,
+        "device_tokens_where_asked": 15,
         "cloud_tokens": 150,
         "usd_per_1k": 0.3,
         "cloud_latency_s": 0.6,

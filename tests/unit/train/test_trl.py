@@ -42,11 +42,25 @@ def run(*command: str, processes: int) -> str:
     return done.stdout
 
 
+EARLY = {
+    "sampling": {"max_tokens": 80, "early_exit": True},
+    "reward": {"answer": 1.0, "cloud": 0.25, "format": 0.02, "token_cost": 0.002},
+}
+
+
 @pytest.mark.parametrize(
-    ("processes", "weight"), [(1, 0.0), (1, 3.0), pytest.param(2, 0.0, marks=pytest.mark.slow), (2, 3.0)]
+    ("processes", "weight", "more"),
+    [
+        (1, 0.0, {}),
+        (1, 3.0, {}),
+        pytest.param(2, 0.0, {}, marks=pytest.mark.slow),
+        (2, 3.0, {}),
+        (1, 3.0, EARLY),
+        pytest.param(2, 3.0, EARLY, marks=pytest.mark.slow),
+    ],
 )
-def test_the_gradient_is_that_of_our_loop(tmp_path: Path, processes: int, weight: float) -> None:
-    changes = {**SETTINGS, "decision_weight": weight}
+def test_the_gradient_is_that_of_our_loop(tmp_path: Path, processes: int, weight: float, more: dict[str, Any]) -> None:
+    changes = {**SETTINGS, "decision_weight": weight, **more}
     with trainer(tmp_path / "ours", **changes) as made:
         plans = plans_of(made)
         record = made.step(1)
