@@ -106,6 +106,17 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_adapters_on_4_bit_weights(tmp_path: Path) -> None:
+    out = selfroute(
+        "train", "countdown-tiny", "device.lora={rank=4}", "device.quantize=4bit", "device.dtype=bfloat16", "--dry-run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(out.split("\nmemory: ")[0])["device"]["quantize"] == "4bit"
+    assert re.search(r"\nmemory: about \d\.\d GB at most", out)
+    text = selfroute("train", "countdown-tiny", "device.quantize=4bit", "--dry-run", cwd=tmp_path, code=1)
+    assert "quantized weights are not trained: set lora, such as device.lora={rank=16}" in text
+
+
 def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = selfroute("train", "countdown-qwen2.5-3b", "--dry-run", cwd=tmp_path)

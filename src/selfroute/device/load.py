@@ -35,6 +35,9 @@ from transformers.utils import logging as hf_logging
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.errors import DeviceError
 
+ALIGNED = 64
+"""Bytes that torch aligns its own memory to."""
+
 
 def load_model(config: DeviceConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A shipped model, a folder or a hub id, and its tokenizer; a folder may hold an adapter, which names its base.
@@ -61,6 +64,11 @@ def load_model(config: DeviceConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
             # It would pack 4-bit weights for a kernel that has no gradient, as soon as a response is sampled.
             layer.support_avx512bf16_for_cpu = False
     model = _with_adapter(model, where, config.lora).eval()
+    for weight in model.parameters():
+        # Where a file's bytes are used as they lie, sums may be rounded otherwise than in torch's own memory, and a
+        # resumed run would not equal one that was not.
+        if weight.data_ptr() % ALIGNED:
+            weight.data = weight.data.clone()
     return model if config.quantize else model.to(device), tokenizer
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from selfroute.device.base import DeviceConfig, Sampling
@@ -203,6 +204,18 @@ def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
     # Tests run without a network.
     with pytest.raises(DeviceError, match="run `hf download no/such --local-dir FOLDER`, and give that folder"):
         HFEngine.load(DeviceConfig(model="no/such"))
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "abcd"])
+def test_weights_lie_as_torch_lays_them(engine: HFEngine, tmp_path: Path, name: str) -> None:
+    """Wherever they lie in the file: matrix products round otherwise on unaligned memory."""
+    engine.model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    # What a file says of itself shifts its weights.
+    save_file(load_file(file), file, metadata={"format": "pt", "x": name * 8})
+    loaded = HFEngine.load(DeviceConfig(model=str(tmp_path)))
+    assert all(weight.data_ptr() % 64 == 0 for weight in loaded.model.parameters())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
