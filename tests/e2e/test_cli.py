@@ -137,8 +137,8 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["train", "countdown-tiny", "task.nubmer_max=3", "--dry-run"], "nubmer_max: Extra inputs are not permitted"),
         (["train", "countdown-tiny", "task.name=nope"], "known: addition, code, countdown, maths"),
         (
-            ["train", "code-taco", "device.model=countdown-1m", "cloud={name='oracle'}"],
-            "no such file: data/taco-verified",
+            ["train", "code-taco", "device.model=countdown-1m"],
+            "no such file or folder: data/taco-verified",
         ),
         (["train", "countdown-tiny", "--unsafe-sandbox"], "unsafe_sandbox: Extra inputs are not permitted"),
         (["evaluate", "damaged"], "run.json is damaged: it holds no config"),

@@ -1,5 +1,21 @@
 """Fixtures that several files share."""
 
-from tests.unit.device.test_architectures import tiny
+from __future__ import annotations
 
-__all__ = ["tiny"]
+import pytest
+import torch
+from tests.checkpoints import FAMILIES, engine_of
+
+from selfroute.device.hf import HFEngine
+
+
+@pytest.fixture(params=FAMILIES)
+def kind(request: pytest.FixtureRequest) -> str:
+    """An architecture."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny(kind: str) -> HFEngine:
+    """A random model of an architecture, in double precision, with a tokenizer of its family."""
+    return engine_of(kind, torch.float64)

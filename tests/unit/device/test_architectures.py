@@ -21,17 +21,6 @@ from selfroute.train.optimizer import MasterAdamW
 TOLERANCE = {"gemma3_text": 1e-5}
 
 
-@pytest.fixture(params=FAMILIES)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def tiny(kind: str) -> HFEngine:
-    """A random model of an architecture, in double precision, with a tokenizer of its family."""
-    return engine_of(kind, torch.float64)
-
-
 def prompts(engine: HFEngine) -> list[list[int]]:
     return [engine.encode([{"role": "user", "content": "x" * n}]) for n in (3, 25, 60)]
 

@@ -144,8 +144,8 @@ def test_every_architecture_decodes_as_with_a_growing_cache(tiny: HFEngine) -> N
     before = Taped.replays
     for sampling in (
         Sampling(max_tokens=48),
-        Sampling(max_tokens=24, decide="threshold", bias=-0.3),
-        Sampling(max_tokens=24, forbid_help=True),
+        Sampling(max_tokens=48, decide="threshold", bias=-0.3),
+        Sampling(max_tokens=48, forbid_help=True),
     ):
         found = assert_the_same(tiny, lambda e, s=sampling: e.generate(prompts(e), names(3, 14), s))
         assert len({len(r.token_ids) for r in found}) > 10
