@@ -10,8 +10,7 @@ ratio with all kept is there too. `rollout_time_ratio` is our sampling against `
 Each side is a process of its own that holds its model and waits for its turn, so that one run meets the same machine
 on all sides; the first round is not counted. Memory is the step's peak of resident memory less what was resident after
 loading (Linux). TRL runs with its own defaults but for what makes it the same work: no KL term, no length limit but
-192, float32, and no gradient checkpointing, which is off on our side too. `trl_checkpointing` adds it, as TRL's default
-is, for its memory.
+192, float32, and no gradient checkpointing, which is off on our side too.
 
 FILE gets `{ratio: {"median", "min", "max"}, ..., "sides": {side: {"seconds", "peak_mb"}}, "work": {...}}`.
 """
@@ -35,14 +34,13 @@ import numpy as np
 PROBLEMS, RESPONSES, PROMPT_TOKENS, MAX_TOKENS = 8, 8, 64, 192
 MICRO_BATCH_TOKENS = 2048
 """Of ours: about what eight of TRL's rows hold, prompts and padding included."""
-SIDES = ("half_kept", "all_kept", "trl_rloo", "trl_grpo", "trl_checkpointing", "rollout", "generate")
+SIDES = ("half_kept", "all_kept", "trl_rloo", "trl_grpo", "rollout", "generate")
 RATIOS = {
     "time_ratio_vs_trl_rloo": ("seconds", "half_kept", "trl_rloo"),
     "time_ratio_vs_trl_grpo": ("seconds", "half_kept", "trl_grpo"),
     "time_ratio_all_kept": ("seconds", "all_kept", "trl_rloo"),
     "memory_ratio_vs_trl_rloo": ("peak_mb", "half_kept", "trl_rloo"),
     "memory_ratio_vs_trl_grpo": ("peak_mb", "half_kept", "trl_grpo"),
-    "memory_ratio_vs_trl_checkpointing": ("peak_mb", "half_kept", "trl_checkpointing"),
     "rollout_time_ratio": ("seconds", "rollout", "generate"),
 }
 
@@ -243,7 +241,7 @@ def trl(folder: Path, side: str, turn: Callable[[], bool], done: Callable[[], No
     settings = Config(
         output_dir=tempfile.mkdtemp(), max_steps=1_000, per_device_train_batch_size=RESPONSES,
         gradient_accumulation_steps=PROBLEMS, num_generations=RESPONSES, max_completion_length=MAX_TOKENS,
-        learning_rate=1e-6, beta=0.0, bf16=False, use_cpu=True, gradient_checkpointing=side == "trl_checkpointing",
+        learning_rate=1e-6, beta=0.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
         shuffle_dataset=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     Trainer(
