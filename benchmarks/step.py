@@ -357,7 +357,12 @@ def main() -> None:
         side: {what: spread([step[what] for step in steps]) for what in ("seconds", "peak_mb")}
         for side, steps in found.items()
     }
-    result["work"] = {"problems": PROBLEMS, "responses": RESPONSES, "tokens": sum(lengths()), "threads": os.cpu_count()}
+    result["work"] = {
+        "problems": PROBLEMS,
+        "responses": RESPONSES,
+        "tokens": sum(lengths()),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=2) + "\n")
 

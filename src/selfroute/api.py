@@ -384,9 +384,11 @@ def report(run: str | Path, *, best: bool = False) -> dict[str, Any]:
     With `best`, they are of the best checkpoint's evaluations and go to RUN/best.
 
     Raises:
-        RunError: not a run, or not evaluated yet.
+        RunError: not a run, not evaluated yet, or no best checkpoint was kept.
     """
     from selfroute.evaluate.report import write_report
 
     run_config(Path(run))
+    if best:
+        checkpoint_name(Path(run), best=True)
     return write_report(Path(run), best=best)

@@ -186,7 +186,7 @@ def evaluate(
     api.evaluate(where, budget=budget, untrained=before, best=best, progress=_Printer().progress)
     _table(api.report(where, best=best))
     if overrides:
-        _echo(f"kept in {where}: selfroute report {where}")
+        _echo(f"kept in {where}: selfroute report {where}{' --best' if best else ''}")
 
 
 @app.command()

@@ -160,7 +160,13 @@ def open_run(
     """
     file = path / "run.json"
     metrics = path / "metrics.jsonl"
-    begun = bool(checkpoints(path)) or (path / "evaluations").exists() or (metrics.exists() and metrics.stat().st_size)
+    # Through TRL, `checkpoint-N` stands for the first two.
+    begun = (
+        bool(checkpoints(path))
+        or (metrics.exists() and metrics.stat().st_size > 0)
+        or any(path.glob("checkpoint-*"))
+        or (path / "evaluations").exists()
+    )
     if file.exists() and begun:
         if not resume:
             raise RunError(f"{path} already holds a run: continue it with --resume, or give another --out")

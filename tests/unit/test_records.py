@@ -83,6 +83,13 @@ def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
         open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
     with pytest.raises(RunError, match=r"other settings \(lr, steps\)"):
         open_run(run, "train", {"lr": 2, "seed": 0, "steps": 3}, resume=True)
+    # Through TRL a run has other checkpoints, and no metrics.
+    open_run(trl := tmp_path / "trl", "train", {"lr": 1}, resume=False)
+    (trl / "checkpoint-2").mkdir()
+    with pytest.raises(RunError, match="already holds a run"):
+        open_run(trl, "train", {"lr": 1}, resume=False)
+    with pytest.raises(RunError, match=r"other settings \(lr\)"):
+        open_run(trl, "train", {"lr": 2}, resume=True)
     (foreign := tmp_path / "foreign").mkdir()
     (foreign / "metrics.jsonl").write_text("somebody's\n")
     for resume in (False, True):

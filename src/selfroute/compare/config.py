@@ -61,6 +61,8 @@ class CompareConfig(Config):
             raise ValueError("a comparison measures the last checkpoint: leave evaluation.every at 0")
         if train.decision_weight == 0:
             raise ValueError("decision_weight is that of GAPG + decision loss, so it must be above 0")
+        if train.sampling.early_exit:
+            raise ValueError("sampling.early_exit must be false: most rows have no decision loss to teach it")
         if train.evaluation.handoff != "problem":
             raise ValueError(
                 "evaluation.handoff must be the problem alone: all rows stand on the same answers of the cloud"

@@ -30,17 +30,20 @@ class Redraws:
 
     def __init__(self, points: Sequence[DecisionPoint], names: Sequence[str], sampling: Sampling) -> None:
         self.temperature = sampling.temperature
-        # At most one help call is declined for each token that stays, and takes two draws.
-        self.uniforms = [uniforms(f"{name}/declined", 2 * sampling.max_tokens) for name in names]
         self.begins = {point.prefix[0] for point in points if point.prefix}
+        # For each token that stays, each form of the help call is declined at most once, and takes two draws.
+        forms = max(1, len(self.begins))
+        self.uniforms = [uniforms(f"{name}/declined", 2 * forms * sampling.max_tokens) for name in names]
         self.bare = [point.help for point in points if not point.prefix]
-        self.draws = sampling.max_tokens * (1 + max(len(point.prefix) for point in points))
+        self.draws = sampling.max_tokens * (1 + forms * max(len(point.prefix) for point in points))
         """Most draws of a row, with those of tokens that it took back."""
         self.taken_back = [0] * len(names)
         """Tokens of each row that it took back; their draws are not used again."""
         self._redrawn = [0] * len(names)
         # Where a row last opened a tag, and the logits that it did so from.
         self._opened: dict[int, tuple[int, Tensor]] = {}
+        # Where a row last declined help calls, and the tags' first tokens of those.
+        self._declined: dict[int, tuple[int, frozenset[int]]] = {}
 
     def note(self, row: int, index: int, token: int, logits_V: Tensor) -> None:
         """Remember what a row's token at `index` was drawn from, where it may open a tag."""
@@ -64,12 +67,18 @@ class Redraws:
         opened, opened_V = self._opened.get(row, (-1, None))
         return opened_V if point.prefix and opened == index - len(point.prefix) else None
 
+    def declined(self, row: int, index: int, point: DecisionPoint) -> bool:
+        """Whether this help call was declined at its place before, so that it cannot come there any more."""
+        place, forms = self._declined.get(row, (-1, frozenset()))
+        return bool(point.prefix) and place == index - len(point.prefix) and point.prefix[0] in forms
+
     def go_on(self, row: int, index: int, point: DecisionPoint, logits_V: Tensor) -> tuple[int, int]:
         """The next token of a row whose help call was drawn and is declined, and how many tokens it takes back.
 
         Drawn again from what else could have come where the tag was opened: with P the help call's probability there,
         any other way to go on has 1 / (1 - P) times its own. Where that is another token than the tag's first, the
-        prefix goes. Once begun, a prefix of several tokens counts as certain.
+        prefix goes; where it is that one again, or comes back to it by way of another form, the help call cannot come
+        behind it. Once begun, a prefix of several tokens counts as certain.
 
         Args:
             row: its number in the batch.
@@ -78,17 +87,23 @@ class Redraws:
             logits_V: those that the help call was drawn from.
         """
         chances_V, n = self._chances(logits_V), len(point.prefix)
-        opened_V = self._opened_at(row, index, point)
+        opened_V = None if self.declined(row, index, point) else self._opened_at(row, index, point)
         if opened_V is not None:
+            place, forms = self._declined.get(row, (-1, frozenset()))
+            self._declined[row] = index - n, (forms if place == index - n else frozenset()) | {point.prefix[0]}
             others_V = self._chances(opened_V)
             others_V[point.prefix[0]] *= 1 - chances_V[point.help]
             others_V[self.bare] = 0
             token = self._draw(row, others_V)
             if token != point.prefix[0]:
                 self.taken_back[row] += n
+                # It may open another form's tag.
+                self.note(row, index - n, token, others_V.log() * (self.temperature or 1))
                 return token, n
         chances_V[[point.help, *self.bare]] = 0
-        return self._draw(row, chances_V), 0
+        token = self._draw(row, chances_V)
+        self.note(row, index, token, chances_V.log() * (self.temperature or 1))
+        return token, 0
 
     def _chances(self, logits_V: Tensor) -> Tensor:
         return torch.softmax(logits_V.cpu().double() / (self.temperature or 1), dim=-1)

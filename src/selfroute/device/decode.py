@@ -163,15 +163,15 @@ class Decoder:
             if self.redraws:
                 drawn_B = drawn_B + torch.tensor(self.redraws.taken_back, device=drawn_B.device)[self.alive_B]
             token_B = self.draws(logits_BV, top_B, sampling.temperature, self.alive_B, drawn_B)
+        if self.redraws:
+            rows = zip(self.alive_B.tolist(), self.count_B.tolist(), token_B.tolist(), logits_BV, strict=True)
+            for row, index, token, logits_V in rows:
+                self.redraws.note(row, index, token, logits_V)
         if decisive:
             chosen_BD = (token_B[:, None] == self.help_D) | (token_B[:, None] == self.answer_D)
             deciding_B = (at_BD & chosen_BD).any(-1) & ~self.over_B
             for b in deciding_B.nonzero()[:, 0].tolist():
                 token_B[b] = self._decide(b, int(token_B[b]), at_BD[b].tolist(), score_BD[b].tolist(), logits_BV[b])
-        if self.redraws:
-            rows = zip(self.alive_B.tolist(), self.count_B.tolist(), token_B.tolist(), logits_BV, strict=True)
-            for row, index, token, logits_V in rows:
-                self.redraws.note(row, index, token, logits_V)
         return token_B
 
     def _decide(self, b: int, token: int, at_D: list[bool], score_D: list[float], logits_V: Tensor) -> int:
@@ -180,13 +180,14 @@ class Decoder:
         for point, at, score in zip(self.engine.points, at_D, score_D, strict=True):
             if not at or token not in (point.help, point.answer):
                 continue
-            if self.redraws:
-                score = self.redraws.odds(row, index, point, logits_V)
-            self.scores[row][index] = score
-            if sampling.decide == "threshold" and not sampling.forbid_help:
-                asks = score + sampling.bias > 0
+            if self.redraws and self.redraws.declined(row, index, point):
+                asks = False
             else:
-                asks = token == point.help and not sampling.forbid_help
+                if self.redraws:
+                    score = self.redraws.odds(row, index, point, logits_V)
+                self.scores[row][index] = score
+                by_dial = sampling.decide == "threshold"
+                asks = not sampling.forbid_help and (score + sampling.bias > 0 if by_dial else token == point.help)
             if self.redraws and token == point.help and not asks:
                 token, back = self.redraws.go_on(row, index, point, logits_V)
                 self._take_back(b, back)

@@ -121,6 +121,22 @@ def evaluate(
     return outcomes
 
 
+def local_accuracy(
+    engine: HFEngine,
+    task: Task,
+    *,
+    sampling: Sampling,
+    seed: int,
+    split: Split,
+    progress: Progress | None = None,
+) -> float:
+    """The accuracy of the device alone, help forbidden; the cloud is not asked."""
+    problems = task.load(split)
+    alone = sampling.model_copy(update={"forbid_help": True})
+    _, _, groups = _respond(engine, problems, alone, f"{seed}/{split}", 1, progress)
+    return sum(judge(task, p, r.text, r.finished)[1] for p, [r] in zip(problems, groups, strict=True)) / len(problems)
+
+
 def calibration_responses(
     engine: HFEngine,
     task: Task,

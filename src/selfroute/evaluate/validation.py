@@ -10,7 +10,7 @@ import numpy as np
 from selfroute import measures
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import Sampling
-from selfroute.evaluate.run import columns, evaluate
+from selfroute.evaluate.run import columns, evaluate, local_accuracy
 from selfroute.tasks import Task
 from selfroute.types import Progress
 
@@ -41,16 +41,15 @@ def validation(
         sampling: how responses are drawn.
         seed: the same seed draws the same responses.
         budget: b, the share of problems that may go to the cloud.
-        alone: the accuracy of the device alone, help forbidden, for a model that was taught solving only.
+        alone: the accuracy of the device alone, for a model that was taught solving only; the cloud is not asked.
         progress: told of the responses that are done.
 
     Raises:
         CloudError: the cloud failed; what it answered is kept.
     """
-    sampling = sampling.model_copy(update={"forbid_help": alone})
+    if alone:
+        return local_accuracy(engine, task, sampling=sampling, seed=seed, split="calibration", progress=progress)
     outcomes = evaluate(engine, task, cloud, sampling=sampling, seed=seed, split="calibration", progress=progress)
     c = columns(outcomes)
-    if alone:
-        return float(c.device.mean())
     undecided = np.array([o.route == "undecided" for o in outcomes])
     return measures.accuracy_at(replace(c, score=np.where(undecided, np.inf, c.score)), budget)

@@ -16,7 +16,9 @@ def memory(config: TrainConfig) -> tuple[Memory, int]:
     Raises:
         DeviceError: the model's config cannot be read.
     """
-    drawn = [(min(config.sampling.batch_size, config.problems_per_step * config.num_responses), config.sampling)]
+    # Each process samples its share.
+    share = -(-config.problems_per_step * config.num_responses // int(os.environ.get("WORLD_SIZE", 1)))
+    drawn = [(min(config.sampling.batch_size, share), config.sampling)]
     if config.evaluation.every:
         drawn.append((config.evaluation.batch_size, config.evaluation))
     needed = max(

@@ -25,7 +25,8 @@ class StepRecord:
     """What a step did, as it stands in metrics.jsonl; shares are of the batch's responses.
 
     `help` is the share that asked, `asking` the mean probability of asking over the decisions that were made, which
-    shows where help calls are forbidden too; cut responses made none.
+    shows where help calls are forbidden too; cut responses made none. Under
+    `early_exit` each response counts, with the highest probability of asking on its way.
     """
 
     step: int

@@ -43,7 +43,7 @@ from selfroute.tasks import make_task
 from selfroute.train import gapg
 from selfroute.train.config import TrainConfig, as_now, whole
 from selfroute.train.plan import Plan, Planner, batch
-from selfroute.train.ranks import Ranks
+from selfroute.train.ranks import PATIENCE, Ranks
 from selfroute.train.rows import Row, log_odds, row_log_probs
 from selfroute.types import Response
 
@@ -130,7 +130,8 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
     fixed = sorted(set(config.trl) & (set(ours) | schedule) - {"per_device_train_batch_size", "report_to"})
     if fixed:
         raise ConfigError(f"the method or the run's own settings fix {', '.join('trl.' + name for name in fixed)}")
-    return GRPOConfig(**{**ours, **config.trl})
+    # Ranks wait while the first one asks a cloud that reasons.
+    return GRPOConfig(**{"ddp_timeout": int(PATIENCE.total_seconds()), **ours, **config.trl})
 
 
 class GAPGTrainer(GRPOTrainer):

@@ -54,6 +54,29 @@ def test_a_tag_that_was_opened_before_the_draws_begin_stays_open() -> None:
     assert redraws.go_on(0, 2, DecisionPoint((1,), help=5, answer=4), torch.tensor([0, 0, 1, 0, 2.0, 3])) == (4, 0)
 
 
+def test_forms_of_a_tag_are_declined_one_after_the_other_and_once_each() -> None:
+    """Tokens 1 and 2 open the tag; the help call, 5, is all but certain behind either."""
+    forms = DecisionPoint((1,), help=5, answer=4), DecisionPoint((2,), help=5, answer=4)
+    behind = torch.tensor([0.02, 0, 0, 0, 0.03, 0.95]).log()
+    found: Counter[int] = Counter()
+    for row in range(2_000):
+        redraws = Redraws(forms, [f"row {row}"], Sampling(max_tokens=3, early_exit=True))
+        redraws.note(0, 1, 1, torch.tensor([0.1, 0.5, 0.4, 0, 0, 0]).log())
+        token, open_form, times = 5, 0, 0
+        while token in (1, 2, 5):
+            if token != 5:
+                open_form = token - 1
+                if not redraws.declined(0, 2, forms[open_form]):
+                    assert redraws.odds(0, 2, forms[open_form], behind) < 10
+            token, _ = redraws.go_on(0, 2, forms[open_form], behind)
+            times += 1
+            assert times <= 4
+        found[token] += 1
+    # 0 is drawn at once (0.1), or behind a tag (0.05 * 0.4 of what goes on there), and 4 behind a tag.
+    total = 0.1 + 0.9 * 0.05
+    assert found[4] / 2_000 == pytest.approx(0.9 * 0.03 / total, abs=0.03)
+
+
 def eager(engine: HFEngine, opens: float, asks: float) -> HFEngine:
     """The shipped model, in float64, made to open a tag after each attempt and to ask behind it, by so many nats."""
     model = copy.deepcopy(engine.model).double()

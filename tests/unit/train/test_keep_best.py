@@ -120,6 +120,16 @@ def test_rating_changes_neither_weights_nor_metrics_nor_what_training_paid(tmp_p
     assert best_checkpoint(tmp_path / "unrated") is None
 
 
+def test_where_the_cloud_earns_nothing_rating_asks_it_nothing(run_dir: Path) -> None:
+    alone = {"answer": 1.0, "cloud": 0.0, "format": 0.0}
+    api.train(
+        config(**{**SETTINGS, "steps": 1, "evaluation": {"max_tokens": 60, "every": 1}, "reward": alone}), run_dir
+    )
+    [score] = state(run_dir)["scores"].values()
+    assert 0 <= score <= 1
+    assert ledger(run_dir) == []
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing broke off."""
@@ -227,5 +237,7 @@ def test_without_a_best_checkpoint_it_is_said_how_to_keep_one(run_dir: Path) -> 
     api.train(config(**{**SETTINGS, "steps": 1, "evaluation": {"max_tokens": 60}}), run_dir)
     with pytest.raises(RunError, match=r"keeps no best checkpoint: train with evaluation.every=25"):
         api.evaluate(run_dir, best=True)
+    with pytest.raises(RunError, match="keeps no best checkpoint"):
+        api.report(run_dir, best=True)
     with pytest.raises(ConfigError, match="the untrained model is no checkpoint"):
         api.evaluate(run_dir, best=True, untrained=True)
