@@ -36,7 +36,10 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Changes to the config, such as steps=50 or cloud.accuracy=0.7.", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Changes to what --dry-run prints, dots between tables: steps=50, task.seed=1; for compare train.steps=50.",
+        metavar="[KEY=VALUE]...",
+    ),
 ]
 Run = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 Best = Annotated[

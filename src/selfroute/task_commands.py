@@ -84,7 +84,9 @@ def _task(name: str, settings: list[str] | None) -> Task:
     from selfroute.config import Choice, override
     from selfroute.tasks import make_task
 
-    return make_task(Choice(**override({"name": name}, settings or [])))
+    # As for the other commands, `task.` may stand before a setting.
+    own = [setting.removeprefix("task.") for setting in settings or []]
+    return make_task(Choice(**override({"name": name}, own)))
 
 
 def _split(name: str) -> Split:

@@ -46,8 +46,6 @@ def load_model(config: DeviceConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         DeviceError: nothing by that name can be loaded, the adapter does not fit, or the device is not there.
     """
     where = model_path(config.model)
-    if where.startswith((".", "/", "~")) and not Path(where).is_dir():
-        raise DeviceError(f"cannot load the device model {config.model!r}: no such folder")
     device = place(config)
     fewer_bits = _quantized(config, device)
     hf_logging.disable_progress_bar()
@@ -78,8 +76,11 @@ def model_config(name: str) -> PretrainedConfig:
     Raises:
         DeviceError: there is none, or the hub refuses.
     """
+    where = model_path(name)
+    if where.startswith((".", "/", "~")) and not Path(where).is_dir():
+        raise DeviceError(f"cannot load the device model {name!r}: no such folder")
     try:
-        return AutoConfig.from_pretrained(base_of(model_path(name)))
+        return AutoConfig.from_pretrained(base_of(where))
     except (OSError, ValueError) as error:
         raise cannot_load(name, error) from error
 
