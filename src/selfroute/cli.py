@@ -37,7 +37,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Changes to what --dry-run prints, dots between tables: steps=50, task.seed=1; for compare train.steps=50.",
+        help="Changes to what --dry-run prints, dots between tables: steps=50, task.seed=1 (compare: train.steps=50).",
         metavar="[KEY=VALUE]...",
     ),
 ]
