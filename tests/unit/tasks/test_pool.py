@@ -110,11 +110,16 @@ def test_threads_share_the_workers_and_never_each_others_replies(pool: Pool) -> 
 
 def test_a_call_that_ctrl_c_breaks_off_leaves_no_reply_behind(pool: Pool) -> None:
     pool.call("pid", limit_s=5)
-    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        pool.call("sleep", 1, limit_s=10)
-    timer.join()
+    # What was started in a shell's background has been told to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.call("sleep", 1, limit_s=10)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert pool.call("memory", 7, limit_s=20) == Done(7)
 
 
