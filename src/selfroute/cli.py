@@ -126,7 +126,7 @@ def train(
         bool,
         typer.Option(
             "--unsafe-sandbox",
-            help="Task code, where programs cannot be isolated: run what models write with resource limits only.",
+            help="Tasks code and gym, where nothing can be isolated: judge answers with resource limits only.",
         ),
     ] = False,
 ) -> None:
