@@ -125,6 +125,15 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     Raises:
         ConfigError: no such config, bad TOML, or values that do not fit.
     """
+    return validate(kind, override(read(name), overrides), name)
+
+
+def read(name: str) -> dict[str, Any]:
+    """What stands in a config, by package name or path.
+
+    Raises:
+        ConfigError: no such config, or bad TOML.
+    """
     if name in names():
         text = (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
@@ -132,10 +141,9 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     else:
         raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
-    return validate(kind, override(values, overrides), name)
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
