@@ -1,10 +1,12 @@
 # make demo    the main job, in its own virtual environment; OUT=DIR sets where
 # make test    lint, types, import contract, tests
 # make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: the other warm starts
-# PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README).
+# PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README). EXTRAS=,gym adds what the tests of
+# task gym need, a C compiler among it; without it they are skipped.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
+EXTRAS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-long lint format clean
@@ -40,7 +42,7 @@ $(VENV)/.train-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[compare,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[compare,dev$(EXTRAS)]"
 	touch $@ $(VENV)/.train-ready
 
 clean:

@@ -70,10 +70,12 @@ def train(
     resume: bool = False,
     report: Callable[[StepRecord], None] = lambda record: None,
     progress: Progress | None = None,
+    stage: str = "",
 ) -> Path:
     """Post-train a device model into the run directory `out`; returns the last checkpoint.
 
-    `progress` is told of the evaluations that keep the best checkpoint (`evaluation.every`).
+    `progress` is told of the evaluations that keep the best checkpoint (`evaluation.every`); `stage` names the run
+    among those that share its cloud.sqlite (`selfroute.sequence`).
     """
     resolved = load_train_config(config) if isinstance(config, str) else whole(config)
     with _needs("train"):
@@ -93,7 +95,7 @@ def train(
                 progress=_under("rate the checkpoint", progress),
             )
 
-        return loop.train(resolved, Path(out), resume=resume, report=report, rate=rate)
+        return loop.train(resolved, Path(out), resume=resume, report=report, rate=rate, stage=stage)
 
 
 def memory(config: TrainConfig) -> str:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
+from selfroute.errors import ConfigError, DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
+from selfroute.terminal import Printer, stopping
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from selfroute.sequence import SequenceConfig
+    from selfroute.train.config import TrainConfig
     from selfroute.train.progress import StepRecord
 
 app = typer.Typer(
@@ -37,7 +38,8 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Changes to what --dry-run prints, dots between tables: steps=50, task.seed=1 (compare: train.steps=50).",
+        help="Changes to what --dry-run prints, dots between tables: steps=50, task.seed=1 (or train.steps=50, for "
+        "comparisons and sequences).",
         metavar="[KEY=VALUE]...",
     ),
 ]
@@ -57,45 +59,6 @@ def _echo(text: str = "") -> None:
     typer.echo(text)
 
 
-class _Printer:
-    """Progress for people: a rewritten line on a terminal, a line at the start and the end elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        if self.live:
-            typer.echo(f"\r{what}: {done}/{total}", nl=done == total, err=True)
-        elif done == total:
-            typer.echo(f"{what}: {total}", err=True)
-
-    def step(self, total: int) -> Any:
-        shown = 0
-        # A terminal that is too narrow for the parts of a step's time goes without.
-        parts = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 112
-
-        def show(r: StepRecord) -> None:
-            nonlocal shown
-            shown += 1
-            if shown % 20 == 1:
-                if shown == 1 and r.step > 1:
-                    _echo(f"resumed after step {r.step - 1}")
-                _echo(
-                    f"{'step':>9}  reward  solved   asks  wrong undec. |D1| |D2|  calls      USD"
-                    + ("   sample  cloud update" if parts else "")
-                    + "  seconds"
-                )
-            s = r.seconds
-            _echo(
-                f"{r.step:4d}/{total:<4d}  {r.reward:6.3f}  {r.local_accuracy:6.1%} {r.asking:6.1%} {r.wrong:6.1%}"
-                f" {r.undecided:6.1%} {r.d1:4d} {r.d2:4d}  {r.cloud_calls:5d} {r.cost_usd:8.4f}"
-                + (f"   {s['sample']:6.2f} {s['cloud']:6.2f} {s['update']:6.2f}" if parts else "")
-                + f"  {s['total']:7.2f}"
-            )
-
-        return show
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -111,15 +74,6 @@ def selfroute(
     ] = False,
 ) -> None:
     pass
-
-
-@contextmanager
-def _stopping(run: Path, again: str, *, holds: str = "run.json") -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        done = f"{run} holds what is done: run the same command {again}"
-        raise SelfrouteError(f"stopped; {done if (run / holds).exists() else 'nothing was done yet'}") from None
 
 
 def _dry_run(config: Any) -> None:
@@ -143,41 +97,75 @@ def train(
         bool,
         typer.Option(
             "--unsafe-sandbox",
-            help="Task code, where programs cannot be isolated: run what models write with resource limits only.",
+            help="Tasks code and gym, where nothing can be isolated: judge answers with resource limits only.",
         ),
     ] = False,
 ) -> None:
-    """Post-train a device model with GAPG and the decision loss.
+    """Post-train a device model with GAPG and the decision loss, on one task or, where CONFIG has stages, on several.
 
     Ctrl-C finishes the step under way and saves; --resume goes on from there: bit for bit on the same processor,
     versions and threads.
     """
-    from selfroute import api
+    from selfroute import api, sequence
 
+    run = out or Path("runs") / Path(config).stem
+    if sequence.is_sequence(config):
+        if unsafe_sandbox:
+            raise ConfigError("in a sequence, the stages say it: task.unsafe_sandbox = true")
+        _train_sequence(sequence.load_config(config, overrides or []), run, resume=resume, dry_run=dry_run)
+        return
     unsafe = ["task.unsafe_sandbox=true"] if unsafe_sandbox else []
     resolved = api.load_train_config(config, [*(overrides or []), *unsafe])
     if dry_run:
         _dry_run(resolved)
-    try:
-        if _first():
-            typer.echo(f"memory: {api.memory(resolved)}", err=True)
-    except SelfrouteError as error:
-        # A dry run needs neither the model nor a network.
-        if not dry_run:
-            raise
-        typer.echo(f"memory: not known ({error})", err=True)
+    _tell_memory(resolved, dry_run=dry_run)
     if dry_run:
         return
-    run = out or Path("runs") / Path(config).stem
     if resume and not checkpoints(run):
         _echo(f"no checkpoint in {run} yet: starting from the first step")
-    with _stopping(run, "with --resume"):
-        printer = _Printer()
+    with stopping(run, "with --resume"):
+        printer = Printer()
         saved = api.train(resolved, run, resume=resume, report=printer.step(resolved.steps), progress=printer.progress)
     _echo(f"\ntrained: {saved}\nnext: selfroute evaluate {run}   or   selfroute calibrate {run} --budget 0.3")
     best = best_checkpoint(run)
     if best:
         _echo(f"best:    {best}   (with --best)")
+
+
+def _tell_memory(config: TrainConfig, *, dry_run: bool) -> None:
+    from selfroute import api
+
+    try:
+        if _first():
+            typer.echo(f"memory: {api.memory(config)}", err=True)
+    except SelfrouteError as error:
+        # A dry run needs neither the model nor a network.
+        if not dry_run:
+            raise
+        typer.echo(f"memory: not known ({error})", err=True)
+
+
+def _train_sequence(config: SequenceConfig, out: Path, *, resume: bool, dry_run: bool) -> None:
+    from selfroute import sequence
+
+    runs = sequence.stages(config, out)
+    if dry_run:
+        _echo(json.dumps({name: run.model_dump(mode="json") for name, run in runs.items()}, indent=2))
+    # The models that later stages start from are not there yet, but of the same size.
+    largest = max(runs.values(), key=lambda run: run.sampling.max_tokens)
+    _tell_memory(largest.model_copy(update={"device": config.train.device}), dry_run=dry_run)
+    if dry_run:
+        return
+    printer = Printer()
+
+    def report(name: str, run: TrainConfig) -> Callable[[StepRecord], None]:
+        _echo(f"\nstage {name}: {run.steps} steps, from {run.device.model}")
+        return printer.step(run.steps)
+
+    with stopping(out, "with --resume", holds=f"{next(iter(runs))}/run.json"):
+        result = sequence.train(config, out, resume=resume, report=report, progress=printer.progress)
+    _sequence_tables(result)
+    _echo(f"kept in {out / 'sequence.json'}; a stage is a run: selfroute report {out / next(iter(runs))}")
 
 
 @app.command()
@@ -203,7 +191,7 @@ def evaluate(
     from selfroute import api
 
     where = api.benchmark(run, overrides, budget=budget, best=best) if overrides else run
-    api.evaluate(where, budget=budget, untrained=before, best=best, progress=_Printer().progress)
+    api.evaluate(where, budget=budget, untrained=before, best=best, progress=Printer().progress)
     _table(api.report(where, best=best))
     if overrides:
         _echo(f"kept in {where}: selfroute report {where}{' --best' if best else ''}")
@@ -221,7 +209,7 @@ def calibrate(
     """
     from selfroute import api
 
-    found = api.calibrate(run, budget, best=best, progress=_Printer().progress)
+    found = api.calibrate(run, budget, best=best, progress=Printer().progress)
     _echo(
         f"budget {budget:.0%}: bias {found['bias']:+.3f} nats; calls {found['call_rate']:.1%} of {found['problems']} "
         f"calibration problems, 95 % interval [{found['low']:.1%}, {found['high']:.1%}]\n"
@@ -260,19 +248,25 @@ def compare(
     if dry_run:
         _dry_run(resolved)
         return
-    with _stopping(out, "again", holds=resolved.testbed):
-        rows = api.compare(resolved, out, jobs=jobs, progress=_Printer().progress)
+    with stopping(out, "again", holds=resolved.testbed):
+        rows = api.compare(resolved, out, jobs=jobs, progress=Printer().progress)
     _tables(rows)
     _echo(f"page: {out / 'report.html'}")
 
 
 @app.command()
 def report(run: Run, best: Best = False) -> None:
-    """Print the table and write the page, the figures and the numbers: of a run, or of a comparison's folder."""
-    from selfroute import api
+    """Print the table and write the page, the figures and the numbers: of a run, or of a comparison's folder.
 
+    Of a sequence's folder: its tables and its numbers.
+    """
+    from selfroute import api, sequence
+
+    if not best and (run / "sequence.json").exists():
+        _sequence_tables(sequence.report(run))
+        return
     if not best and not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
-        _tables(api.compare_report(run, progress=_Printer().progress))
+        _tables(api.compare_report(run, progress=Printer().progress))
     else:
         _table(api.report(run, best=best))
     _echo(f"page: {results(run, best=best) / 'report.html'}")
@@ -292,8 +286,8 @@ def demo(
 
     changes = (*(QUICK if quick else ()), *(overrides or ()))
     steps = api.load_train_config(config, changes).steps
-    printer = _Printer()
-    with _stopping(out, "again"):
+    printer = Printer()
+    with stopping(out, "again"):
         summary = run_demo(out, config=config, overrides=changes, progress=printer.progress, report=printer.step(steps))
     _table(summary)
     _echo(f"page: {out / 'report.html'}")
@@ -359,6 +353,14 @@ def _tables(rows: list[dict[str, Any]]) -> None:
 
     console = _console()
     for table in terminal_tables(rows, wide=console.width >= 190):
+        console.print(table)
+
+
+def _sequence_tables(result: dict[str, Any]) -> None:
+    from selfroute.sequence import terminal_tables
+
+    console = _console()
+    for table in terminal_tables(result):
         console.print(table)
 
 

@@ -126,21 +126,38 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     Raises:
         ConfigError: no such config, bad TOML, or values that do not fit.
     """
-    if name in names():
-        text = (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8", errors="replace")
-    else:
-        raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
+    values = read(name)
+    if name in names() and not values.keys() <= kind.model_fields.keys():
+        raise ConfigError(f"{name} is a config of another command: {_command(name)}")
+    return validate(kind, override(values, overrides), name)
+
+
+def read(name: str) -> dict[str, Any]:
+    """What stands in a config, by package name or path.
+
+    Raises:
+        ConfigError: no such config, or bad TOML.
+    """
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(_text(name))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
-    if name in names() and not values.keys() <= kind.model_fields.keys():
-        command = re.search(rf"(selfroute \w+|accelerate launch .*?) {re.escape(name)}\b", text.replace("\\\n#", ""))
-        assert command is not None
-        raise ConfigError(f"{name} is a config of another command: {' '.join(command[0].split())}")
-    return validate(kind, override(values, overrides), name)
+
+
+def _text(name: str) -> str:
+    if name in names():
+        return (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8", errors="replace")
+    raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
+
+
+def _command(name: str) -> str:
+    """The command that a config of the package states in its first lines."""
+    text = _text(name).replace("\\\n#", "")
+    found = re.search(rf"(selfroute \w+|accelerate launch .*?) {re.escape(name)}\b", text)
+    assert found is not None
+    return " ".join(found[0].split())
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

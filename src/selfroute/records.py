@@ -203,7 +203,7 @@ def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     }
 
 
-_PACKAGES = ("selfroute", "torch", "transformers", "accelerate", "numpy", "scikit-learn")
+_PACKAGES = ("selfroute", "torch", "transformers", "accelerate", "numpy", "scikit-learn", "reasoning-gym")
 
 
 def origin() -> dict[str, Any]:

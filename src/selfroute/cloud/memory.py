@@ -41,11 +41,18 @@ class Spent:
 
 
 class Cloud:
-    """A cloud client with a memory and a ledger."""
+    """A cloud client with a memory and a ledger.
 
-    def __init__(self, client: CloudClient, path: Path) -> None:
+    Args:
+        client: who is asked what is not remembered.
+        path: the file.
+        stage: where several runs share the file, a name for the calls of this one, which `spent` tells from theirs.
+    """
+
+    def __init__(self, client: CloudClient, path: Path, *, stage: str = "") -> None:
         self.client = client
         self.path = path
+        self.stage = stage
         # One event loop for the client's life (its connections belong to it), off the caller's thread, which may
         # have a loop of its own.
         self._loop = asyncio.new_event_loop()
@@ -74,7 +81,7 @@ class Cloud:
         Raises:
             CloudError: some request failed; those that succeeded are in the cache and the ledger all the same.
         """
-        work = asyncio.run_coroutine_threadsafe(self._ask(questions, phase, step), self._loop)
+        work = asyncio.run_coroutine_threadsafe(self._ask(questions, self._named(phase), step), self._loop)
         try:
             return work.result()
         except BaseException:
@@ -127,12 +134,16 @@ class Cloud:
         return hashlib.sha256(json.dumps(everything, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def spent(self, phase: str | None = None, *, until_step: int | None = None) -> Spent:
-        """The ledger's totals: of one phase or all, up to and including a step (the same after a resume) or all."""
+        """The ledger's totals: of one phase, or of all phases and runs; up to and including a step (the same after a
+        resume), or all."""
         query = (
             "SELECT COUNT(NULLIF(key, '')), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
             "COALESCE(SUM(cost_usd), 0.0) FROM calls WHERE (?1 IS NULL OR phase = ?1) AND (?2 IS NULL OR step <= ?2)"
         )
-        return Spent(*self._read(query, (phase, until_step)))
+        return Spent(*self._read(query, (None if phase is None else self._named(phase), until_step)))
+
+    def _named(self, phase: str) -> str:
+        return f"{self.stage}/{phase}" if self.stage else phase
 
     def _find(self, key: str) -> CloudAnswer | None:
         row = self._read("SELECT answer FROM answers WHERE key = ?", (key,))

@@ -33,13 +33,18 @@ def benchmark(run: Path, config: TrainConfig, changes: Sequence[str]) -> Path:
         raise ConfigError(f"an evaluation can have other problems, task.KEY=VALUE, and nothing else; got {others[0]!r}")
     changed = whole(validate(TrainConfig, override(config.model_dump(mode="json"), changes), f"{run} with {changes}"))
     _warn_of_overlap(config, changed)
-    folder = run / "benchmarks" / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", ",".join(changes))
-    for name in SHARED:
-        link = folder / name
+    return within(run, re.sub(r"[^A-Za-z0-9_.,=+-]", "-", ",".join(changes)), changed)
+
+
+def within(run: Path, name: str, config: TrainConfig) -> Path:
+    """The folder RUN/benchmarks/NAME of a run's model under another config, made if it is not there."""
+    folder = run / "benchmarks" / name
+    for shared in SHARED:
+        link = folder / shared
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to(os.path.relpath(run / name, link.parent))
-    write_json(folder / "run.json", {**read_json(run / "run.json"), "config": changed.model_dump(mode="json")})
+            link.symlink_to(os.path.relpath(run / shared, link.parent))
+    write_json(folder / "run.json", {**read_json(run / "run.json"), "config": config.model_dump(mode="json")})
     return folder
 
 

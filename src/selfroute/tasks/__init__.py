@@ -15,6 +15,7 @@ TASKS = {
     "addition": "selfroute.tasks.addition:Addition",
     "maths": "selfroute.tasks.maths:Maths",
     "code": "selfroute.tasks.code:Code",
+    "gym": "selfroute.tasks.gym:Gym",
 }
 
 

@@ -87,9 +87,9 @@ class Sandbox:
                 except TaskError as error:
                     if not self.unsafe:
                         raise TaskError(
-                            f"answers that are programs cannot be run in isolation here: {error}. To run what a model "
-                            "writes with resource limits only, free to read this machine's files and use its network, "
-                            "set task.unsafe_sandbox=true (or: selfroute train --unsafe-sandbox)"
+                            f"what a model writes cannot be run or scored in isolation here: {error}. To do so with "
+                            "resource limits only, free to read this machine's files and use its network, set "
+                            "task.unsafe_sandbox=true (or: selfroute train --unsafe-sandbox)"
                         ) from error
                     self._isolated = False
             return self._isolated

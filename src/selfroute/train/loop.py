@@ -50,11 +50,13 @@ def train(
     resume: bool = False,
     report: Callable[[StepRecord], None] = lambda record: None,
     rate: Rate | None = None,
+    stage: str = "",
 ) -> Path:
     """Post-train a device model; returns the last checkpoint.
 
     A Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; `resume` goes on from the newest one.
     With `rate`, every `config.evaluation.every` steps and at the end a checkpoint is rated, and the best one kept.
+    `stage` tells the run's cloud calls from those of other runs that share its cloud's file.
 
     Raises:
         ConfigError: checkpoints are to be rated, and there is no `rate`.
@@ -73,7 +75,7 @@ def train(
     with lock_run(out) if ranks.first else nullcontext():
         ranks.from_first(lambda: open_run(out, "train", written, resume=resume, free=free, as_now=as_now))
         ranks.each(lambda: check_memory(config))
-        trainer = Trainer(config, out, ranks, rate)
+        trainer = Trainer(config, out, ranks, rate, stage)
         try:
             last = trainer.run(report)
         finally:
@@ -86,7 +88,7 @@ def train(
 class Trainer:
     """A run on this process, which is one of `ranks`; the first of them rates checkpoints."""
 
-    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks, rate: Rate | None = None) -> None:
+    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks, rate: Rate | None = None, stage: str = "") -> None:
         self.config, self.out, self.ranks, self.rate = config, out, ranks, rate
         self.task = make_task(config.task)
         self.problems = self.task.load("train")
@@ -102,7 +104,7 @@ class Trainer:
             # Without copies of all weights on the way.
             fused=self.engine.model.device.type == "cuda",
         )
-        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite") if ranks.first else None
+        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite", stage=stage) if ranks.first else None
         self.planner = Planner(config, self.task, self.engine.tokenizer, self.engine.points, self.cloud, ranks)
         self.finished = 0
         self.scores: dict[str, float] = {}

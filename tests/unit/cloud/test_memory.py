@@ -35,6 +35,28 @@ def test_an_answer_is_bought_once_even_after_a_restart(tmp_path: Path) -> None:
     again.close()
 
 
+class Frugal(FlakyOracle):
+    """Remembers what it is told was spent before."""
+
+    def carry(self, spent_usd: float) -> None:
+        self.carried = spent_usd
+
+
+def test_runs_that_share_a_file_count_their_own_calls_and_pay_once(tmp_path: Path) -> None:
+    first, second = (Cloud(flaky(tmp_path), tmp_path / "cloud.sqlite", stage=stage) for stage in ("1-a", "2-b"))
+    answers = first.ask(QUESTIONS[:6], phase="train", step=1)
+    assert second.ask(QUESTIONS[:6], phase="train", step=1) == answers
+    second.ask(QUESTIONS[6:], phase="train", step=1)
+    assert (first.spent("train").calls, second.spent("train").calls) == (6, 4)
+    assert first.spent().calls == second.spent().calls == 10
+    # What both have spent counts towards a limit.
+    client = Frugal(FlakyConfig())
+    third = Cloud(client, tmp_path / "cloud.sqlite", stage="3-c")
+    assert client.carried == pytest.approx(third.spent().cost_usd) != 0
+    for cloud in (first, second, third):
+        cloud.close()
+
+
 def test_two_of_the_same_at_once_are_one_call(tmp_path: Path) -> None:
     client = flaky(tmp_path)
     cloud = Cloud(client, tmp_path / "cloud.sqlite")

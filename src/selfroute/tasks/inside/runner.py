@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Modules that programs often import: imported before the first case, so that each case has them for nothing.
 _WARM = {
-    "bisect", "collections", "copy", "decimal", "fractions", "functools", "heapq", "io", "itertools", "math",
-    "operator", "random", "re", "string", "typing",
+    "bisect", "collections", "copy", "dataclasses", "decimal", "enum", "fractions", "functools", "heapq", "io",
+    "itertools", "math", "operator", "random", "re", "string", "typing",
 }  # fmt: skip
 
 
