@@ -335,6 +335,10 @@ def _table(summary: dict[str, Any]) -> None:
 
     console = _console()
     console.print(terminal_table(summary, console))
+    judge = summary.get("judge", {})
+    if judge:
+        calls, cost_usd = (sum(spent[key] for spent in judge.values()) for key in ("calls", "cost_usd"))
+        _echo(f"the judge: {calls:,} calls for {cost_usd:.4f} USD in all")
 
 
 def _tables(rows: list[dict[str, Any]]) -> None:
