@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from tests.unit.train.test_loop import config, metrics, trainer
 
+from selfroute.config import Choice
 from selfroute.device.hf import HFEngine
 from selfroute.errors import ConfigError
 from selfroute.protocol import HELP_CALL
 from selfroute.tasks.countdown import Countdown, CountdownConfig
+from selfroute.tasks.judge import Judge, JudgeConfig
 from selfroute.train.loop import train
 from selfroute.train.plan import Judged, Plan, Planner
 from selfroute.train.ranks import Ranks
@@ -255,3 +257,27 @@ def test_a_checkpoint_of_before_grades_can_be_resumed(engine: HFEngine) -> None:
     planner.resume({"cloud_correct": {"a": True, "b": False}, "dual": 0.5})
     assert planner.cloud_share() == 0.5
     assert planner.state() == {"cloud_scores": {"a": 1.0, "b": 0.0}, "dual": 0.5}
+
+
+def test_a_judge_that_is_paid_is_asked_by_the_first_process_alone(engine: HFEngine) -> None:
+    class Second(Ranks):
+        """The second of two processes, to which the first says what it found."""
+
+        def __init__(self) -> None:
+            self.size, self.rank, self.first = 2, 1, False
+
+        def from_first(self, work: Any) -> Any:
+            return "what the first found"
+
+        def gather(self, work: Any) -> Any:
+            return [*work(), "the rest"]
+
+    def found(task: Any) -> Any:
+        planner = Planner(config(), task, engine.tokenizer, engine.points, None, Second())
+        response = Response(RIGHT, (), True)
+        return planner.judge([PROBLEM, PROBLEM], [[response], [response]])
+
+    assert found(Judge(JudgeConfig(path="x", judge=Choice(name="tests.clouds:SameJudge")))) == "what the first found"
+    # Without a judge it judges its share, the second problem.
+    [second, rest] = found(TASK)
+    assert (second.correct, rest) == ([True], "the rest")
