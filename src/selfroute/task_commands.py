@@ -100,8 +100,12 @@ def _agreement(task: Judge, out: Path) -> None:
     """Judge the labelled answers of all splits, and print how far the grades agree, what does not, and the cost."""
     from selfroute.cloud.memory import open_judge, spent_by_phase
     from selfroute.tasks import verdicts
-    from selfroute.tasks.check import agreement
 
+    try:
+        from selfroute.tasks.agreement import agreement
+    except ModuleNotFoundError as error:
+        # Before anything is paid.
+        raise TaskError(f"this needs {error.name}: pip install 'selfroute[tasks]'") from error
     labelled = task.labelled
     if not labelled:
         raise TaskError(

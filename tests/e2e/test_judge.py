@@ -69,11 +69,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_a_run_is_judged_over_http_and_each_vote_is_paid_once(tmp_path: Path) -> None:
-    path, run, bench = (
-        write(tmp_path / "rows.jsonl", [{"prompt": p.question} for p in PROBLEMS]),
-        tmp_path / "run",
-        Bench(),
-    )
+    path = write(tmp_path / "rows.jsonl", [{"prompt": p.question} for p in PROBLEMS])
+    run, bench = tmp_path / "run", Bench()
     with Server(otherwise=bench) as server:
         # A limit of its own, which a resumed run may raise: 60 votes a step are not to be had for it.
         given = settings(server, path, "task.judge.max_tokens=10", "task.judge.spend_limit_usd=0.005")
@@ -86,21 +83,25 @@ def test_a_run_is_judged_over_http_and_each_vote_is_paid_once(tmp_path: Path) ->
         outcomes = api.evaluate(run)
         summary = api.report(run)
         calls = bench.calls
-        # What is judged again is not paid again, nor when another run of the same command asks.
+        # What is judged again is not paid again, on some of the problems neither.
         assert api.evaluate(run) == outcomes
+        assert len(api.evaluate(api.benchmark(run, ["task.test=3"]))) == 3
         assert bench.calls == calls
+        with api.load(run) as pair:
+            said = pair.answer(PROBLEMS[0].question)
+        assert said.reason.startswith("grade ") or said.answer is None
+        asked = bench.calls - calls
     assert 0 < trained < calls
     assert bench.riddles
     spent = spent_by_phase(run / "judge.sqlite")
     assert (spent["train"].calls, spent["evaluate"].calls) == (trained, calls - trained)
-    assert sum(s.cost_usd for s in spent.values()) == pytest.approx(calls * CALL_USD)
+    assert sum(s.cost_usd for s in spent.values()) == pytest.approx((calls + asked) * CALL_USD)
     assert summary["judge"]["evaluate"]["calls"] == calls - trained
     # The cloud's ledger is another one, and so is the training's.
     steps = read_records(run / "metrics.jsonl")
     assert len(steps) == 2
-    assert {phase: s.calls for phase, s in spent_by_phase(run / "cloud.sqlite").items()} == {
-        "train": steps[-1]["cloud_calls"], "evaluate": len(outcomes)
-    }  # fmt: skip
+    cloud = spent_by_phase(run / "cloud.sqlite")
+    assert (cloud["train"].calls, cloud["evaluate"].calls) == (steps[-1]["cloud_calls"], len(outcomes))
     for o in outcomes:
         problem = BY_QUESTION[o.question]
         for answer, correct, grade in (
@@ -125,27 +126,18 @@ def test_a_judge_is_checked_against_labels(tmp_path: Path) -> None:
         # One label in twelve is not the judge's.
         rows.append({"prompt": p.question, "answer": answer, "label": float(right) if n else 1.0})
     path = write(tmp_path / "rows.jsonl", rows)
-    args = [
-        "tasks",
-        "check",
-        "judge",
-        f"path={path}",
-        "mode=rubric",
-        "rubric=The expression is right.",
-        "pass_score=0.7",
-    ]
+    bare = write(tmp_path / "bare.jsonl", [{"prompt": "x"}])
+    rubric = ["mode=rubric", "rubric=The expression is right.", "pass_score=0.7", "--out", str(tmp_path / "out")]
     bench = Bench()
     with Server(otherwise=bench) as server:
         judge = {"name": "openai", "base_url": server.url, "model": "bench", **PRICES}
-        args += [*(f"judge.{key}={value}" for key, value in judge.items()), "--out", str(tmp_path / "out")]
-        text = selfroute(*args)
+        args = [*(f"judge.{key}={value}" for key, value in judge.items()), *rubric]
+        text = selfroute("tasks", "check", "judge", f"path={path}", *args)
         calls = bench.calls
-        assert selfroute(*args) == text
+        assert selfroute("tasks", "check", "judge", f"path={path}", *args) == text
         assert bench.calls == calls
         with pytest.raises(TaskError, match="holds no labelled answer: give each row an answer and its label"):
-            selfroute(
-                *[f"path={write(tmp_path / 'bare.jsonl', [{'prompt': 'x'}])}" if "path=" in a else a for a in args]
-            )
+            selfroute("tasks", "check", "judge", f"path={bare}", *args)
     assert "12 labelled answers: 91.7% [64.6%, 98.5%] on the same side of pass_score 0.7" in text
     assert "Cohen's kappa 0.80, Spearman 0.82" in text
     assert "label 1, grade 0.4: 4 of 10 points: '1+1'" in text

@@ -57,11 +57,11 @@ def verdicts(task: Task, answers: Sequence[tuple[str, Problem]]) -> list[Verdict
     many = getattr(task, "verify_many", None)
     if many is None or not answers:
         return [task.verify(answer, problem) for answer, problem in answers]
-    found: list[Verdict] = run_anywhere(many(answers))
+    found: list[Verdict] = _run(many(answers))
     return found
 
 
-def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
+def _run(work: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine, for a caller that may be inside an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()

@@ -173,35 +173,29 @@ class Judge:
             TaskError: no judge was handed over.
         """
         ballots = [self._ballots(answer, problem) for answer, problem in answers]
-        flat = [(problem.id, b) for (_, problem), found in zip(answers, ballots, strict=True) for b in found]
+        flat = [
+            (problem.id, ballot)
+            for (_, problem), found in zip(answers, ballots, strict=True)
+            if not isinstance(found, Verdict)
+            for ballot in found
+        ]
         votes = iter(await self._votes(flat))
         return [
-            self._verdict([(ballot, next(votes)) for ballot in found])
-            if found
-            else Verdict(False, "nothing to judge it by is known")
-            if answer.strip()
-            else Verdict(False, "no answer", 0.0)
-            for (answer, _), found in zip(answers, ballots, strict=True)
+            found if isinstance(found, Verdict) else self._verdict([(ballot, next(votes)) for ballot in found])
+            for found in ballots
         ]
 
-    def _ballots(self, answer: str, problem: Problem) -> tuple[Ballot, ...]:
-        """What the judge is asked about an answer; nothing where there is none, or nothing to judge it by."""
-        c, known = self.config, problem.reference
+    def _ballots(self, answer: str, problem: Problem) -> tuple[Ballot, ...] | Verdict:
+        """What the judge is asked about an answer; a verdict where there is nothing to ask."""
+        c = self.config
+        reference, rubric = problem.reference["reference"], problem.reference["rubric"]
         if not answer.strip():
-            return ()
-        if c.mode == "pairwise":
-            reference = known["reference"]
-            return pairwise(problem.question, answer, reference, max_chars=c.max_answer_chars) if reference else ()
-        if not known["rubric"]:
-            return ()
-        return by_rubric(
-            problem.question,
-            answer,
-            known["rubric"],
-            known["reference"],
-            points=c.points,
-            max_chars=c.max_answer_chars,
-        )
+            return Verdict(False, "no answer", 0.0)
+        if c.mode == "pairwise" and reference:
+            return pairwise(problem.question, answer, reference, max_chars=c.max_answer_chars)
+        if c.mode == "rubric" and rubric:
+            return by_rubric(problem.question, answer, rubric, reference, points=c.points, max_chars=c.max_answer_chars)
+        return Verdict(False, "nothing to judge it by is known")
 
     async def _votes(self, ballots: Sequence[tuple[str, Ballot]]) -> list[list[int]]:
         """The points of each vote on each ballot. Every sample has a number of its own, so that a rerun draws none
