@@ -113,7 +113,7 @@ def handoffs(task: Any, cloud: Cloud, outcomes: Sequence[Outcome]) -> dict[str, 
     for name, texts in given.items():
         requests = [(o.problem, cloud_request(o.question, text)) for o, text in zip(asked, texts, strict=True)]
         answers = cloud.ask(requests, phase="evaluate")
-        right = [judge(task, problems[o.problem], a.text, a.finished)[1] for o, a in zip(asked, answers, strict=True)]
+        right = [read.verdict.correct for read in judge(task, [problems[o.problem] for o in asked], answers)]
         result[name] = {
             "calls": len(asked),
             "accuracy": mean(right),

@@ -63,3 +63,23 @@ class ProgramCloud(Oracle):
 
     def _text(self, question: str) -> str:
         return f"{ANSWER_OPEN}```python\n{self.program}\n```{ANSWER_CLOSE}"
+
+
+class JudgeConfig(OracleConfig):
+    """A judge that says the same of everything."""
+
+    reply: str = "VERDICT: A"
+    """What it says."""
+
+
+class SameJudge(Oracle):
+    """Replies to every question with the same text."""
+
+    Config = JudgeConfig
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__(config)
+        self.reply = config.reply
+
+    def _text(self, question: str) -> str:
+        return self.reply

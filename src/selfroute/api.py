@@ -223,12 +223,15 @@ def evaluate(
     # Read once: a training run may save another one meanwhile.
     checkpoint = None if untrained else checkpoint_name(run, best=best)
     engine = _engine(run, config, checkpoint)
+    from selfroute.cloud.memory import open_judge
     from selfroute.evaluate import run as evaluation
     from selfroute.tasks import make_task
 
     task = make_task(config.task)
-    cloud = _cloud(config, run / "cloud.sqlite")
-    try:
+    with (
+        _cloud(config, run / "cloud.sqlite") as cloud,
+        open_judge(task, run / "judge.sqlite", phase="evaluate"),
+    ):
         outcomes = evaluation.evaluate(
             engine,
             task,
@@ -239,8 +242,6 @@ def evaluate(
             handoff=config.evaluation.handoff,
             progress=_under(f"evaluate {name}", progress),
         )
-    finally:
-        cloud.close()
     folder = results(run, best=best) / "evaluations" / name
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(

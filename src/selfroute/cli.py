@@ -15,11 +15,9 @@ import typer
 from selfroute.errors import ConfigError, DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
-from selfroute.terminal import Printer, stopping
+from selfroute.terminal import Printer, show_comparison, show_run, show_sequence, stopping
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from selfroute.sequence import SequenceConfig
     from selfroute.train.config import TrainConfig
     from selfroute.train.progress import StepRecord
@@ -164,7 +162,7 @@ def _train_sequence(config: SequenceConfig, out: Path, *, resume: bool, dry_run:
 
     with stopping(out, "with --resume", holds=f"{next(iter(runs))}/run.json"):
         result = sequence.train(config, out, resume=resume, report=report, progress=printer.progress)
-    _sequence_tables(result)
+    show_sequence(result)
     _echo(f"kept in {out / 'sequence.json'}; a stage is a run: selfroute report {out / next(iter(runs))}")
 
 
@@ -192,7 +190,7 @@ def evaluate(
 
     where = api.benchmark(run, overrides, budget=budget, best=best) if overrides else run
     api.evaluate(where, budget=budget, untrained=before, best=best, progress=Printer().progress)
-    _table(api.report(where, best=best))
+    show_run(api.report(where, best=best))
     if overrides:
         _echo(f"kept in {where}: selfroute report {where}{' --best' if best else ''}")
 
@@ -250,7 +248,7 @@ def compare(
         return
     with stopping(out, "again", holds=resolved.testbed):
         rows = api.compare(resolved, out, jobs=jobs, progress=Printer().progress)
-    _tables(rows)
+    show_comparison(rows)
     _echo(f"page: {out / 'report.html'}")
 
 
@@ -263,12 +261,12 @@ def report(run: Run, best: Best = False) -> None:
     from selfroute import api, sequence
 
     if not best and (run / "sequence.json").exists():
-        _sequence_tables(sequence.report(run))
+        show_sequence(sequence.report(run))
         return
     if not best and not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
-        _tables(api.compare_report(run, progress=Printer().progress))
+        show_comparison(api.compare_report(run, progress=Printer().progress))
     else:
-        _table(api.report(run, best=best))
+        show_run(api.report(run, best=best))
     _echo(f"page: {results(run, best=best) / 'report.html'}")
 
 
@@ -289,7 +287,7 @@ def demo(
     printer = Printer()
     with stopping(out, "again"):
         summary = run_demo(out, config=config, overrides=changes, progress=printer.progress, report=printer.step(steps))
-    _table(summary)
+    show_run(summary)
     _echo(f"page: {out / 'report.html'}")
 
 
@@ -339,39 +337,6 @@ def warmstart(
     folder = out or Path("runs") / Path(config).stem
     api.warmstart(config, folder, overrides=overrides or [], report=_echo)
     _echo(f"model folder: {folder}")
-
-
-def _table(summary: dict[str, Any]) -> None:
-    from selfroute.evaluate.report import terminal_table
-
-    console = _console()
-    console.print(terminal_table(summary, console))
-
-
-def _tables(rows: list[dict[str, Any]]) -> None:
-    from selfroute.compare.report import terminal_tables
-
-    console = _console()
-    for table in terminal_tables(rows, wide=console.width >= 190):
-        console.print(table)
-
-
-def _sequence_tables(result: dict[str, Any]) -> None:
-    from selfroute.sequence import terminal_tables
-
-    console = _console()
-    for table in terminal_tables(result):
-        console.print(table)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        # A pipe has no width of its own.
-        console = Console(width=max(console.width, 200))
-    return console
 
 
 app.add_typer(tasks_app, name="tasks")

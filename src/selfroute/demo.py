@@ -39,7 +39,7 @@ def demo(
             "train",
             resolved.model_dump(mode="json"),
             resume=True,
-            free=free_settings(resolved.cloud),
+            free=free_settings(resolved.cloud, resolved.task),
             as_now=as_now,
         )
 

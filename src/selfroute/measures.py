@@ -7,8 +7,8 @@ drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ class Columns:
 
     `score` is l, -inf where the device never decided; `asked` is what happened; `device` and `cloud` are the
     correctness of the two answers that each problem could get; `untrained` is the untrained device's correctness on the
-    same problems, where it is known.
+    same problems, where it is known. `device_score` and `cloud_score` are what both answers are worth, in [0, 1], where
+    the task grades them.
     """
 
     score: Floats
@@ -46,15 +47,35 @@ class Columns:
     device: Floats
     cloud: Floats
     untrained: Floats | None = None
+    device_score: Floats | None = None
+    cloud_score: Floats | None = None
 
     def take(self, index: NDArray[np.int64]) -> Columns:
-        untrained = None if self.untrained is None else self.untrained[index]
-        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index], untrained)
+        more = (None if c is None else c[index] for c in (self.untrained, self.device_score, self.cloud_score))
+        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index], *more)
+
+    def graded(self, device: Sequence[float | None], cloud: Sequence[float | None]) -> Columns:
+        """These columns with scores: the grades of both sides' answers, or where one has none its correctness. As they
+        are where no answer has a grade."""
+        if all(grade is None for grade in (*device, *cloud)):
+            return self
+
+        def scores(grades: Sequence[float | None], correct: Floats) -> Floats:
+            return np.array([c if g is None else g for g, c in zip(grades, correct, strict=True)])
+
+        return replace(self, device_score=scores(device, self.device), cloud_score=scores(cloud, self.cloud))
 
     @property
     def final(self) -> Floats:
         """Correctness of the complete response."""
         return np.where(self.asked > 0, self.cloud, self.device)
+
+    @property
+    def final_score(self) -> Floats | None:
+        """What the complete response is worth; None where the task is not graded."""
+        if self.device_score is None or self.cloud_score is None:
+            return None
+        return np.where(self.asked > 0, self.cloud_score, self.device_score)
 
 
 def proportion(values: Floats) -> Measure:

@@ -3,6 +3,7 @@
 RUN/run.json        command, config, seed, versions, git commit
 RUN/metrics.jsonl   one line a training step
 RUN/cloud.sqlite    the cloud's cache and ledger
+RUN/judge.sqlite    the judge's, where a task has one
 RUN/checkpoints/    step-000100/, ...
 RUN/evaluations/    NAME/records.jsonl
 RUN/best/           evaluations, calibration and report of the best checkpoint, where one is kept

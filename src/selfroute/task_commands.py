@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +12,7 @@ from selfroute.errors import TaskError
 
 if TYPE_CHECKING:
     from selfroute.tasks import Task
+    from selfroute.tasks.judge import Judge
     from selfroute.types import Split
 
 app = typer.Typer(invoke_without_command=True, help="List tasks, show their problems, check their verifiers.")
@@ -62,22 +65,67 @@ def show(
 
 
 @app.command()
-def check(name: Name, settings: Settings = None, split: SplitOption = "test") -> None:
+def check(
+    name: Name,
+    settings: Settings = None,
+    split: SplitOption = "test",
+    out: Annotated[
+        Path, typer.Option(help="Task judge: where what the judge said is kept, so that a rerun pays nothing.")
+    ] = Path("runs/judge"),
+) -> None:
     """Check that every reference answer verifies itself, and that another problem's answer does not.
 
-    Prints what fails, and then exits with 1.
+    Prints what fails, and then exits with 1. Of the task judge: how far its grades agree with the labels of answers.
     """
+    from selfroute.cloud.memory import open_judge
     from selfroute.tasks.check import check as faults_of
+    from selfroute.tasks.judge import Judge
 
     task = _task(name, settings)
+    if isinstance(task, Judge):
+        _agreement(task, out)
+        return
     problems = task.load(_split(split))
-    faults = [fault for fault in faults_of(task, problems) if fault]
+    with open_judge(task, out / "judge.sqlite", phase="check"):
+        faults = [fault for fault in faults_of(task, problems) if fault]
     for fault in faults:
         what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
         typer.echo(f"{fault.problem}: {what}: {fault.answer!r} ({fault.reason})")
     if faults:
         raise TaskError(f"{len(faults)} of {len(problems)} problems fail")
     typer.echo(f"all {len(problems)} problems pass")
+
+
+def _agreement(task: Judge, out: Path) -> None:
+    """Judge the labelled answers of all splits, and print how far the grades agree, what does not, and the cost."""
+    from selfroute.cloud.memory import open_judge, spent_by_phase
+    from selfroute.tasks import verdicts
+
+    try:
+        from selfroute.tasks.agreement import agreement
+    except ModuleNotFoundError as error:
+        # Before anything is paid.
+        raise TaskError(f"this needs {error.name}: pip install 'selfroute[tasks]'") from error
+    labelled = task.labelled
+    if not labelled:
+        raise TaskError(
+            f"{task.config.path} holds no labelled answer: give each row an answer and its label, from 0 to 1"
+        )
+    with open_judge(task, out / "judge.sqlite", phase="check"):
+        found = verdicts(task, [(one.answer, one.problem) for one in labelled])
+    passes = task.pass_score
+    for one, verdict in zip(labelled, found, strict=True):
+        if verdict.correct != (one.label >= passes):
+            typer.echo(f"{one.problem.id}: label {one.label:g}, {verdict.reason}: {one.answer[:100]!r}")
+    how = agreement([v.score for v in found], [one.label for one in labelled], passes)
+    kappa, rank = ("n/a" if math.isnan(value) else f"{value:.2f}" for value in (how.kappa, how.rank))
+    typer.echo(
+        f"{len(labelled)} labelled answers: {how.alike.value:.1%} [{how.alike.low:.1%}, {how.alike.high:.1%}] on the "
+        f"same side of pass_score {passes:g}, Cohen's kappa {kappa}, Spearman {rank}"
+    )
+    spent = spent_by_phase(out / "judge.sqlite").get("check")
+    if spent:
+        typer.echo(f"the judge: {spent.calls} calls, {spent.cost_usd:.4f} USD, kept in {out / 'judge.sqlite'}")
 
 
 def _task(name: str, settings: list[str] | None) -> Task:

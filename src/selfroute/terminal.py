@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from selfroute.errors import SelfrouteError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from selfroute.train.progress import StepRecord
 
 
@@ -64,3 +67,43 @@ def stopping(run: Path, again: str, *, holds: str = "run.json") -> Iterator[None
     except KeyboardInterrupt:
         done = f"{run} holds what is done: run the same command {again}"
         raise SelfrouteError(f"stopped; {done if (run / holds).exists() else 'nothing was done yet'}") from None
+
+
+def show_run(summary: Mapping[str, Any]) -> None:
+    """The table of a run, and what its judge cost."""
+    from selfroute.evaluate.report import terminal_table
+
+    console = _console()
+    console.print(terminal_table(summary, console))
+    judge = summary.get("judge", {})
+    if judge:
+        calls, cost_usd = (sum(spent[key] for spent in judge.values()) for key in ("calls", "cost_usd"))
+        typer.echo(f"the judge: {calls:,} calls for {cost_usd:.4f} USD in all")
+
+
+def show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table for each testbed."""
+    from selfroute.compare.report import terminal_tables
+
+    console = _console()
+    for table in terminal_tables(rows, wide=console.width >= 190):
+        console.print(table)
+
+
+def show_sequence(result: Mapping[str, Any]) -> None:
+    """Each task during and after all, and each task after each stage."""
+    from selfroute.sequence import terminal_tables
+
+    console = _console()
+    for table in terminal_tables(result):
+        console.print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # A pipe has no width of its own.
+        console = Console(width=max(console.width, 200))
+    return console

@@ -5,7 +5,7 @@ Left out on purpose: behaviour. What a value means is said here; what is done wi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -34,10 +34,24 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says of one answer; `reason` is for people and is never parsed."""
+    """What a verifier says of one answer; `reason` is for people and is never parsed.
+
+    `grade` is how good the answer is, in [0, 1], from a task that is graded; `correct` is then a grade of the task's
+    `pass_score` or more.
+    """
 
     correct: bool
     reason: str
+    grade: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.grade is not None and not 0 <= self.grade <= 1:
+            raise ValueError(f"a grade is between 0 and 1, not {self.grade}")
+
+    @property
+    def score(self) -> float:
+        """What the answer is worth, in [0, 1]: its grade, or where there is none 1 if it is correct and else 0."""
+        return float(self.correct) if self.grade is None else self.grade
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +174,9 @@ class CloudClient(Protocol):
         """Let go of what is held open, such as connections."""
         ...
 
+
+Ask = Callable[[Sequence[tuple[str, CloudRequest]]], Awaitable[list[CloudAnswer]]]
+"""Answers to (problem id, request) pairs, in order, each bought once: what a task that needs a judge is handed."""
 
 Split = Literal["train", "calibration", "test"]
 """What a problem is for: it belongs to one of them for ever."""

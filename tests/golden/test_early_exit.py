@@ -14,7 +14,7 @@ from selfroute.train.rows import Row, asking_log_probs, log_odds, row_log_probs
 
 def gap(earned: float, cloud_correct: bool | None, saved: int = 50, token_cost: float = 0.002) -> float:
     return gapg.early_gap(
-        earned, cloud_correct=cloud_correct, cloud_share=0.8, cloud_reward=0.25, token_cost=token_cost, saved=saved
+        earned, cloud_score=cloud_correct, cloud_share=0.8, cloud_reward=0.25, token_cost=token_cost, saved=saved
     )
 
 

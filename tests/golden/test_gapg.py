@@ -93,10 +93,10 @@ def test_the_bound_holds_for_any_batch(batch: list[tuple[list[bool], bool]], per
 
 def test_the_gap_between_asking_and_answering() -> None:
     gap = gapg.decision_gap
-    assert gap(1.1, cloud_correct=True, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(-0.85)
-    assert gap(0.1, cloud_correct=True, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(0.15)
-    assert gap(0.1, cloud_correct=False, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(-0.1)
-    assert gap(0.0, cloud_correct=None, cloud_share=0.8, cloud_reward=0.25) == pytest.approx(0.2)
+    assert gap(1.1, cloud_score=True, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(-0.85)
+    assert gap(0.1, cloud_score=True, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(0.15)
+    assert gap(0.1, cloud_score=False, cloud_share=0.5, cloud_reward=0.25) == pytest.approx(-0.1)
+    assert gap(0.0, cloud_score=None, cloud_share=0.8, cloud_reward=0.25) == pytest.approx(0.2)
 
 
 def test_decision_loss_value_and_gradient() -> None:
@@ -135,9 +135,9 @@ WEIGHTS = RewardConfig(answer=1.0, cloud=0.25, format=0.1)
 CORRECT = (True, False, False)
 REWARDS = torch.tensor(
     [
-        reward(Answer("right", True), correct=True, cloud_correct=None, weights=WEIGHTS),
-        reward(Answer("wrong", True), correct=False, cloud_correct=None, weights=WEIGHTS),
-        reward(HelpCall(), correct=False, cloud_correct=True, weights=WEIGHTS),
+        reward(Answer("right", True), score=True, cloud_score=None, weights=WEIGHTS),
+        reward(Answer("wrong", True), score=False, cloud_score=None, weights=WEIGHTS),
+        reward(HelpCall(), score=False, cloud_score=True, weights=WEIGHTS),
     ],
     dtype=torch.float64,
 )

@@ -29,12 +29,12 @@ GOOD, BAD = Answer("1+2", True), Answer("1+2", False)
     ],
 )
 def test_table(decision: Decision, correct: bool, cloud_correct: bool | None, value: float) -> None:
-    assert reward(decision, correct=correct, cloud_correct=cloud_correct, weights=V1) == pytest.approx(value)
+    assert reward(decision, score=correct, cloud_score=cloud_correct, weights=V1) == pytest.approx(value)
 
 
 def test_a_help_call_without_a_verdict_is_an_error_not_a_zero() -> None:
     with pytest.raises(ValueError, match="before the cloud's answer is judged"):
-        reward(HelpCall(), correct=False, cloud_correct=None, weights=V1)
+        reward(HelpCall(), score=False, cloud_score=None, weights=V1)
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 0.1), (1, 0.25, 0.25), (1, 0.25, 0.5), (0.2, 0.25, 0.1), (-1, -2, -3)])
@@ -45,6 +45,6 @@ def test_the_weights_are_ordered(weights: tuple[float, float, float]) -> None:
 
 def test_accuracy_alone_needs_no_cloud() -> None:
     alone = RewardConfig(answer=1.0, cloud=0.0, format=0.0)
-    assert reward(HelpCall(), correct=False, cloud_correct=None, weights=alone) == 0
-    assert reward(GOOD, correct=True, cloud_correct=None, weights=alone) == 1
-    assert reward(GOOD, correct=False, cloud_correct=None, weights=alone) == 0
+    assert reward(HelpCall(), score=False, cloud_score=None, weights=alone) == 0
+    assert reward(GOOD, score=True, cloud_score=None, weights=alone) == 1
+    assert reward(GOOD, score=False, cloud_score=None, weights=alone) == 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from selfroute.config import Choice, build, chosen
+from typing import Any
+
+from selfroute.config import Choice, build, chosen, resolve
+from selfroute.tasks import TASKS
 from selfroute.types import CloudClient
 
 CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle", "openai": "selfroute.cloud.client:OpenAICloud"}
@@ -17,6 +20,33 @@ def make_cloud(choice: Choice) -> CloudClient:
     return client
 
 
-def free_settings(choice: Choice) -> list[str]:
-    """Keys of a cloud's settings that change no answer, such as time-outs and limits: a run may go on with others."""
-    return [f"cloud.{key}" for key in getattr(chosen(choice, CLOUDS), "FREE", ())]
+def whole_task(choice: Choice) -> Choice:
+    """A task with every default of its own and of its judge written out.
+
+    Raises:
+        ConfigError: no such task or judge, or settings that it does not take.
+    """
+    task = resolve(choice, TASKS, "task")
+    judge = _judge_in(task)
+    if judge is None:
+        return task
+    written = resolve(judge, CLOUDS, "task.judge").model_dump(mode="json")
+    return Choice(name=task.name, **{**task.settings, "judge": written})
+
+
+def free_settings(cloud: Choice, task: Choice) -> list[str]:
+    """Keys of a run's settings that change no answer and no verdict, such as time-outs and limits of its cloud and of
+    its task's judge: a run may go on with others."""
+    judge = _judge_in(task)
+    found = [
+        ("cloud", cloud, CLOUDS),
+        ("task", task, TASKS),
+        *([("task.judge", judge, CLOUDS)] if judge else []),
+    ]
+    return [f"{table}.{key}" for table, choice, known in found for key in getattr(chosen(choice, known), "FREE", ())]
+
+
+def _judge_in(task: Choice) -> Choice | None:
+    """The judge among a task's settings."""
+    judge: Any = task.settings.get("judge")
+    return Choice(**judge) if isinstance(judge, dict) and "name" in judge else None

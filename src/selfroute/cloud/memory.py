@@ -1,7 +1,7 @@
 """The cloud's memory: a persistent cache of answers and a ledger of every call, in one SQLite file.
 
 An answer and its ledger line are written in one transaction as soon as the answer arrives, so that a crash, a kill or a
-failure of a neighbour never pays for it twice.
+failure of a neighbour never pays for it twice. The answers of a judge stand in a file of their own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import sqlite3
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from selfroute.cloud import make_cloud
 from selfroute.errors import CloudError
+from selfroute.tasks import Task, judge_of
 from selfroute.types import CloudAnswer, CloudClient, CloudRequest
 
 _SCHEMA = """
@@ -41,7 +45,8 @@ class Spent:
 
 
 class Cloud:
-    """A cloud client with a memory and a ledger.
+    """A cloud client with a memory and a ledger; close it, or use it in a `with` block.
+
 
     Args:
         client: who is asked what is not remembered.
@@ -67,6 +72,12 @@ class Cloud:
         client.carry(self.spent().cost_usd)
         self._thread.start()
 
+    def __enter__(self) -> Cloud:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the client and the file."""
         asyncio.run_coroutine_threadsafe(self.client.aclose(), self._loop).result()
@@ -81,12 +92,21 @@ class Cloud:
         Raises:
             CloudError: some request failed; those that succeeded are in the cache and the ledger all the same.
         """
-        work = asyncio.run_coroutine_threadsafe(self._ask(questions, self._named(phase), step), self._loop)
+        work = self._begin(questions, phase, step)
         try:
             return work.result()
         except BaseException:
             work.cancel()
             raise
+
+    async def answers(
+        self, questions: Sequence[tuple[str, CloudRequest]], *, phase: str, step: int = 0
+    ) -> list[CloudAnswer]:
+        """`ask` for those in an event loop of their own; cancelling it cancels the requests."""
+        return await asyncio.wrap_future(self._begin(questions, phase, step))
+
+    def _begin(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> Future[list[CloudAnswer]]:
+        return asyncio.run_coroutine_threadsafe(self._ask(questions, self._named(phase), step), self._loop)
 
     async def _ask(self, questions: Sequence[tuple[str, CloudRequest]], phase: str, step: int) -> list[CloudAnswer]:
         gate = asyncio.Semaphore(self.client.concurrency)
@@ -195,3 +215,38 @@ class Cloud:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise CloudError(f"cannot write the cloud's cache and ledger {self.path}: {error}") from error
+
+
+def open_judge(task: Task, path: Path, *, phase: str) -> AbstractContextManager[object]:
+    """Give a task the judge that its settings name, with a memory in `path`, for the time of a `with` block.
+
+    A task that needs none is left as it is. `phase` is what the ledger's lines are of.
+
+    Raises:
+        ConfigError: no such judge, or settings that it does not take.
+    """
+    choice = judge_of(task)
+    if choice is None:
+        return nullcontext()
+    judge, judged = Cloud(make_cloud(choice), path), cast(Any, task)
+    judged.ask = partial(judge.answers, phase=phase)
+    return judge
+
+
+def spent_by_phase(path: Path) -> dict[str, Spent]:
+    """What a ledger says of each phase; nothing where there is none yet.
+
+    Raises:
+        CloudError: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    query = (
+        "SELECT phase, COUNT(NULLIF(key, '')), SUM(prompt_tokens), SUM(completion_tokens), SUM(cost_usd) FROM calls "
+        "GROUP BY phase ORDER BY phase"
+    )
+    try:
+        with closing(sqlite3.connect(path, timeout=30)) as db:
+            return {phase: Spent(*totals) for phase, *totals in db.execute(query).fetchall()}
+    except sqlite3.Error as error:
+        raise CloudError(f"cannot read the ledger {path}: {error}") from error

@@ -134,6 +134,7 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
             ("device tokens", "device_tokens", 1.0),
             ("training calls", "train_cloud_calls", 1.0),
             ("training s", "train_seconds", 1.0),
+            *([("mean score", "mean_score", 100.0)] if any("mean_score" in r for r in s["rows"]) else []),
         )
         for rows, first in ((s["rows"], "method"), (s["ablations"], "GAPG + decision loss with")):
             if not rows:
@@ -169,6 +170,7 @@ def terminal_tables(rows: Sequence[Mapping[str, Any]], *, wide: bool) -> list[Ta
             (f"accuracy_at_{at}", f"at {at} %"), ("difference_to_ours", "ours ahead"),
             ("local_accuracy", "local"), ("own_call_rate", "own rate"),
             ("routing_gain_captured", "gain"), ("train_cloud_calls", "train calls"),
+            *([("mean_score", "mean score")] if "mean_score" in mine[0] else []),
         )  # fmt: skip
         for _, title in columns:
             table.add_column(title, justify="right", no_wrap=wide)
@@ -190,9 +192,9 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 def _numbers(rows: Sequence[Mapping[str, Any]], found: Sequence[Testbed]) -> Iterable[Sequence[Any]]:
     yield "testbed", "method", "measure", "value", "low", "high"
-    budget = {t.name: t.budget for t in found}
+    measured = {t.name: names(t.budget, graded=t.graded) for t in found}
     for r in rows:
-        for name in names(budget[r["testbed"]]):
+        for name in measured[r["testbed"]]:
             if r[name] is not None:
                 yield r["testbed"], r["method"], name, r[name]["value"], r[name]["low"], r[name]["high"]
         for name in ("lr", "train_cloud_calls", "train_cost_usd", "train_device_tokens", "train_seconds", *SEARCH):

@@ -121,8 +121,11 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         "cloud_tokens": float((cell.cloud_tokens * c.asked).mean()),
         "usd_per_1k": float((1000 * cell.cost_usd * c.asked).mean()),
     }
+    if c.final_score is not None:
+        values["mean_score"] = float(c.final_score.mean())
     if not cell.answers:
-        values = {k: v for k, v in values.items() if k in ("call_rate", "accuracy", "cloud_tokens", "usd_per_1k")}
+        kept = ("call_rate", "accuracy", "mean_score", "cloud_tokens", "usd_per_1k")
+        values = {k: v for k, v in values.items() if k in kept}
     if cell.scored:
         values |= {
             f"accuracy_at_{at}": cell.accuracy_at(budget),
@@ -154,8 +157,8 @@ def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def names(budget: float) -> list[str]:
-    """Every measure's name, in order."""
+def names(budget: float, *, graded: bool) -> list[str]:
+    """Every measure's name, in order; a mean score is one where answers are graded."""
     at = f"{100 * budget:g}"
     return [
         *("call_rate", "accuracy", f"accuracy_at_{at}", "local_accuracy", "routing_gain_captured", "apgr"),
@@ -164,6 +167,7 @@ def names(budget: float) -> list[str]:
         *(f"random_at_{at}", f"oracle_at_{at}", f"clairvoyant_at_{at}"),
         *("accuracy_where_answered", "accuracy_where_asked", "calls_that_rescued", "calls_wasted", "unanswered"),
         *("device_tokens", "cloud_tokens", "usd_per_1k"),
+        *(("mean_score",) if graded else ()),
     ]
 
 
@@ -178,6 +182,11 @@ class Testbed:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def graded(self) -> bool:
+        """Whether its task grades answers."""
+        return any(c.columns.final_score is not None for by_seed in self.cells.values() for c in by_seed.values())
 
     @cached_property
     def cells(self) -> dict[str, dict[int, Cell]]:
@@ -255,7 +264,7 @@ def _intervals(testbed: Testbed, resamples: int) -> dict[str, dict[str, Measure]
         for method in cells:
             found[method] = {
                 name: _interval(whole[method].get(name, math.nan), [d[method].get(name, math.nan) for d in draws])
-                for name in names(testbed.budget)
+                for name in names(testbed.budget, graded=testbed.graded)
             }
     return found
 

@@ -76,7 +76,7 @@ def fit_routers(
         problems = task.load("train")[: config.fit_problems]
         count = counter(progress, "responses for routers to learn from", len(problems))
         learn = collect(engine, problems, sampling, f"{seed}/fit", progress=count)
-        learn_correct = [_correct(task, a, a.response) for a in learn]
+        learn_correct = _correct(task, learn, [a.response for a in learn])
     learn_seconds, started = time.perf_counter() - started, time.perf_counter()
     held_out = task.load("calibration")
     extra = _extra(wanted, config)
@@ -95,7 +95,7 @@ def fit_routers(
         routed = router.route(held)
         scores = [_score(router, r) for r in routed]
         info["calibration"] = threshold_for(scores, config.train.budget)
-        wrong = [not _correct(task, a, r.response) for a, r in zip(held, routed, strict=True)]
+        wrong = [not correct for correct in _correct(task, held, [r.response for r in routed])]
         clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
         learns = method in LEARN
         info["fit"] = {
@@ -141,7 +141,7 @@ def route_test(
         progress=count,
     )
     answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
-    verdicts = [judge(task, p, a.text, a.finished)[1] for p, a in zip(problems, answers, strict=True)]
+    clouds = judge(task, problems, answers)
     routed = {f.method: f.router.route(attempts) for f in fitted}
     # Fresh samples, not those that voted, say whether the device mostly solves what some router asks about.
     asked = [
@@ -153,6 +153,7 @@ def route_test(
     shares = solve_shares(engine, task, asked, sampling, f"{seed}/test", config.num_samples - 1, progress)
     found: dict[str, list[Record]] = {}
     for f in fitted:
+        devices = judge(task, problems, [r.response for r in routed[f.method]])
         found[f.method] = [
             Record(
                 problem=a.problem.id,
@@ -160,15 +161,17 @@ def route_test(
                 undecided=_seen_undecided(f.router, r),
                 asked=None,
                 response=None,
-                answer=judge(task, a.problem, r.response.text, r.response.finished)[0],
-                device_correct=_correct(task, a, r.response),
+                answer=device.answer,
+                device_correct=device.verdict.correct,
                 device_tokens=r.device_tokens,
-                cloud_correct=verdict,
+                cloud_correct=given.verdict.correct,
                 cloud_tokens=answer.completion_tokens,
                 cloud_cost_usd=answer.cost_usd,
                 solve_share=shares.get(a.problem.id),
+                device_grade=device.verdict.grade,
+                cloud_grade=given.verdict.grade,
             )
-            for a, r, answer, verdict in zip(attempts, routed[f.method], answers, verdicts, strict=True)
+            for a, r, device, answer, given in zip(attempts, routed[f.method], devices, answers, clouds, strict=True)
         ]
     return found
 
@@ -187,8 +190,8 @@ def _extra(methods: Sequence[str], config: CompareConfig) -> Extra:
     )
 
 
-def _correct(task: Task, attempt: Attempt, response: Response) -> bool:
-    return judge(task, attempt.problem, response.text, response.finished)[1]
+def _correct(task: Task, attempts: Sequence[Attempt], responses: Sequence[Response]) -> list[bool]:
+    return [read.verdict.correct for read in judge(task, [a.problem for a in attempts], responses)]
 
 
 def undecided(response: Response) -> bool:

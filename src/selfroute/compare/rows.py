@@ -38,7 +38,8 @@ class Record:
     method's own decision, None where it makes none. `response` is what the device wrote; None in a router's row, whose
     responses are those of the model that it stands on. `device_*` is the answer without help (`answer` None where
     there is no readable one); `cloud_*` is the cloud's, whether it was asked or not. `solve_share` is the share of
-    further samples that solve the problem, where the method asked about it.
+    further samples that solve the problem, where the method asked about it. A `*_grade` is the verdict's, where the
+    task is graded.
     """
 
     problem: str
@@ -53,6 +54,8 @@ class Record:
     cloud_tokens: int
     cloud_cost_usd: float
     solve_share: float | None
+    device_grade: float | None = None
+    cloud_grade: float | None = None
 
 
 ASK_FIRST = 1e3
@@ -86,7 +89,7 @@ class Row:
             asked=asked,
             device=np.array([float(r.device_correct) for r in self.records]),
             cloud=np.array([float(r.cloud_correct) for r in self.records]),
-        )
+        ).graded([r.device_grade for r in self.records], [r.cloud_grade for r in self.records])
 
 
 def write_row(

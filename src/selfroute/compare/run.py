@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from selfroute.cloud import free_settings, make_cloud
-from selfroute.cloud.memory import Cloud
+from selfroute.cloud.memory import Cloud, open_judge
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
@@ -96,7 +96,7 @@ class Matrix:
         file = self.testbed / "testbed.json"
         before = read_json(file) if file.is_file() else shared
         if methods_of(self.testbed) or (self.testbed / "search").exists():
-            free = [f"train.{key}" for key in free_settings(self.config.train.cloud)]
+            free = [f"train.{key}" for key in free_settings(self.config.train.cloud, self.config.train.task)]
             known = {**before, "train": as_now(before["train"])}
             old, new = flat(without(known, free)), flat(without(shared, free))
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
@@ -112,6 +112,10 @@ class Matrix:
         return lambda what, n, total: self._progress(f"{method}, seed {seed}: {what}", n, total)
 
     def run(self) -> None:
+        with open_judge(self.task, self.testbed / "judge.sqlite", phase="evaluate"):
+            self._run()
+
+    def _run(self) -> None:
         for seed in self.config.seeds:
             bounds = [m for m in self.config.methods if m in BOUNDS and row_info(self.testbed, m, seed) is None]
             if bounds:
@@ -152,11 +156,8 @@ class Matrix:
     ) -> list[Outcome]:
         """The test problems; `forbid`: with help forbidden."""
         sampling = config.evaluation.model_copy(update={"forbid_help": True}) if forbid else config.evaluation
-        cloud = Cloud(make_cloud(config.cloud), memory)
-        try:
+        with Cloud(make_cloud(config.cloud), memory) as cloud:
             return evaluate(engine, self.task, cloud, sampling=sampling, seed=config.seed, progress=progress)
-        finally:
-            cloud.close()
 
     # Trained methods.
 
@@ -164,7 +165,7 @@ class Matrix:
         done = row_info(self.testbed, method, seed)
         if done is not None:
             expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
-            free = free_settings(self.config.train.cloud)
+            free = free_settings(self.config.train.cloud, self.config.train.task)
             old, new = without(as_now(done["config"]), free), without(expected, free)
             if old != new:
                 changed = sorted(k for k in new if old.get(k) != new[k])
@@ -210,7 +211,7 @@ class Matrix:
 
     def _same(self, method: str, config: TrainConfig) -> bool:
         """Whether another ablation was trained with these very settings; its row then serves for this one too."""
-        free = free_settings(config.cloud)
+        free = free_settings(config.cloud, config.task)
         for other in self.config.ablations if method in self.config.ablations else ():
             done = row_info(self.testbed, other, config.seed)
             if done is not None and without(as_now(done["config"]), free) == without(
@@ -229,19 +230,17 @@ class Matrix:
             return
         row, problems = read_row(self.testbed, method, seed), self.task.load("test")
         for choice in missing:
-            cloud = Cloud(make_cloud(choice), self.testbed / "cloud.sqlite")
-            try:
+            with Cloud(make_cloud(choice), self.testbed / "cloud.sqlite") as cloud:
                 answers = cloud.ask([(p.id, cloud_request(p.question)) for p in problems], phase="evaluate")
-            finally:
-                cloud.close()
             records = [
                 replace(
                     record,
-                    cloud_correct=judge(self.task, p, answer.text, answer.finished)[1],
+                    cloud_correct=read.verdict.correct,
+                    cloud_grade=read.verdict.grade,
                     cloud_tokens=answer.completion_tokens,
                     cloud_cost_usd=answer.cost_usd,
                 )
-                for p, record, answer in zip(problems, row.records, answers, strict=True)
+                for record, answer, read in zip(row.records, answers, judge(self.task, problems, answers), strict=True)
             ]
             info = {**_own(row.info), "swapped_cloud": choice.model_dump(mode="json")}
             self._write(f"{method}@{brief(choice)}", seed, info, records)
@@ -281,8 +280,7 @@ class Matrix:
 
     def _validate(self, method: str, config: TrainConfig, run: Path, progress: Progress) -> float:
         """Accuracy on the calibration problems: of the device alone for the task-tuned model, else at the budget."""
-        cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")
-        try:
+        with Cloud(make_cloud(config.cloud), run / "cloud.sqlite") as cloud:
             return validation(
                 _load(run, config),
                 self.task,
@@ -293,8 +291,6 @@ class Matrix:
                 alone=method == TASK_TUNED,
                 progress=progress,
             )
-        finally:
-            cloud.close()
 
     def _calibrate(self, config: TrainConfig, engine: HFEngine, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
@@ -322,11 +318,8 @@ class Matrix:
         run = self._train(base, config, progress)
         engine = _load(run, config)
         fitted = fit_routers(missing, engine, self.task, self.config, seed, progress)
-        cloud = Cloud(make_cloud(config.cloud), run / "cloud.sqlite")
-        try:
+        with Cloud(make_cloud(config.cloud), run / "cloud.sqlite") as cloud:
             routed = route_test(fitted, engine, self.task, cloud, self.config, seed, progress)
-        finally:
-            cloud.close()
         if base == TASK_TUNED:
             self._same_model(seed, routed)
         for router in fitted:
@@ -367,6 +360,8 @@ def _record(
         cloud_tokens=o.cloud_tokens,
         cloud_cost_usd=o.cloud_cost_usd,
         solve_share=share,
+        device_grade=o.device_grade,
+        cloud_grade=o.cloud_grade,
     )
 
 

@@ -1,6 +1,6 @@
 """A run's model on other problems: a folder inside the run that is a run directory of its own, for every command.
 
-RUN/benchmarks/task.dataset=aime24/    run.json, evaluations/, the report; checkpoints, calibration and cloud are RUN's
+RUN/benchmarks/task.dataset=aime24/    run.json, evaluations/, the report; the rest (checkpoints, cloud, ...) is RUN's
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from selfroute.records import read_json, write_json
 from selfroute.tasks import make_task
 from selfroute.train.config import TrainConfig, whole
 
-SHARED = ("checkpoints", "calibration.json", "best/calibration.json", "cloud.sqlite")
+SHARED = ("checkpoints", "calibration.json", "best/calibration.json", "cloud.sqlite", "judge.sqlite")
 
 
 def benchmark(run: Path, config: TrainConfig, changes: Sequence[str]) -> Path:

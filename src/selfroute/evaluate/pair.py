@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from selfroute.cloud.memory import Cloud
+from selfroute.cloud.memory import Cloud, open_judge
 from selfroute.device.base import Sampling
 from selfroute.evaluate.run import handed_over, judge, route_of
 from selfroute.protocol import chat, cloud_request, parse
 from selfroute.tasks import make_task
 from selfroute.train.config import TrainConfig
-from selfroute.types import HelpCall, Route
+from selfroute.types import CloudAnswer, HelpCall, Response, Route
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -40,6 +41,9 @@ class Pair:
     def __init__(self, config: TrainConfig, engine: HFEngine, cloud: Cloud, sampling: Sampling) -> None:
         self.engine, self.cloud, self.sampling, self.handoff = engine, cloud, sampling, config.evaluation.handoff
         self.task = make_task(config.task)
+        memory = cloud.path if cloud.path.name == ":memory:" else cloud.path.with_name("judge.sqlite")
+        self._judge = ExitStack()
+        self._judge.enter_context(open_judge(self.task, memory, phase="ask"))
 
     def __enter__(self) -> Pair:
         return self
@@ -48,7 +52,8 @@ class Pair:
         self.close()
 
     def close(self) -> None:
-        """Close the cloud, its cache and its ledger."""
+        """Close the cloud and the judge, their caches and their ledgers."""
+        self._judge.close()
         self.cloud.close()
 
     def answer(self, question: str, *, seed: int = 0) -> Reply:
@@ -58,21 +63,22 @@ class Pair:
         prompt = self.engine.encode(chat(problem.question))
         [[response]] = self.engine.generate([prompt], [[f"{seed}/ask/{problem.id}"]], self.sampling)
         decision = parse(response.text, finished=response.finished)
-        text, finished, cost = response.text, response.finished, 0.0
+        last: Response | CloudAnswer = response
+        cost = 0.0
         if isinstance(decision, HelpCall):
             before = self.cloud.spent().cost_usd
             request = cloud_request(problem.question, handed_over(response, self.handoff))
-            [given] = self.cloud.ask([(problem.id, request)], phase="ask")
-            text, finished, cost = given.text, given.finished, self.cloud.spent().cost_usd - before
-        answer, correct, reason = judge(self.task, problem, text, finished)
+            [last] = self.cloud.ask([(problem.id, request)], phase="ask")
+            cost = self.cloud.spent().cost_usd - before
+        [read] = judge(self.task, [problem], [last])
         return Reply(
             question=problem.question,
             reasoning=response.text,
             route=route_of(decision),
             score=response.score,
-            answer=answer,
-            correct=correct,
-            reason=reason,
+            answer=read.answer,
+            correct=read.verdict.correct,
+            reason=read.verdict.reason,
             cost_usd=cost,
             device_tokens=len(response.token_ids),
             seconds=time.perf_counter() - started,

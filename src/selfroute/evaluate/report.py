@@ -46,6 +46,7 @@ def write_report(run: Path, *, best: bool = False) -> dict[str, Any]:
     html = page.render(
         summary=summary,
         rows=rows(summary),
+        columns=columns_of(summary),
         origin=read_json(run / "run.json"),
         figures={name: svg(figure) for name, figure in figures.items()},
         examples={
@@ -72,8 +73,13 @@ def rows(summary: Mapping[str, Any]) -> list[Cells]:
 
     for name, label in (("before", "untrained device model"), ("after", "trained device model")):
         if name in summary:
-            alone = summary[name]["local_accuracy"]
-            table.append((f"{label}, alone", {"accuracy": alone, "call_rate": exactly(0.0), "local_accuracy": alone}))
+            alone, score = summary[name]["local_accuracy"], summary[name].get("local_mean_score")
+            table.append(
+                (
+                    f"{label}, alone",
+                    {"accuracy": alone, "mean_score": score, "call_rate": exactly(0.0), "local_accuracy": alone},
+                )
+            )
     for name, label in (("before", "untrained, own decision"), ("after", "selfroute, own decision")):
         if name in summary:
             table.append((label, summary[name]))
@@ -89,14 +95,21 @@ def rows(summary: Mapping[str, Any]) -> list[Cells]:
     return table
 
 
-COLUMNS = (
+_COLUMNS = (
     ("accuracy", "accuracy", 100.0),
+    ("mean_score", "mean score", 100.0),
     ("call_rate", "call rate", 100.0),
     ("local_accuracy", "local accuracy", 100.0),
     ("routing_gain_captured", "routing gain", 100.0),
     ("device_tokens", "device tokens", 1.0),
     ("usd_per_1k", "USD per 1k", 1.0),
 )
+
+
+def columns_of(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """The table's columns: a measure's name, its heading and scale. A mean score is there where answers are graded."""
+    graded = "mean_score" in summary["cloud"]
+    return [column for column in _COLUMNS if graded or column[0] != "mean_score"]
 
 
 def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
@@ -131,11 +144,12 @@ def _table(summary: Mapping[str, Any], *, intervals: bool) -> Table:
             show_edge=False,
         )
     table.add_column("", no_wrap=True)
-    for _, label, _ in COLUMNS:
+    columns = columns_of(summary)
+    for _, label, _ in columns:
         table.add_column(label, justify="right", no_wrap=intervals)
     for label, cells in rows(summary):
         ours = label.startswith("selfroute")
-        values = [show(cells, name, scale) for name, _, scale in COLUMNS]
+        values = [show(cells, name, scale) for name, _, scale in columns]
         if not intervals:
             values = [value.partition(" ")[0] for value in values]
         table.add_row(label, *values, style="bold" if ours else None)

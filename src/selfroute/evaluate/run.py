@@ -22,8 +22,20 @@ from selfroute.errors import RunError
 from selfroute.measures import Columns
 from selfroute.protocol import chat, cloud_request, find_decision, parse, reasoning_of
 from selfroute.records import read_records, write_records
-from selfroute.tasks import Task
-from selfroute.types import Answer, Decision, Handoff, HelpCall, Problem, Progress, Response, Route, Split
+from selfroute.tasks import Task, verdicts
+from selfroute.types import (
+    Answer,
+    CloudAnswer,
+    Decision,
+    Handoff,
+    HelpCall,
+    Problem,
+    Progress,
+    Response,
+    Route,
+    Split,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from selfroute.device.hf import HFEngine
@@ -35,7 +47,7 @@ class Outcome:
 
     `device_*` is the local answer (of an asked problem: what it would have been), `cloud_*` the cloud's, whether it was
     asked or not. `device_solve_share` is the share of extra samples, help forbidden, that solved an asked problem (None
-    where the device answered).
+    where the device answered). A `*_grade` is the verdict's, None where the task is not graded or there is no answer.
     """
 
     problem: str
@@ -55,6 +67,8 @@ class Outcome:
     cloud_tokens: int
     cloud_cost_usd: float
     cloud_latency_s: float
+    device_grade: float | None = None
+    cloud_grade: float | None = None
 
     @property
     def cost_usd(self) -> float:
@@ -91,12 +105,13 @@ def evaluate(
     handed = [handed_over(response, handoff) for response in responses]
     requests = [(p.id, cloud_request(p.question, reasoning)) for p, reasoning in zip(problems, handed, strict=True)]
     answers = cloud.ask(requests, phase="evaluate")
+    devices, clouds = judge(task, problems, local), judge(task, problems, answers)
     outcomes = []
-    for p, response, own, answer in zip(problems, responses, local, answers, strict=True):
+    for p, response, own, answer, device, given in zip(
+        problems, responses, local, answers, devices, clouds, strict=True
+    ):
         decision = parse(response.text, finished=response.finished)
         asked = isinstance(decision, HelpCall)
-        device_answer, device_correct, device_reason = judge(task, p, own.text, own.finished)
-        cloud_answer, cloud_correct, cloud_reason = judge(task, p, answer.text, answer.finished)
         outcomes.append(
             Outcome(
                 problem=p.id,
@@ -104,18 +119,20 @@ def evaluate(
                 response=response.text,
                 route=route_of(decision),
                 score=_score(response, own) if sampling.early_exit else response.score,
-                correct=cloud_correct if asked else device_correct,
-                device_answer=device_answer,
-                device_correct=device_correct,
-                device_reason=device_reason,
+                correct=(given if asked else device).verdict.correct,
+                device_answer=device.answer,
+                device_correct=device.verdict.correct,
+                device_reason=device.verdict.reason,
                 device_solve_share=shares.get(p.id),
-                cloud_answer=cloud_answer or "",
-                cloud_correct=cloud_correct,
-                cloud_reason=cloud_reason,
+                cloud_answer=given.answer or "",
+                cloud_correct=given.verdict.correct,
+                cloud_reason=given.verdict.reason,
                 device_tokens=len(response.token_ids),
                 cloud_tokens=answer.completion_tokens,
                 cloud_cost_usd=answer.cost_usd,
                 cloud_latency_s=answer.latency_s,
+                device_grade=device.verdict.grade,
+                cloud_grade=given.verdict.grade,
             )
         )
     return outcomes
@@ -134,7 +151,7 @@ def local_accuracy(
     problems = task.load(split)
     alone = sampling.model_copy(update={"forbid_help": True})
     _, _, groups = _respond(engine, problems, alone, f"{seed}/{split}", 1, progress)
-    return sum(judge(task, p, r.text, r.finished)[1] for p, [r] in zip(problems, groups, strict=True)) / len(problems)
+    return sum(found.verdict.correct for found in judge(task, problems, [r for [r] in groups])) / len(problems)
 
 
 def calibration_responses(
@@ -190,13 +207,25 @@ def route_of(decision: Decision) -> Route:
     return "cloud" if isinstance(decision, HelpCall) else "device" if isinstance(decision, Answer) else "undecided"
 
 
-def judge(task: Task, problem: Problem, text: str, finished: bool) -> tuple[str | None, bool, str]:
-    """A response's answer, whether it is correct, and why."""
-    decision = parse(text, finished=finished)
-    if not isinstance(decision, Answer):
-        return None, False, "no answer" if finished else "cut at the token limit"
-    verdict = task.verify(decision.text, problem)
-    return decision.text, verdict.correct, verdict.reason
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The answer in a text, None where there is none, and the verdict on it."""
+
+    answer: str | None
+    verdict: Verdict
+
+
+def judge(task: Task, problems: Sequence[Problem], texts: Sequence[Response | CloudAnswer]) -> list[Read]:
+    """What each text, of the device or of the cloud, answers to its problem; all are judged as one batch."""
+    decisions = [parse(t.text, finished=t.finished) for t in texts]
+    answers = [(d.text, p) for d, p in zip(decisions, problems, strict=True) if isinstance(d, Answer)]
+    found = iter(verdicts(task, answers))
+    return [
+        Read(d.text, next(found))
+        if isinstance(d, Answer)
+        else Read(None, Verdict(False, "no answer" if t.finished else "cut at the token limit"))
+        for t, d in zip(texts, decisions, strict=True)
+    ]
 
 
 def handed_over(response: Response, handoff: Handoff) -> str:
@@ -268,10 +297,8 @@ def solve_shares(
         sampling.model_copy(update={"forbid_help": True}),
         progress=counter(progress, "extra samples of asked problems", len(problems) * samples),
     )
-    return {
-        p.id: sum(judge(task, p, r.text, r.finished)[1] for r in group) / samples
-        for p, group in zip(problems, groups, strict=True)
-    }
+    found = iter(judge(task, [p for p in problems for _ in range(samples)], [r for group in groups for r in group]))
+    return {p.id: sum(next(found).verdict.correct for _ in range(samples)) / samples for p in problems}
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -299,4 +326,4 @@ def columns(outcomes: Sequence[Outcome]) -> Columns:
         asked=np.array([float(o.route == "cloud") for o in outcomes]),
         device=np.array([float(o.device_correct) for o in outcomes]),
         cloud=np.array([float(o.cloud_correct) for o in outcomes]),
-    )
+    ).graded([o.device_grade for o in outcomes], [o.cloud_grade for o in outcomes])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from selfroute import measures
+from selfroute.cloud.memory import spent_by_phase
 from selfroute.errors import RunError
 from selfroute.evaluate.run import Outcome, columns, read_outcomes
-from selfroute.measures import Measure, bootstrap, proportion
+from selfroute.measures import Floats, Measure, bootstrap, proportion
 from selfroute.records import best_checkpoint, checkpoints, read_json, read_records, results
 
 BOUNDS = {
@@ -72,12 +73,17 @@ def summarise(run: Path, *, best: bool = False) -> dict[str, Any]:
             accuracy = bootstrap(stand, partial(bound, call_rate=rate))
             summary[f"{name}_at_{100 * rate:g}"] = {"accuracy": accuracy.json()}
     summary["cloud"] = {"accuracy": proportion(stand.cloud).json()}
+    if stand.cloud_score is not None:
+        summary["cloud"]["mean_score"] = _mean(stand.cloud_score).json()
     calibration = results(run, best=best) / "calibration.json"
     if calibration.is_file():
         known = read_json(calibration)
         if known["checkpoint"] == _shown(run, best):
             summary["calibration"] = known["budgets"]
     summary["train"] = training(run)
+    judge = spent_by_phase(run / "judge.sqlite")
+    if judge:
+        summary["judge"] = {phase: asdict(spent) for phase, spent in judge.items()}
     return summary
 
 
@@ -133,12 +139,14 @@ def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None
         "usd_per_1k": _mean([1000 * o.cost_usd for o in outcomes]),
         "cloud_latency_s": _mean([o.cloud_latency_s * (o.route == "cloud") for o in outcomes]),
     }
+    if c.final_score is not None and c.device_score is not None:
+        values |= {"mean_score": _mean(c.final_score), "local_mean_score": _mean(c.device_score)}
     return {"problems": len(outcomes), **{name: m.json() for name, m in values.items()}}
 
 
-def _mean(values: Sequence[float]) -> Measure:
+def _mean(values: Sequence[float] | Floats) -> Measure:
     """A mean with its normal interval; NaN of nothing."""
-    if not values:
+    if not len(values):
         return Measure(math.nan, math.nan, math.nan)
     mean, half = float(np.mean(values)), 1.959964 * float(np.std(values)) / len(values) ** 0.5
     return Measure(mean, mean - half, mean + half)

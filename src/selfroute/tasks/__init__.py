@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from selfroute.config import Choice, build
 from selfroute.types import About, Problem, Split, Verdict
@@ -16,7 +17,10 @@ TASKS = {
     "maths": "selfroute.tasks.maths:Maths",
     "code": "selfroute.tasks.code:Code",
     "gym": "selfroute.tasks.gym:Gym",
+    "judge": "selfroute.tasks.judge:Judge",
 }
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -26,6 +30,9 @@ class Task(Protocol):
     split, drawn without end. `verify`: a verdict. `solution`: a right answer, None where there is none. `read`: a
     problem in a user's own words. `variants`: up to `count` questions that ask the same as a problem in other words.
     `canonical`: an answer in a form that equal answers share; it must not tell whether the answer is right.
+
+    A task may have more: `verify_many`, where a verdict takes time or money; `pass_score`, where answers are graded; a
+    setting `judge`, which names a provider as a run names its cloud, and is then handed `ask` (`types.Ask`).
     """
 
     config: Any
@@ -47,15 +54,34 @@ class Task(Protocol):
 
 
 def verdicts(task: Task, answers: Sequence[tuple[str, Problem]]) -> list[Verdict]:
-    """The verdicts on answers, in their order: many at a time where a task's verifier costs time and has `verify_many`.
-
-    Not for use inside an event loop.
-    """
+    """The verdicts on answers, in their order: many at a time where a task's verifier has `verify_many`."""
     many = getattr(task, "verify_many", None)
     if many is None or not answers:
         return [task.verify(answer, problem) for answer, problem in answers]
-    found: list[Verdict] = asyncio.run(many(answers))
+    found: list[Verdict] = _run(many(answers))
     return found
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, for a caller that may be inside an event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def pass_score(task: Task) -> float:
+    """The score from which on an answer is correct: 1 where a task does not say otherwise."""
+    score: float = getattr(task, "pass_score", 1.0)
+    return score
+
+
+def judge_of(task: Task) -> Choice | None:
+    """The judge that a task's settings name; None where it verifies answers by itself."""
+    named = getattr(task.config, "judge", None)
+    return named if isinstance(named, Choice) else None
 
 
 def make_task(choice: Choice) -> Task:

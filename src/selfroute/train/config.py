@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from selfroute.cloud import CLOUDS, SERVES
+from selfroute.cloud import CLOUDS, SERVES, whole_task
 from selfroute.config import Choice, Config, resolve, validate
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.errors import ConfigError
@@ -133,12 +133,13 @@ class TrainConfig(Config):
 
 
 def whole(config: TrainConfig) -> TrainConfig:
-    """A training with every default of its task and cloud written out, so that a record of it means the same for ever.
+    """A training with every default of its task, its judge and its cloud written out, so that a record of it means the
+    same for ever.
 
     Raises:
         ConfigError: no such task or cloud, or settings that it does not take.
     """
-    choices = {"task": resolve(config.task, TASKS, "task"), "cloud": resolve(config.cloud, CLOUDS, "cloud")}
+    choices = {"task": whole_task(config.task), "cloud": resolve(config.cloud, CLOUDS, "cloud")}
     return config.model_copy(update=choices)
 
 

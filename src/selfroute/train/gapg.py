@@ -79,21 +79,21 @@ def select(
     return Selection(tuple(d1), tuple(d2), tuple(sorted(d1 + d2)))
 
 
-def decision_gap(answer_reward: float, *, cloud_correct: bool | None, cloud_share: float, cloud_reward: float) -> float:
+def decision_gap(answer_reward: float, *, cloud_score: float | None, cloud_share: float, cloud_reward: float) -> float:
     """Delta = what asking would have paid less what not asking paid; positive where asking pays.
 
     Args:
         answer_reward: r_ans, the full reward of the answer; 0 for a response cut at the token limit.
-        cloud_correct: the cloud's verdict on the problem, None if it was not asked.
-        cloud_share: q, the share of correct cloud answers so far; stands in for a missing verdict.
+        cloud_score: the score of the cloud's answer to the problem, None if it was not asked.
+        cloud_share: q, the mean score of the cloud's answers so far; stands in for a missing one.
         cloud_reward: alpha_c.
     """
-    expected = cloud_share if cloud_correct is None else float(cloud_correct)
+    expected = cloud_share if cloud_score is None else cloud_score
     return cloud_reward * expected - answer_reward
 
 
 def early_gap(
-    earned: float, *, cloud_correct: bool | None, cloud_share: float, cloud_reward: float, token_cost: float, saved: int
+    earned: float, *, cloud_score: float | None, cloud_share: float, cloud_reward: float, token_cost: float, saved: int
 ) -> float:
     """Delta of asking before the end: token_cost * saved - max(0, r - alpha_c * q).
 
@@ -102,13 +102,13 @@ def early_gap(
 
     Args:
         earned: r, the response's reward without the price of its tokens.
-        cloud_correct: as in `decision_gap`.
+        cloud_score: as in `decision_gap`.
         cloud_share: as in `decision_gap`.
         cloud_reward: alpha_c.
         token_cost: the price of a token.
         saved: the response's tokens from there on, less those of a help call.
     """
-    lost = -decision_gap(earned, cloud_correct=cloud_correct, cloud_share=cloud_share, cloud_reward=cloud_reward)
+    lost = -decision_gap(earned, cloud_score=cloud_score, cloud_share=cloud_share, cloud_reward=cloud_reward)
     return token_cost * saved - max(0.0, lost)
 
 

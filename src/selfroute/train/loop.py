@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from selfroute.cloud import free_settings, make_cloud
-from selfroute.cloud.memory import Cloud, Spent
+from selfroute.cloud.memory import Cloud, Spent, open_judge
 from selfroute.device.head import Head
 from selfroute.device.hf import HFEngine
 from selfroute.device.load import place
@@ -33,11 +33,11 @@ from selfroute.train.checkpoint import load_checkpoint, note_scores, save_checkp
 from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.memory import check_memory
 from selfroute.train.optimizer import MasterAdamW
-from selfroute.train.plan import Judged, Planner, batch
+from selfroute.train.plan import Planner, batch
 from selfroute.train.progress import Clock, StepRecord, flat, shares, start_trackers, stop_signals
 from selfroute.train.ranks import Ranks, check_launch
 from selfroute.train.rows import Row, accumulate_gradients
-from selfroute.types import Problem
+from selfroute.types import Problem, Response
 
 Rate = Callable[[HFEngine, Task, Cloud], float]
 """What a model is worth; the more the better. It changes neither the model nor what training draws."""
@@ -71,16 +71,13 @@ def train(
     where = place(config.device)
     check_launch(where)
     ranks = Ranks(where)
-    written, free = config.model_dump(mode="json"), free_settings(config.cloud)
+    written, free = config.model_dump(mode="json"), free_settings(config.cloud, config.task)
     with lock_run(out) if ranks.first else nullcontext():
         ranks.from_first(lambda: open_run(out, "train", written, resume=resume, free=free, as_now=as_now))
         ranks.each(lambda: check_memory(config))
         trainer = Trainer(config, out, ranks, rate, stage)
-        try:
+        with trainer.clouds:
             last = trainer.run(report)
-        finally:
-            if trainer.cloud:
-                trainer.cloud.close()
     ranks.end()
     return last
 
@@ -104,7 +101,13 @@ class Trainer:
             # Without copies of all weights on the way.
             fused=self.engine.model.device.type == "cuda",
         )
-        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite", stage=stage) if ranks.first else None
+        # Closed by who made this trainer.
+        self.clouds = ExitStack()
+        self.cloud = None
+        if ranks.first:
+            cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite", stage=stage)
+            self.cloud = self.clouds.enter_context(cloud)
+            self.clouds.enter_context(open_judge(self.task, out / "judge.sqlite", phase="train"))
         self.planner = Planner(config, self.task, self.engine.tokenizer, self.engine.points, self.cloud, ranks)
         self.finished = 0
         self.scores: dict[str, float] = {}
@@ -114,7 +117,7 @@ class Trainer:
             self.finished = state["step"]
             if self.finished < config.steps:
                 warn_of_changes(saved[-1], state)
-            self.planner.cloud_correct, self.planner.dual = state["cloud_correct"], state["dual"]
+            self.planner.resume(state)
             self.scores = state.get("scores", {})
         if ranks.first:
             # Steps past the checkpoint will be done again.
@@ -196,7 +199,7 @@ class Trainer:
             self.engine.model,
             self.engine.tokenizer,
             self.optimizer,
-            {"cloud_correct": self.planner.cloud_correct, "dual": self.planner.dual, "scores": self.scores},
+            {**self.planner.state(), "scores": self.scores},
             keep=self.config.keep_checkpoints,
         )
 
@@ -206,7 +209,8 @@ class Trainer:
         # Sample, and judge.
         problems = batch(self.config, self.problems, step)
         prompts = [self.engine.encode(chat(p.question)) for p in problems]
-        judged = self.ranks.gather(lambda: self._judged(step, problems, prompts))
+        groups = self.ranks.gather(lambda: self._sampled(step, problems, prompts))
+        judged = self.planner.judge(problems, groups)
         clock.mark("sample")
 
         # Ask the cloud, reward and filter.
@@ -240,17 +244,16 @@ class Trainer:
             seconds=clock.seconds(),
         )
 
-    def _judged(self, step: int, problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> list[Judged]:
-        """This rank's share of a batch, sampled and judged."""
+    def _sampled(
+        self, step: int, problems: Sequence[Problem], prompts: Sequence[Sequence[int]]
+    ) -> list[list[Response]]:
+        """The responses to this rank's share of a batch."""
         streams = self._streams(step, problems)
         share = self.ranks.share(range(len(problems)))
         try:
-            groups = self.engine.generate(
-                [prompts[p] for p in share], [streams[p] for p in share], self.config.sampling
-            )
+            return self.engine.generate([prompts[p] for p in share], [streams[p] for p in share], self.config.sampling)
         except DivergenceError as error:
             raise DivergenceError(f"{error} at step {step}: {_start_again(self.config.lr)}") from error
-        return [self.planner.judge(problems[p], group) for p, group in zip(share, groups, strict=True)]
 
     def _spent(self, step: int) -> Spent:
         assert self.cloud is not None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from selfroute.protocol import (
     last_boundary,
     parse,
 )
-from selfroute.tasks import Task, verdicts
+from selfroute.tasks import Task, judge_of, pass_score, verdicts
 from selfroute.train import gapg
 from selfroute.train.algorithms import ALGORITHMS, next_dual
 from selfroute.train.config import TrainConfig
@@ -52,11 +53,12 @@ def batch(config: TrainConfig, problems: Sequence[Problem], step: int) -> list[P
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A problem's G responses, what they decide, and which answers are correct."""
+    """A problem's G responses, what they decide, which answers are correct, and their scores (0 without an answer)."""
 
     responses: Sequence[Response]
     decisions: Sequence[Decision]
     correct: Sequence[bool]
+    scores: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,11 @@ class EarlyExit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a batch teaches. `cloud_correct_P` is None where the cloud's verdict was never needed, `exits_PG` where a
-    response is not kept or had no early exit."""
+    """What a batch teaches. `cloud_score_P`, the score of the cloud's answer, is None where it was never needed,
+    `exits_PG` where a response is not kept or had no early exit."""
 
     judged: Sequence[Judged]
-    cloud_correct_P: Sequence[bool | None]
+    cloud_score_P: Sequence[float | None]
     rewards_PG: Tensor
     selection: gapg.Selection
     advantages_PG: Tensor
@@ -114,15 +116,31 @@ class Planner:
         self.algorithm = ALGORITHMS[config.algorithm]
         # The end token counts.
         self.help_tokens = len(tokenizer.encode(HELP_CALL, add_special_tokens=False)) + 1
-        self.cloud_correct: dict[str, bool] = {}
+        self.pass_score = pass_score(task)
+        self.cloud_scores: dict[str, float] = {}
         self.dual = 0.0
 
-    def judge(self, problem: Problem, responses: Sequence[Response]) -> Judged:
-        """What a problem's responses decide, and which answers are correct."""
-        decisions = [parse(r.text, finished=r.finished) for r in responses]
-        found = iter(verdicts(self.task, [(d.text, problem) for d in decisions if isinstance(d, Answer)]))
-        correct = [isinstance(d, Answer) and next(found).correct for d in decisions]
-        return Judged(responses, decisions, correct)
+    def judge(self, problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[Judged]:
+        """What each problem's responses decide, and what their answers are worth.
+
+        Each rank judges its share, as one batch; where a judge is paid, the first judges all.
+        """
+        if judge_of(self.task):
+            return self.ranks.from_first(lambda: self._judge(problems, groups))
+        return self.ranks.gather(lambda: self._judge(self.ranks.share(problems), self.ranks.share(groups)))
+
+    def _judge(self, problems: Sequence[Problem], groups: Sequence[Sequence[Response]]) -> list[Judged]:
+        decisions = [[parse(r.text, finished=r.finished) for r in group] for group in groups]
+        answers = [
+            (d.text, p) for p, group in zip(problems, decisions, strict=True) for d in group if isinstance(d, Answer)
+        ]
+        found = iter(verdicts(self.task, answers))
+        judged = []
+        for responses, group in zip(groups, decisions, strict=True):
+            read = [next(found) if isinstance(d, Answer) else None for d in group]
+            correct = [v is not None and v.correct for v in read]
+            judged.append(Judged(responses, group, correct, [v.score if v else 0.0 for v in read]))
+        return judged
 
     def plan(self, step: int, problems: Sequence[Problem], judged: Sequence[Judged]) -> Plan:
         """The plan of a batch; asks the cloud where its verdict is needed.
@@ -132,14 +150,14 @@ class Planner:
             TrainingError: a reward is not finite.
         """
         config = self.config
-        cloud_correct_P = self._ask_cloud(step, problems, self._needed(judged))
+        cloud_score_P = self._ask_cloud(step, problems, self._needed(judged))
         rewards_PG = torch.tensor(
             [
                 [
-                    reward(d, correct=ok, cloud_correct=cloud_correct, weights=config.reward, tokens=len(r.token_ids))
-                    for r, d, ok in zip(one.responses, one.decisions, one.correct, strict=True)
+                    reward(d, score=score, cloud_score=cloud_score, weights=config.reward, tokens=len(r.token_ids))
+                    for r, d, score in zip(one.responses, one.decisions, one.scores, strict=True)
                 ]
-                for one, cloud_correct in zip(judged, cloud_correct_P, strict=True)
+                for one, cloud_score in zip(judged, cloud_score_P, strict=True)
             ],
             dtype=torch.float64,
         )
@@ -147,7 +165,7 @@ class Planner:
             raise TrainingError(f"a reward is not finite at step {step}: check the task's verifier and the weights")
         selection = gapg.select(
             [one.correct for one in judged],
-            cloud_correct_P,
+            [None if score is None else score >= self.pass_score for score in cloud_score_P],
             budget=config.budget,
             rule=config.d1,
             rng=random.Random(f"{config.seed}/{step}/d2"),
@@ -157,7 +175,16 @@ class Planner:
         asks_PG = torch.tensor([[isinstance(d, HelpCall) for d in one.decisions] for one in judged]).double()
         advantages_PG = self.algorithm.advantages(rewards_PG, asks_PG, self.dual)
         exits_PG = self._exits(step, problems, judged, selection.kept) if config.sampling.early_exit else ()
-        return Plan(judged, cloud_correct_P, rewards_PG, selection, advantages_PG, asks_PG.mean().item(), exits_PG)
+        return Plan(judged, cloud_score_P, rewards_PG, selection, advantages_PG, asks_PG.mean().item(), exits_PG)
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered, for a checkpoint."""
+        return {"cloud_scores": self.cloud_scores, "dual": self.dual}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Remember what a checkpoint holds; one of an earlier version says only which cloud answers were correct."""
+        self.cloud_scores = state["cloud_scores"] if "cloud_scores" in state else state["cloud_correct"]
+        self.dual = state["dual"]
 
     def follow(self, plan: Plan) -> None:
         """After the update: lambda follows the batch's call rate."""
@@ -208,7 +235,7 @@ class Planner:
             return None
         gap = gapg.decision_gap(
             self._earned(plan, p, g),
-            cloud_correct=plan.cloud_correct_P[p],
+            cloud_score=plan.cloud_score_P[p],
             cloud_share=self.cloud_share(),
             cloud_reward=self.config.reward.cloud,
         )
@@ -223,7 +250,7 @@ class Planner:
         response, config = plan.judged[p].responses[g], self.config
         gap = gapg.early_gap(
             self._earned(plan, p, g),
-            cloud_correct=plan.cloud_correct_P[p],
+            cloud_score=plan.cloud_score_P[p],
             cloud_share=self.cloud_share(),
             cloud_reward=config.reward.cloud,
             token_cost=config.reward.token_cost,
@@ -255,8 +282,8 @@ class Planner:
         one = plan.judged[p]
         return reward(
             one.decisions[g],
-            correct=one.correct[g],
-            cloud_correct=plan.cloud_correct_P[p],
+            score=one.scores[g],
+            cloud_score=plan.cloud_score_P[p],
             weights=self.config.reward,
         )
 
@@ -299,8 +326,8 @@ class Planner:
         return [place for place in places if place < end]
 
     def cloud_share(self) -> float:
-        """q: the share of correct cloud answers so far; 1 before the first."""
-        return sum(self.cloud_correct.values()) / len(self.cloud_correct) if self.cloud_correct else 1.0
+        """q: the mean score of the cloud's answers so far (the share of correct ones); 1 before the first."""
+        return sum(self.cloud_scores.values()) / len(self.cloud_scores) if self.cloud_scores else 1.0
 
     def _needed(self, judged: Sequence[Judged]) -> list[int]:
         """The problems whose reward, selection or decision loss rests on the cloud's verdict."""
@@ -315,19 +342,19 @@ class Planner:
             if any(isinstance(d, HelpCall) for d in one.decisions) or (self.algorithm.filters and not any(one.correct))
         ]
 
-    def _ask_cloud(self, step: int, problems: Sequence[Problem], needed: Sequence[int]) -> list[bool | None]:
-        """The cloud's verdict on each problem of the batch; None where it was never needed."""
-        fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_correct]
+    def _ask_cloud(self, step: int, problems: Sequence[Problem], needed: Sequence[int]) -> list[float | None]:
+        """The score of the cloud's answer to each problem of the batch; None where it was never needed."""
+        fresh = [problems[i] for i in needed if problems[i].id not in self.cloud_scores]
 
-        def correct() -> list[bool]:
+        def scores() -> list[float]:
             assert self.cloud is not None
             asked = [(p.id, cloud_request(p.question)) for p in fresh]
             answers = self.cloud.ask(asked, phase="train", step=step)
             read = [parse(answer.text, finished=answer.finished) for answer in answers]
-            return [
-                isinstance(r, Answer) and self.task.verify(r.text, p).correct for p, r in zip(fresh, read, strict=True)
-            ]
+            given = [(r.text, p) for p, r in zip(fresh, read, strict=True) if isinstance(r, Answer)]
+            found = iter(verdicts(self.task, given))
+            return [next(found).score if isinstance(r, Answer) else 0.0 for r in read]
 
-        for p, ok in zip(fresh, self.ranks.from_first(correct), strict=True):
-            self.cloud_correct[p.id] = ok
-        return [self.cloud_correct.get(p.id) for p in problems]
+        for p, score in zip(fresh, self.ranks.from_first(scores), strict=True):
+            self.cloud_scores[p.id] = score
+        return [self.cloud_scores.get(p.id) for p in problems]

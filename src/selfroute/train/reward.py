@@ -13,9 +13,10 @@ class RewardConfig(Config):
     alone."""
 
     answer: float = Field(1.0, gt=0)
-    """alpha_a: a correct local answer."""
+    """alpha_a: a correct local answer; of a graded one, its score's share."""
     cloud: float = Field(0.25, ge=0)
-    """alpha_c: a help call that the cloud answers correctly. At 0 training never asks the cloud."""
+    """alpha_c: a help call that the cloud answers correctly; of a graded answer, its score's share. At 0 training never
+    asks the cloud."""
     format: float = Field(0.1, ge=0)
     """alpha_f: a well-formed local answer, right or wrong."""
     token_cost: float = Field(0.0, ge=0)
@@ -29,7 +30,7 @@ class RewardConfig(Config):
 
 
 def reward(
-    decision: Decision, *, correct: bool, cloud_correct: bool | None, weights: RewardConfig, tokens: int = 0
+    decision: Decision, *, score: float, cloud_score: float | None, weights: RewardConfig, tokens: int = 0
 ) -> float:
     """The reward of one response: what the table says, less `token_cost` for each of its tokens.
 
@@ -41,10 +42,12 @@ def reward(
     | answered, wrong, well-formed             | alpha_f           |
     | anything else                            | 0                 |
 
+    Where a task is graded, alpha_a and alpha_c are multiplied by the score of the answer that they pay for.
+
     Args:
         decision: the response, parsed.
-        correct: the verifier's verdict on the local answer; without meaning for a help call.
-        cloud_correct: the verdict on the cloud's answer; None if the cloud was not asked.
+        score: the verdict's score of the local answer, in [0, 1]; without meaning for a help call.
+        cloud_score: that of the cloud's answer; None if the cloud was not asked.
         weights: the alphas and the price of a token.
         tokens: the response's length, its end token included; 0 gives the table's value.
 
@@ -53,9 +56,9 @@ def reward(
     """
     earned = 0.0
     if isinstance(decision, HelpCall) and weights.cloud:
-        if cloud_correct is None:
+        if cloud_score is None:
             raise ValueError("a help call has no reward before the cloud's answer is judged")
-        earned = weights.cloud * cloud_correct
+        earned = weights.cloud * cloud_score
     elif isinstance(decision, Answer):
-        earned = weights.answer * correct + weights.format * decision.well_formed
+        earned = weights.answer * score + weights.format * decision.well_formed
     return earned - weights.token_cost * tokens

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from selfroute.cloud import free_settings, make_cloud
-from selfroute.cloud.memory import Cloud
+from selfroute.cloud.memory import Cloud, open_judge
 from selfroute.config import load
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine, accepted
@@ -170,7 +170,11 @@ class GAPGTrainer(GRPOTrainer):
             rollout_func=rollout_func,
         )
         self.engine = HFEngine(self.accelerator.unwrap_model(self.model), tokenizer, thinking=config.device.thinking)
-        self.cloud = Cloud(make_cloud(config.cloud), out / "cloud.sqlite") if self.ranks.first else None
+        # Closed by who made this trainer.
+        self.clouds, self.cloud = ExitStack(), None
+        if self.ranks.first:
+            self.cloud = self.clouds.enter_context(Cloud(make_cloud(config.cloud), out / "cloud.sqlite"))
+            self.clouds.enter_context(open_judge(self.task, out / "judge.sqlite", phase="train"))
         self.planner = Planner(config, self.task, tokenizer, self.engine.points, self.cloud, self.ranks)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -191,11 +195,9 @@ class GAPGTrainer(GRPOTrainer):
         groups = [everything[at : at + G] for at in range(0, len(everything), G)]
         problems = [self.problems[group[0][0]] for group in groups]
 
-        def judge() -> list[Any]:
-            share = self.ranks.share(range(len(groups)))
-            return [self.planner.judge(problems[p], [self._response(ids) for _, ids in groups[p]]) for p in share]
-
-        self.plan = self.planner.plan(self.state.global_step + 1, problems, self.ranks.gather(judge))
+        responses = [[self._response(ids) for _, ids in group] for group in groups]
+        judged = self.planner.judge(problems, responses)
+        self.plan = self.planner.plan(self.state.global_step + 1, problems, judged)
         # Now, so that a checkpoint after the update holds it.
         self.planner.follow(self.plan)
         self.learns = bool(self.planner.rows(self.plan))
@@ -273,17 +275,14 @@ class GAPGTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.ranks.first:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(
-                folder / "planner.json", {"cloud_correct": self.planner.cloud_correct, "dual": self.planner.dual}
-            )
+            write_json(folder / "planner.json", self.planner.state())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / "planner.json"
         if not file.is_file():
             raise RunError(f"{resume_from_checkpoint} was not written whole: remove it to resume from the one before")
-        state = read_json(file)
-        self.planner.cloud_correct, self.planner.dual = state["cloud_correct"], state["dual"]
+        self.planner.resume(read_json(file))
 
 
 def _model(config: TRLConfig) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -365,14 +364,11 @@ def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:
         if first:
             settings = config.model_dump(mode="json")
             ours = {key: value for key, value in settings.items() if key != "trl"}
-            open_run(out, "train", ours, resume=resume, free=free_settings(config.cloud), as_now=as_now)
+            open_run(out, "train", ours, resume=resume, free=free_settings(config.cloud, config.task), as_now=as_now)
         trainer = GAPGTrainer(config, out)
-        try:
+        with trainer.clouds:
             last = get_last_checkpoint(str(out)) if resume else None
             trainer.train(resume_from_checkpoint=last)
-        finally:
-            if trainer.cloud:
-                trainer.cloud.close()
         final = out / "checkpoints" / f"step-{config.steps:06d}"
         trainer.save_model(str(final))
         if first:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from selfroute.compare.report import write_report
 from selfroute.compare.results import load_testbed, summarise
-from selfroute.compare.rows import Record, write_row
+from selfroute.compare.rows import Record, read_row, write_row
 from selfroute.errors import RunError
 from selfroute.records import write_json
 
@@ -203,3 +205,28 @@ def test_the_ledger_adds_a_routers_own_fit(tmp_path: Path) -> None:
     found = table(bed)
     for method in ("task_tuning", "probe"):
         assert (found[method]["search_cloud_calls"], found[method]["search_seconds"]) == (10, 60)
+
+
+def test_a_mean_score_is_measured_where_answers_are_graded(folder: Path) -> None:
+    plain = table(folder)
+    assert "mean_score" not in plain["gapg_decision"]
+    for method in ("gapg_decision", "device_only", "cloud_only"):
+        for seed in (0, 1):
+            row = read_row(folder, method, seed)
+            marked = [replace(r, device_grade=0.2 * n, cloud_grade=0.9) for n, r in enumerate(row.records)]
+            info = {k: v for k, v in row.info.items() if k not in ("schema", "method", "seed", "git", "versions")}
+            write_row(folder, method, seed, info, marked)
+    found = table(folder)
+    # Ours asks about the first two of five, by its threshold.
+    assert found["gapg_decision"]["mean_score"]["value"] == pytest.approx((2 * 0.9 + 0.4 + 0.6 + 0.8) / 5)
+    assert found["device_only"]["mean_score"]["value"] == pytest.approx(0.4)
+    assert found["cloud_only"]["mean_score"]["value"] == pytest.approx(0.9)
+    # A row of before grades.
+    assert found["da_grpo"]["mean_score"] is None
+    for method, row in found.items():
+        assert {k: v for k, v in row.items() if k != "mean_score"} == plain[method]
+    write_json(folder / "testbed.json", {"train": {"budget": 0.3, "task": {"name": "judge"}}})
+    write_report(folder.parent)
+    assert "<th>mean score</th>" in (folder.parent / "report.html").read_text()
+    assert "| mean score |" in (folder.parent / "results.md").read_text()
+    assert "mean_score" in (folder.parent / "numbers.csv").read_text()

@@ -167,3 +167,24 @@ def test_numbers_for_people() -> None:
     assert show({"a": {"value": 0.3, "low": 0.3, "high": 0.3}}, "a", 100) == "30.0"
     assert show({"a": {"value": 1234.5, "low": 1, "high": 2}}, "a", 1) == "1,234.5"
     assert show({"a": None}, "a", 100) == show({}, "a", 100) == "–"
+
+
+def test_a_mean_score_stands_beside_the_accuracy_where_answers_are_graded(tmp_path: Path) -> None:
+    found = describe(OUTCOMES, untrained=None, rate=0.3)
+    # The undecided one has no grade, and counts nothing.
+    marked = [replace(o, device_grade=0.5 if o.device_answer else None, cloud_grade=0.9) for o in OUTCOMES]
+    graded = describe(marked, untrained=None, rate=0.3)
+    means = {"mean_score": (6 * 0.5 + 3 * 0.9) / 10, "local_mean_score": 9 * 0.5 / 10}
+    assert {name: graded.pop(name)["value"] for name in means} == pytest.approx(means)
+    assert graded == found
+    make_run(tmp_path)
+    for outcomes in (OUTCOMES, marked):
+        add(tmp_path, "after", outcomes, "step-000002")
+        summary = write_report(tmp_path)
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(terminal_table(summary, console))
+        page, text = (tmp_path / "report.html").read_text(), console.export_text()
+        assert [("mean score" in page, "mean score" in text)] == [(outcomes is marked,) * 2]
+    assert summary["cloud"]["mean_score"]["value"] == pytest.approx(0.9)
+    cells = dict(rows(summary))
+    assert cells["trained device model, alone"]["mean_score"]["value"] == pytest.approx(0.45)

@@ -59,7 +59,7 @@ def trainer(run: Path, **changes: Any) -> Iterator[Trainer]:
     try:
         yield made
     finally:
-        made.cloud.close()
+        made.clouds.close()
 
 
 def plans_of(made: Trainer) -> list[Plan]:
@@ -167,7 +167,7 @@ def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
         plans = plans_of(made)
         record = made.step(1)
         [plan] = plans
-        asked = [c is not None for c in plan.cloud_correct_P]
+        asked = [c is not None for c in plan.cloud_score_P]
         for one, was_asked, values in zip(plan.judged, asked, plan.rewards_PG, strict=True):
             solved = bool((values >= 1).any())
             assert was_asked == (not solved or any(isinstance(d, HelpCall) for d in one.decisions))
@@ -186,7 +186,7 @@ def test_without_the_filter_every_problem_counts_and_failures_need_no_cloud(run_
     [plan] = plans
     assert plan.selection.kept == tuple(range(12))
     asks = torch.tensor([[isinstance(d, HelpCall) for d in one.decisions] for one in plan.judged], dtype=torch.float64)
-    assert [c is not None for c in plan.cloud_correct_P] == asks.any(1).tolist()
+    assert [c is not None for c in plan.cloud_score_P] == asks.any(1).tolist()
     assert torch.equal(plan.advantages_PG, ALGORITHMS[algorithm].advantages(plan.rewards_PG, asks, 0.5))
     assert record.rows == int((plan.advantages_PG != 0).sum())
     assert record.dual == 0.5
@@ -264,8 +264,8 @@ def test_the_update_is_the_formula(run_dir: Path) -> None:
                     assert found is not None
                     index, point = found
                     at = log_prob[len(prompt) - 1 + index]
-                    correct = plan.cloud_correct_P[p]
-                    share = made.planner.cloud_share() if correct is None else float(correct)
+                    score = plan.cloud_score_P[p]
+                    share = made.planner.cloud_share() if score is None else score
                     gap = 0.25 * share - value.item()
                     odds = at[point.help] - at[point.answer]
                     total = total + 2.0 * abs(gap) * torch.nn.functional.softplus(-math.copysign(1, gap) * odds) / (
@@ -287,8 +287,8 @@ def test_a_cut_response_decides_at_its_last_line_break(run_dir: Path) -> None:
         ids = tokenizer.encode("1:1+2=3,3+4=7?\n2:1+4=5,", add_special_tokens=False)
         cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
         nothing = torch.zeros(1, 2, dtype=torch.float64)
-        judged = [Judged([cut, cut], [Undecided(), Undecided()], [False, False])]
-        rows = made.planner.rows(Plan(judged, [True], nothing, Selection((), (0,), (0,)), nothing, 0.0))
+        judged = [Judged([cut, cut], [Undecided(), Undecided()], [False, False], [0.0, 0.0])]
+        rows = made.planner.rows(Plan(judged, [1.0], nothing, Selection((), (0,), (0,)), nothing, 0.0))
     assert [tokenizer.decode(list(r.token_ids)) for r in rows] == ["1:1+2=3,3+4=7?\n<unknown"] * 2
     assert all(r.gap == 0.25 and r.advantage == 0 and r.decision_index == len(r.token_ids) - 1 for r in rows)
     assert [tokenizer.decode(list(r.token_ids[r.boundary :])) for r in rows] == ["<unknown"] * 2
@@ -329,7 +329,7 @@ def ledger(run: Path) -> list[tuple[Any, ...]]:
 def test_a_cut_cloud_answer_is_none(run_dir: Path) -> None:
     with trainer(run_dir, cloud={"name": "tests.clouds:CutOracle", "accuracy": 1.0}, problems_per_step=12) as made:
         made.step(1)
-        assert set(made.planner.cloud_correct.values()) == {False}
+        assert set(made.planner.cloud_scores.values()) == {0.0}
 
 
 def test_a_step_that_could_not_be_written_down_is_not_saved(run_dir: Path) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from tests.unit.train.test_loop import config, metrics, trainer
 
+from selfroute.config import Choice
 from selfroute.device.hf import HFEngine
 from selfroute.errors import ConfigError
 from selfroute.protocol import HELP_CALL
 from selfroute.tasks.countdown import Countdown, CountdownConfig
+from selfroute.tasks.judge import Judge, JudgeConfig
 from selfroute.train.loop import train
-from selfroute.train.plan import Judged, Planner
+from selfroute.train.plan import Judged, Plan, Planner
 from selfroute.train.ranks import Ranks
 from selfroute.train.rows import Row
-from selfroute.types import Problem, Response
+from selfroute.types import Problem, Response, Verdict
 
 ALPHAS = {"answer": 1.0, "cloud": 0.25, "format": 0.02}
 EARLY: dict[str, Any] = {"sampling": {"max_tokens": 120, "early_exit": True}, "reward": {**ALPHAS, "token_cost": 0.001}}
@@ -50,7 +52,8 @@ class Rehearsal:
             ids = self.engine.tokenizer.encode(said, add_special_tokens=False)
             end = [] if text != said else [min(self.engine.end_tokens)]
             responses.append(Response(said, (*ids, *end), text == said))
-        return self.planner.judge(PROBLEM, responses)
+        [judged] = self.planner.judge([PROBLEM], [responses])
+        return judged
 
     def early(self, *texts: str, step: int = 1) -> list[tuple[str, str, Row] | None]:
         """For each response, the text before its early exit, the asking behind it, and the row."""
@@ -202,3 +205,79 @@ def test_it_trains_and_is_the_same_twice(tmp_path: Path) -> None:
     [on, _] = metrics(tmp_path / "a")
     assert on["rows"] > off.rows
     assert on["reward"] == off.reward
+
+
+class Marked(Countdown):
+    """Answers are graded by what they make, 0.8 is enough, and one that makes 20 is worth 0.5."""
+
+    pass_score = 0.8
+
+    def verify(self, answer: str, problem: Problem) -> Verdict:
+        grade = {"6/2+20": 1.0, "20+6-2": 0.8, "20": 0.5}.get(answer, 0.0)
+        return Verdict(grade >= self.pass_score, "as marked", grade)
+
+
+class HalfRight(RightCloud):
+    """A cloud whose answer is worth 0.5."""
+
+    def ask(self, questions: Any, *, phase: str, step: int) -> list[Response]:
+        return [Response("<answer>20</answer>", (), True) for _ in questions]
+
+
+def graded(engine: HFEngine, cloud: RightCloud, *texts: str, **changes: Any) -> tuple[Planner, Plan]:
+    made = Rehearsal(engine, **changes)
+    made.planner = Planner(made.planner.config, Marked(TASK.config), engine.tokenizer, engine.points, cloud, Ranks())  # type: ignore[arg-type]
+    return made.planner, made.planner.plan(1, [PROBLEM], [made.judged(*texts)])
+
+
+def test_graded_answers_earn_their_share_and_are_correct_from_the_pass_score_on(engine: HFEngine) -> None:
+    answers = [f"<answer>{text}</answer>" for text in ("6/2+20", "20+6-2", "20", "6+2")]
+    changes: dict[str, Any] = {"sampling": {"max_tokens": 120}, "reward": {**ALPHAS, "cloud": 0.25}}
+    planner, plan = graded(engine, HalfRight(), *answers, HELP_CALL, **changes)
+    assert plan.judged[0].correct == [True, True, False, False, False]
+    assert plan.judged[0].scores == [1.0, 0.8, 0.5, 0.0, 0.0]
+    assert plan.rewards_PG[0].tolist() == pytest.approx([1.02, 0.82, 0.52, 0.02, 0.125])
+    assert (plan.selection.d1, plan.cloud_score_P, planner.cloud_share()) == ((0,), [0.5], 0.5)
+    # Asking would have paid 0.25 * 0.5, whatever the device's own answer was worth.
+    gaps = [row.gap for g in range(4) if (row := planner.decision(plan, 0, g))]
+    assert gaps == pytest.approx([0.125 - earned for earned in (1.02, 0.82, 0.52, 0.02)])
+
+
+def test_a_problem_teaches_asking_where_the_cloud_passes_and_no_answer_does(engine: HFEngine) -> None:
+    answers = ["<answer>20</answer>", "<answer>6+2</answer>"]
+    # With a budget of all, no problem of D2 is left out.
+    _, plan = graded(engine, RightCloud(), *answers, budget=1.0)
+    assert (plan.selection.d1, plan.selection.d2, plan.cloud_score_P) == ((), (0,), [1.0])
+    _, plan = graded(engine, HalfRight(), *answers, budget=1.0)
+    assert (plan.selection.kept, plan.cloud_score_P) == ((), [0.5])
+
+
+def test_a_checkpoint_of_before_grades_can_be_resumed(engine: HFEngine) -> None:
+    planner = Rehearsal(engine).planner
+    planner.resume({"cloud_correct": {"a": True, "b": False}, "dual": 0.5})
+    assert planner.cloud_share() == 0.5
+    assert planner.state() == {"cloud_scores": {"a": 1.0, "b": 0.0}, "dual": 0.5}
+
+
+def test_a_judge_that_is_paid_is_asked_by_the_first_process_alone(engine: HFEngine) -> None:
+    class Second(Ranks):
+        """The second of two processes, to which the first says what it found."""
+
+        def __init__(self) -> None:
+            self.size, self.rank, self.first = 2, 1, False
+
+        def from_first(self, work: Any) -> Any:
+            return "what the first found"
+
+        def gather(self, work: Any) -> Any:
+            return [*work(), "the rest"]
+
+    def found(task: Any) -> Any:
+        planner = Planner(config(), task, engine.tokenizer, engine.points, None, Second())
+        response = Response(RIGHT, (), True)
+        return planner.judge([PROBLEM, PROBLEM], [[response], [response]])
+
+    assert found(Judge(JudgeConfig(path="x", judge=Choice(name="tests.clouds:SameJudge")))) == "what the first found"
+    # Without a judge it judges its share, the second problem.
+    [second, rest] = found(TASK)
+    assert (second.correct, rest) == ([True], "the rest")

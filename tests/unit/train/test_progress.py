@@ -18,8 +18,8 @@ def response(score: float | None) -> Response:
 
 
 def test_the_shares_of_a_step_by_hand() -> None:
-    one = Judged([response(0.0), response(math.log(3))], [HelpCall(), Answer("1", True)], [False, True])
-    two = Judged([response(-math.log(3)), response(None)], [Answer("2", True), Undecided()], [False, False])
+    one = Judged([response(0.0), response(math.log(3))], [HelpCall(), Answer("1", True)], [False, True], [0.0, 1.0])
+    two = Judged([response(-math.log(3)), response(None)], [Answer("2", True), Undecided()], [False, False], [0.0, 0.0])
     found = shares([one, two])
     # Of three decisions, asking has the probabilities 1/2, 3/4 and 1/4; the cut response made none.
     assert found == {
@@ -28,8 +28,8 @@ def test_the_shares_of_a_step_by_hand() -> None:
 
 
 def test_certain_decisions_and_none() -> None:
-    assert shares([Judged([response(800.0)], [HelpCall()], [False])])["asking"] == 1.0
-    assert shares([Judged([response(None)], [Undecided()], [False])])["asking"] == 0.0
+    assert shares([Judged([response(800.0)], [HelpCall()], [False], [0.0])])["asking"] == 1.0
+    assert shares([Judged([response(None)], [Undecided()], [False], [0.0])])["asking"] == 0.0
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])

@@ -102,12 +102,12 @@ def test_it_trains_by_the_same_config_and_resumes(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "run/cloud.sqlite") as db:
         [(calls, problems)] = db.execute("SELECT COUNT(*), COUNT(DISTINCT problem) FROM calls").fetchall()
     remembered = json.loads((tmp_path / "run/checkpoint-3/planner.json").read_text())
-    assert 0 < calls == problems == len(remembered["cloud_correct"])
+    assert 0 < calls == problems == len(remembered["cloud_scores"])
     shutil.rmtree(tmp_path / "run/checkpoint-3")
     run("-m", "selfroute.train.trl", *SMALL, *out, "--resume", processes=1)
     again = json.loads((tmp_path / "run/checkpoint-3/planner.json").read_text())
     before = json.loads((tmp_path / "run/checkpoint-2/planner.json").read_text())
-    assert before["cloud_correct"].items() <= again["cloud_correct"].items()
+    assert before["cloud_scores"].items() <= again["cloud_scores"].items()
     state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
     # What selfroute trained it can evaluate, whoever's loop it was.
