@@ -38,7 +38,7 @@ def read_problems(path: Path, *, max_cases: int) -> Iterator[tuple[Problem, str]
         TaskError: nothing to read, another format, or bad rows (all are counted, ten are named).
     """
     faults: list[str] = []
-    for row in read_files(find_files(path, divided=False).parts["all"]):
+    for row in read_files(find_files(path, {}).parts["all"]):
         try:
             found = _problem(row, max_cases)
         except _Bad as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from selfroute.errors import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-PARTS = ("train", "test")
+PARTS = ("train", "calibration", "test")
 PROBE_S = 10.0
 """A hub that says nothing for so many seconds is out of reach."""
 
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """A data set on the hub: its id, what it calls the parts `train` and `test`, and its configs, all of them read."""
+    """A data set on the hub: its id, what it calls each of the `PARTS` that it has, its configs (all are read)."""
 
     id: str
     parts: Mapping[str, str]
@@ -48,11 +48,11 @@ class Files:
     parts: Mapping[str, list[Path]] = field(default_factory=dict)
 
 
-def find_files(place: Path, *, divided: bool) -> Files:
+def find_files(place: Path, names: Mapping[str, Collection[str]]) -> Files:
     """The files of a data set at a place: one file, or a folder.
 
-    In a folder, files whose names, or whose folders' names, begin with `train` or `test` are those parts (other names
-    are left alone); where a data set is not `divided`, it is every file.
+    In a folder, files whose names, or whose folders' names, begin with one of a part's `names` are that part (others
+    are left alone); of a data set without `names`, which is not divided, it is every file.
 
     Raises:
         TaskError: there is nothing, or nothing that can be read.
@@ -64,14 +64,19 @@ def find_files(place: Path, *, divided: bool) -> Files:
     if not place.is_dir():
         raise TaskError(f"no such file or folder: {place}")
     found = sorted(file for suffix in SUFFIXES for file in place.rglob(f"*{suffix}"))
-    if not divided:
+    if not names:
         parts = {"all": found} if found else {}
     else:
-        named = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
-        parts = {part: [f for f in found if any(n.startswith(part) for n in named[f])] for part in PARTS}
+        called = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
+        parts = {
+            part: [file for file in found if any(name.startswith(tuple(starts)) for name in called[file])]
+            for part, starts in names.items()
+        }
         parts = {part: files for part, files in parts.items() if files}
     if not parts:
-        wanted = "train.jsonl and test.jsonl, or the like" if divided else f"a {', '.join(SUFFIXES)} file"
+        wanted = (
+            f"{listed([f'{part}.jsonl' for part in names])}, or the like" if names else f"a {', '.join(SUFFIXES)} file"
+        )
         raise TaskError(f"nothing to read in {place}: it needs {wanted}")
     return Files(parts)
 
@@ -177,7 +182,7 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
 
     Args:
         hubs: the data set and its mirrors, the best first; `revision` is one of the first alone.
-        part: `train` or `test`.
+        part: one of `PARTS`.
         revision: a commit, branch or tag; None for the newest.
         advice: what to do where the hub cannot be reached.
 
@@ -235,6 +240,11 @@ def export_command(hub: Hub, part: str, revision: str | None, file: str) -> str:
     ]
     rows = loads[0] if len(loads) == 1 else f"concatenate_datasets([{', '.join(loads)}])"
     return f'python -c "from datasets import *; {rows}.to_json({file!r})"'
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row, the last one after `and`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _offline() -> bool:

@@ -109,7 +109,7 @@ def test_splits_do_not_depend_on_the_order_or_the_format_of_a_file(tmp_path: Pat
     (tmp_path / "all.json").write_text(json.dumps(rows))
     splits = ("train", "calibration", "test")
     whole = task(path=str(tmp_path / "all.parquet"))
-    cut = {split: whole.load(split) for split in splits if whole._splits[split]}
+    cut = {split: whole.load(split) for split in splits if whole.data.splits[split]}
     assert sum(map(len, cut.values())) == 28
     assert len({p.id for problems in cut.values() for p in problems}) == 28
     again = task(path=str(tmp_path / "all.json"))
@@ -197,7 +197,7 @@ def test_an_empty_split_says_what_to_do(tmp_path: Path) -> None:
     file.write_text('{"problem": "One?", "solution": "\\\\boxed{1}"}\n')
     made = task(path=str(file))
     for split in ("train", "calibration", "test"):
-        if not made._splits[split]:
+        if not made.data.splits[split]:
             with pytest.raises(TaskError, match=f"holds no {split} problem of math-lighteval: give more, or train and"):
                 made.load(split)
 
