@@ -14,6 +14,7 @@ TASKS = {
     "countdown": "selfroute.tasks.countdown:Countdown",
     "addition": "selfroute.tasks.addition:Addition",
     "maths": "selfroute.tasks.maths:Maths",
+    "choice": "selfroute.tasks.choice:MultipleChoice",
     "code": "selfroute.tasks.code:Code",
 }
 
