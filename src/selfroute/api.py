@@ -222,9 +222,9 @@ def evaluate(
     checkpoint = None if untrained else checkpoint_name(run, best=best)
     engine = _engine(run, config, checkpoint)
     from selfroute.evaluate import run as evaluation
-    from selfroute.tasks import make_task
+    from selfroute.tasks.provenance import task_of
 
-    task = make_task(config.task)
+    task = task_of(run, config.task, "test")
     cloud = _cloud(config, run / "cloud.sqlite")
     try:
         outcomes = evaluation.evaluate(
@@ -282,11 +282,11 @@ def calibrate(
     if known.get("checkpoint") != checkpoint or not records.is_file():
         engine = _engine(run, config, checkpoint)
         from selfroute.evaluate.run import calibration_responses
-        from selfroute.tasks import make_task
+        from selfroute.tasks.provenance import task_of
 
         responses = calibration_responses(
             engine,
-            make_task(config.task),
+            task_of(run, config.task, "calibration"),
             sampling=config.evaluation,
             seed=config.seed,
             draws=CALIBRATION_DRAWS,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from selfroute.errors import TaskError
 from selfroute.tasks.datasets import DataConfig, DataSet, Loader
@@ -194,7 +194,7 @@ def _arc(choices: object, key: object) -> tuple[list[str], int] | str:
     return _texts(texts), labels.index(key)
 
 
-def _are_options(value: object) -> bool:
+def _are_options(value: object) -> TypeGuard[list[object]]:
     return (
         isinstance(value, list)
         and 2 <= len(value) <= len(LETTERS)

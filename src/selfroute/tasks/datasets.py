@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from selfroute.config import Config
 from selfroute.errors import DataWarning, TaskError
+from selfroute.tasks.near import Pair, near
 from selfroute.tasks.sources import (
     PARTS,
     Files,
@@ -92,12 +93,22 @@ class Loader:
         config: where to look.
         problem_of: a row's problem.
         instead: of a data set of test problems, another one of the same task that can be trained on.
+        only: which of its problems `problem_of` wants, in words, such as `difficulty EASY`.
     """
 
     def __init__(
-        self, name: str, about: DataSet, config: DataConfig, problem_of: ProblemOf, *, instead: str = ""
+        self,
+        name: str,
+        about: DataSet,
+        config: DataConfig,
+        problem_of: ProblemOf,
+        *,
+        instead: str = "",
+        only: str = "",
     ) -> None:
-        self.name, self.about, self.config, self.problem_of, self.instead = name, about, config, problem_of, instead
+        self.name, self.about, self.config, self.problem_of = name, about, config, problem_of
+        self.instead, self.only = instead, only
+        self.sources: list[dict[str, Any]] = []
 
     def load(self, split: Split) -> list[Problem]:
         """The problems of a split, as many as the config asks for, in an order that a hash of each decides.
@@ -114,6 +125,11 @@ class Loader:
         found = self.splits[split]
         if not found:
             raise TaskError(self._nothing(split))
+        if split == "train" and self.near:
+            _warn(
+                f"{len(self.near)} training problems all but repeat a test problem, such as {self.near[0][0].id}: "
+                "selfroute tasks check lists them"
+            )
         return found[:wanted]
 
     def training_problems(self, rng: random.Random) -> Iterator[Problem]:
@@ -121,6 +137,11 @@ class Loader:
         problems = self.load("train")
         while True:
             yield from rng.sample(problems, len(problems))
+
+    @cached_property
+    def near(self) -> list[Pair]:
+        """The training problems that all but repeat one of the test problems."""
+        return near(self.splits["train"][: self.config.train], self.splits["test"][: self.config.test])
 
     @cached_property
     def splits(self) -> dict[Split, list[Problem]]:
@@ -145,7 +166,7 @@ class Loader:
         return {split: sorted(found, key=lambda p: p.id) for split, found in splits.items()}
 
     def _parts(self) -> dict[str, dict[str, Problem]]:
-        """The problems of each part by id; of the same problem twice, the first.
+        """The problems of each part by id; of the same problem twice, the first. `sources` gets what was read.
 
         Raises:
             TaskError: rows are bad; all are named.
@@ -156,7 +177,7 @@ class Loader:
         for part in files.parts if files else sizes:
             problems: dict[str, Problem] = parts.setdefault(part, {})
             count = 0
-            for row in read_files(files.parts[part]) if files else self._hub(part):
+            for row in self._files_rows(files.parts[part]) if files else self._hub(part):
                 count += 1
                 found = row.fault or self.problem_of(row.values)
                 if isinstance(found, str):
@@ -196,14 +217,26 @@ class Loader:
             + ("folder" if divided else "file")
             + ". What the hub's cache holds is found with HF_HUB_OFFLINE=1."
         )
-        return read_hub(self.about.hubs, part, revision=revision, advice=advice)
+        read = read_hub(self.about.hubs, part, revision=revision, advice=advice)
+        self._note({"hub": read.hub, "asked": revision, "commit": read.commit})
+        return read.rows
+
+    def _files_rows(self, files: Sequence[Path]) -> Iterator[Row]:
+        for file in files:
+            self._note({"file": str(file.resolve())})
+        return read_files(files)
+
+    def _note(self, source: dict[str, Any]) -> None:
+        if source not in self.sources:
+            self.sources.append(source)
 
     def _nothing(self, split: Split) -> str:
         if "train" not in self.about.sizes and split not in self.about.sizes:
             other = f": train on task.dataset={self.instead}, then selfroute evaluate RUN task.dataset={self.name}"
             return f"{self.name} holds test problems only{other if self.instead else ''}"
         place = self.config.path or self.config.data_dir or self.name
-        return f"{place} holds no {split} problem of {self.name}: give more, or train and test in files of their own"
+        what = f"{self.name}, {self.only}" if self.only else self.name
+        return f"{place} holds no {split} problem of {what}: give more, or train and test in files of their own"
 
 
 def _without(

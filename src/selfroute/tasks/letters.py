@@ -41,7 +41,7 @@ _NOT = re.compile(
 
 
 def pick(answer: str, options: Sequence[str]) -> int | str:
-    r"""The place of the option that an answer picks, or why it picks none.
+    r"""The place of the option, of at most 26, that an answer picks; or why it picks none.
 
     Where there are boxes, what is inside them counts alone.
 

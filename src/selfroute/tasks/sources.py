@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from selfroute.errors import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PARTS = ("train", "calibration", "test")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 PROBE_S = 10.0
 """A hub that says nothing for so many seconds is out of reach."""
 
@@ -177,11 +179,20 @@ def _opened(file: Path) -> Iterator[Any]:
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: str) -> Iterator[Row]:
-    """All rows of a part from the first of some hub data sets that is there.
+@dataclass(frozen=True, slots=True)
+class HubRows:
+    """Rows of the data set `hub` at a commit (None where it cannot be told)."""
+
+    hub: str
+    commit: str | None
+    rows: Iterator[Row]
+
+
+def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: str) -> HubRows:
+    """All rows of a part from the first of some hub data sets that is there, at one commit.
 
     Args:
-        hubs: the data set and its mirrors, the best first; `revision` is one of the first alone.
+        hubs: the data set and its mirrors, the best first; a `revision` that is not a commit is one of the first alone.
         part: one of `PARTS`.
         revision: a commit, branch or tag; None for the newest.
         advice: what to do where the hub cannot be reached.
@@ -196,16 +207,17 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
     except ImportError as error:
         raise TaskError(f"the hub needs datasets: pip install 'selfroute[tasks]'. {advice}") from error
     refused = []
-    for hub in hubs[:1] if revision else hubs:
+    for hub in hubs if revision is None or _COMMIT.fullmatch(revision) else hubs[:1]:
         what = describe(hub, part, revision)
         try:
-            if not _offline():
-                # Asked first, since loading tries a dead network for half a minute.
-                HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S)
+            # Asked first, since loading tries a dead network for half a minute; and so that all is of one commit.
+            wanted = revision if _offline() else HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S).sha
             loaded = [
-                datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=revision)
-                for config in hub.configs
+                datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=wanted) for config in hub.configs
             ]
+            commit = _commit(loaded)
+            if commit and wanted and _COMMIT.fullmatch(wanted) and commit != wanted:
+                raise ValueError(f"the cache holds commit {commit} alone")
         except (HfHubHTTPError, FileNotFoundError, ValueError) as error:
             # Not there, not for everybody, or of another layout.
             refused.append(f"{what}: {_first_line(error)}")
@@ -215,8 +227,15 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
             if not _offline():
                 break
         else:
-            return _hub_rows(hub, loaded)
+            return HubRows(hub.id, commit, _hub_rows(hub, loaded))
     raise TaskError("cannot load from the hub:\n  " + "\n  ".join(refused) + f"\n{advice}")
+
+
+def _commit(loaded: Sequence[Any]) -> str | None:
+    """The commit that loaded rows are of: their folder in the cache is called by it, also where there is no network."""
+    folders = {Path(file["filename"]).parent.name for rows in loaded for file in rows.cache_files}
+    [commit] = folders if len(folders) == 1 else [""]
+    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _hub_rows(hub: Hub, loaded: Sequence[Any]) -> Iterator[Row]:
