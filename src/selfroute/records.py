@@ -209,7 +209,7 @@ def check_problems(run: Path, data: Mapping[str, Any], otherwise: str) -> None:
     for split in ("train", "calibration", "test"):
         then, now = known.get(split), data.get(split)
         if then and now and then["sha256"] != now["sha256"]:
-            sources = [s.get("file") or f"{s.get('hub')} at {s.get('commit')}" for s in known["sources"]]
+            sources = [s.get("file") or f"{s.get('hub')} at {s.get('commit')}" for s in known.get("sources", [])]
             raise RunError(
                 f"{run} was made with other {split} problems ({then['problems']:,}, now {now['problems']:,}) from "
                 f"{', '.join(sources) or 'its task'}: bring them back, or {otherwise}"

@@ -16,13 +16,17 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 def a_run(folder: Path, *settings: str) -> Path:
     """A run directory of which nothing but the settings is there."""
     config = api.load_train_config("countdown-tiny", settings)
-    write_json(folder / "run.json", {"config": config.model_dump(mode="json"), "data": {"train": {"sha256": "old"}}})
+    write_json(
+        folder / "run.json",
+        {"config": config.model_dump(mode="json"), "data": {"train": {"problems": 9, "sha256": "old"}}},
+    )
     return folder
 
 
 def test_a_file_and_a_revision_of_one_data_set_are_none_of_anothers(tmp_path: Path) -> None:
-    file, places = FIXTURES / "choice/arc-challenge/train.jsonl", f"task.data_dir={FIXTURES / 'choice'}"
-    run = a_run(tmp_path, "task.name=choice", f"task.path={file}", places, "task.revision=v1", "task.test=2")
+    file, places = FIXTURES / "choice/arc-easy.json", f"task.data_dir={FIXTURES / 'choice'}"
+    cloud = "cloud.name=tests.clouds:LetterCloud"
+    run = a_run(tmp_path, "task.name=choice", f"task.path={file}", places, "task.revision=v1", "task.test=2", cloud)
     with pytest.warns(DataWarning, match="cannot tell whether the run trained on these problems"):
         folder = api.benchmark(run, ["task.dataset=mmlu-pro"])
     written = read_json(folder / "run.json")

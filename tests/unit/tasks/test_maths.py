@@ -159,8 +159,8 @@ def test_problems_that_all_but_repeat_a_test_problem_stay_with_a_warning(tmp_pat
     folder = tmp_path / "gsm8k"
     shutil.copytree(FIXTURES / "gsm8k", folder)
     with (folder / "train.jsonl").open("a") as file:
-        for who in ("Bob", "Ann"):
-            question = f"{who} shares 18 sweets among his 3 friends. How many does each get?"
+        for who, more in (("Bob", " Why?"), ("Ann", "")):
+            question = f"{who} shares 18 sweets among 3 friends. How many does each get?{more}"
             file.write(json.dumps({"question": question, "answer": "#### 6"}) + "\n")
     made = task("gsm8k", data_dir=str(tmp_path))
     with pytest.warns(DataWarning, match="2 training problems all but repeat a test problem, such as maths-"):
@@ -171,11 +171,12 @@ def test_problems_that_all_but_repeat_a_test_problem_stay_with_a_warning(tmp_pat
     assert count == len(made.data.splits["train"])
     said = CliRunner().invoke(app, ["check", "maths", "dataset=gsm8k", f"data_dir={tmp_path}"]).output
     assert "2 training problems all but repeat a test problem:" in said
-    assert "Ann shares 18 sweets among his 3 friends." in said
+    assert "Ann shares 18 sweets among 3 friends." in said
     assert "all 2 problems pass" in said
-    said = (
-        CliRunner().invoke(app, ["show", "maths", "dataset=gsm8k", f"data_dir={tmp_path}", "--split", "train"]).output
-    )
+    with pytest.warns(DataWarning, match="all but repeat a test problem"):
+        said = (
+            CliRunner().invoke(app, ["show", "maths", "dataset=gsm8k", f"data_dir={tmp_path}", "--split=train"]).output
+        )
     assert f"train: {count} problems\n" in said
     assert said.count("  user ") == 3
 
