@@ -14,10 +14,9 @@ import os
 import statistics
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from selfroute.tasks.code import Code, CodeConfig
-from selfroute.tasks.code_rows import read_problems
+from selfroute.tasks.code_rows import problem_of
 from selfroute.tasks.sandbox import Job, cores
 from selfroute.types import Problem
 
@@ -27,13 +26,12 @@ RIGHT = (
 WRONG = (RIGHT.replace("sum(", "len(list(") + ")", "while True: pass", "raise ValueError", "import os\nos._exit(0)")
 
 
-def problem(folder: Path, cases: int) -> Problem:
+def problem(cases: int) -> Problem:
     inputs = [f"{n} {n + 1}\n" for n in range(2, cases + 2)]
     outputs = [f"{2 * n + 1}\n" for n in range(2, cases + 2)]
     row = {"question": "Add.", "input_output": json.dumps({"inputs": inputs, "outputs": outputs})}
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    [(found, _)] = read_problems(path, max_cases=cases)
+    found = problem_of(row, max_cases=cases)
+    assert isinstance(found, Problem)
     return found
 
 
@@ -41,9 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    task = Code(CodeConfig(path="", time_limit_s=1))
-    with TemporaryDirectory() as name:
-        one, five = problem(Path(name), 1), problem(Path(name), 5)
+    task = Code(CodeConfig(time_limit_s=1))
+    one, five = problem(1), problem(5)
     for _ in range(5):
         task.verify(RIGHT, one)
     times_ms, wrong = [], 0

@@ -83,3 +83,23 @@ class SameJudge(Oracle):
 
     def _text(self, question: str) -> str:
         return self.reply
+
+
+class LetterConfig(OracleConfig):
+    """A cloud that gives one letter to every question."""
+
+    letter: str = "B"
+    """The letter."""
+
+
+class LetterCloud(Oracle):
+    """Picks the same option of every question."""
+
+    Config = LetterConfig
+
+    def __init__(self, config: LetterConfig) -> None:
+        super().__init__(config)
+        self.letter = config.letter
+
+    def _text(self, question: str) -> str:
+        return f"{ANSWER_OPEN}({self.letter}){ANSWER_CLOSE}"

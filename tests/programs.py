@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfroute.tasks.code import Code, CodeConfig
-from selfroute.tasks.code_rows import read_problems
+from selfroute.tasks.code_rows import problem_of
 from selfroute.types import Problem
 
 
@@ -91,5 +91,13 @@ def code_task(folder: Path, **settings: Any) -> Code:
 
 def problems(folder: Path) -> dict[str, Problem]:
     """The problems of `ROWS` by name."""
-    path = write_rows(folder / "rows.jsonl", list(ROWS.values()))
-    return dict(zip(ROWS, (p for p, _ in read_problems(path, max_cases=100)), strict=True))
+    # As they come out of a file.
+    rows = [json.loads(json.dumps(row)) for row in ROWS.values()]
+    return dict(zip(ROWS, map(problem, rows), strict=True))
+
+
+def problem(row: dict[str, Any], max_cases: int = 100) -> Problem:
+    """The problem of a row that is as it should be."""
+    found = problem_of(row, max_cases=max_cases)
+    assert isinstance(found, Problem), found
+    return found

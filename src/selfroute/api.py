@@ -225,9 +225,9 @@ def evaluate(
     engine = _engine(run, config, checkpoint)
     from selfroute.cloud.memory import open_judge
     from selfroute.evaluate import run as evaluation
-    from selfroute.tasks import make_task
+    from selfroute.tasks.provenance import task_of
 
-    task = make_task(config.task)
+    task = task_of(run, config.task, "test")
     with (
         _cloud(config, run / "cloud.sqlite") as cloud,
         open_judge(task, run / "judge.sqlite", phase="evaluate"),
@@ -285,11 +285,11 @@ def calibrate(
     if known.get("checkpoint") != checkpoint or not records.is_file():
         engine = _engine(run, config, checkpoint)
         from selfroute.evaluate.run import calibration_responses
-        from selfroute.tasks import make_task
+        from selfroute.tasks.provenance import task_of
 
         responses = calibration_responses(
             engine,
-            make_task(config.task),
+            task_of(run, config.task, "calibration"),
             sampling=config.evaluation,
             seed=config.seed,
             draws=CALIBRATION_DRAWS,

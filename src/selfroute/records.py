@@ -1,6 +1,6 @@
 """A run directory: the resolved config with its origin, and versioned JSONL records that survive a kill.
 
-RUN/run.json        command, config, seed, versions, git commit
+RUN/run.json        command, config, seed, versions, git commit, where its problems came from and their SHA-256
 RUN/metrics.jsonl   one line a training step
 RUN/cloud.sqlite    the cloud's cache and ledger
 RUN/judge.sqlite    the judge's, where a task has one
@@ -150,14 +150,15 @@ def open_run(
     resume: bool,
     free: Collection[str] = (),
     as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """Create a run directory, or open it again with `resume`. One in which nothing was done yet is made anew.
 
     `free` are keys, dots between tables, that may change on the way; the newest values stand in run.json. `as_now`
-    reads a config that an earlier version wrote down.
+    reads a config that an earlier version wrote down. `data` is the provenance of the run's problems.
 
     Raises:
-        RunError: it exists and `resume` is off, or was made with another config.
+        RunError: it exists and `resume` is off, or was made with another config or on other problems.
     """
     file = path / "run.json"
     metrics = path / "metrics.jsonl"
@@ -179,12 +180,41 @@ def open_run(
                 f"{path} was made with other settings ({', '.join(changed)}): "
                 "resume with the same config, or give another --out"
             )
-        if known["config"] != config:
-            write_json(file, {**known, "config": config})
+        check_problems(path, data or {}, "give another --out")
+        # A run that was evaluated first, or that an earlier version made, does not know its problems yet.
+        now_known = {**known, "config": config, "data": known.get("data") or dict(data or {})}
+        if known != now_known:
+            write_json(file, now_known)
         return
     if begun:
         raise RunError(f"{path} holds results but no run.json, so it is not clear whose: give another --out")
-    write_json(file, {"command": command, "config": config, **origin()})
+    write_json(file, {"command": command, "config": config, "data": dict(data or {}), **origin()})
+
+
+def known_data(run: Path) -> dict[str, Any]:
+    """The provenance of a run's problems; {} where there is no run yet, or an earlier version made it."""
+    file = run / "run.json"
+    known = read_json(file) if file.is_file() else {}
+    return dict(known.get("data", {})) if isinstance(known, dict) else {}
+
+
+def check_problems(run: Path, data: Mapping[str, Any], otherwise: str) -> None:
+    """Stop where a run was made with other problems than those that `data` tells of.
+
+    A split that either does not tell of passes. `otherwise` is what to do if the problems are to stay as they are now.
+
+    Raises:
+        RunError: the problems of a split have changed.
+    """
+    known = known_data(run)
+    for split in ("train", "calibration", "test"):
+        then, now = known.get(split), data.get(split)
+        if then and now and then["sha256"] != now["sha256"]:
+            sources = [s.get("file") or f"{s.get('hub')} at {s.get('commit')}" for s in known.get("sources", [])]
+            raise RunError(
+                f"{run} was made with other {split} problems ({then['problems']:,}, now {now['problems']:,}) from "
+                f"{', '.join(sources) or 'its task'}: bring them back, or {otherwise}"
+            )
 
 
 def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from selfroute.tasks.judge import Judge
     from selfroute.types import Split
 
+NEAR_SHOWN = 5
+"""Near-duplicates that `check` prints."""
+
 app = typer.Typer(invoke_without_command=True, help="List tasks, show their problems, check their verifiers.")
 
 Name = Annotated[str, typer.Argument(help="A task, such as countdown or maths, or package.module:Class.")]
@@ -57,7 +60,9 @@ def show(
     from selfroute.protocol import chat
 
     task = _task(name, settings)
-    for p in task.load(_split(split))[:number]:
+    problems = task.load(_split(split))
+    typer.echo(f"{split}: {len(problems):,} problems\n")
+    for p in problems[:number]:
         typer.echo(f"{p.id}")
         for message in chat(p.question):
             typer.echo(_indented(message["role"], message["content"]))
@@ -75,10 +80,12 @@ def check(
 ) -> None:
     """Check that every reference answer verifies itself, and that another problem's answer does not.
 
-    Prints what fails, and then exits with 1. Of the task judge: how far its grades agree with the labels of answers.
+    Prints what fails, and then exits with 1; and, of a data set, training problems that all but repeat a test problem.
+    Of the task judge: how far its grades agree with the labels of answers.
     """
     from selfroute.cloud.memory import open_judge
     from selfroute.tasks.check import check as faults_of
+    from selfroute.tasks.datasets import Loader
     from selfroute.tasks.judge import Judge
 
     task = _task(name, settings)
@@ -91,6 +98,13 @@ def check(
     for fault in faults:
         what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
         typer.echo(f"{fault.problem}: {what}: {fault.answer!r} ({fault.reason})")
+    data = getattr(task, "data", None)
+    pairs = data.near if isinstance(data, Loader) else []
+    if pairs:
+        typer.echo(f"{len(pairs)} training problems all but repeat a test problem:")
+    for training, test in pairs[:NEAR_SHOWN]:
+        typer.echo(_indented("training", f"{training.id}: {training.question[:300]}"))
+        typer.echo(_indented("test", f"{test.id}: {test.question[:300]}") + "\n")
     if faults:
         raise TaskError(f"{len(faults)} of {len(problems)} problems fail")
     typer.echo(f"all {len(problems)} problems pass")

@@ -7,6 +7,7 @@ from pathlib import Path
 from selfroute import api
 from tests.programs import taco, write_rows
 
+FIXTURES = Path(__file__).parents[1] / "fixtures/code"
 RIGHT = "print(sum(map(int, input().split())))"
 
 
@@ -30,3 +31,5 @@ def test_two_steps_and_an_evaluation_on_programs(tmp_path: Path) -> None:
             "passes all 2 cases" if number % 3 else "case 2: wrong output: got '7' in line 1, expected '8'"
         )
         assert not outcome.device_correct
+    folder = api.benchmark(tmp_path / "run", ["task.dataset=humaneval", f"task.data_dir={FIXTURES}"])
+    assert [outcome.cloud_correct for outcome in api.evaluate(folder)] == [False, False]

@@ -64,7 +64,10 @@ def test_verifiers_are_checked_and_what_fails_is_printed(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tasks", "show", "nope"], "no such choice: 'nope' (known: addition, code, countdown, gym, judge, maths"),
+        (
+            ["tasks", "show", "nope"],
+            "no such choice: 'nope' (known: addition, choice, code, countdown",
+        ),
         (["tasks", "show", "maths", "dataset=mmlu"], "dataset: Input should be 'math-lighteval'"),
         (["tasks", "show", "maths", "path=none.jsonl"], "no such file or folder: none.jsonl"),
         (["tasks", "check", "countdown", "--split", "dev"], "no such split: 'dev' (train, calibration or test)"),

@@ -90,6 +90,15 @@ def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
         open_run(trl, "train", {"lr": 1}, resume=False)
     with pytest.raises(RunError, match=r"other settings \(lr\)"):
         open_run(trl, "train", {"lr": 2}, resume=True)
+    # What its problems were is noted when it is known, and must not change.
+    known = {"sources": [{"hub": "a/b", "commit": "c"}], "train": {"problems": 9, "sha256": "1"}}
+    open_run(run, "train", {"lr": 1, "seed": 0}, resume=True, data=known)
+    open_run(run, "train", {"lr": 1, "seed": 0}, resume=True, data={**known, "sources": []})
+    assert read_json(run / "run.json")["data"] == known
+    with pytest.raises(
+        RunError, match=r"other train problems \(9, now 8\) from a/b at c: bring them back, or give anoth"
+    ):
+        open_run(run, "train", {"lr": 1, "seed": 0}, resume=True, data={"train": {"problems": 8, "sha256": "2"}})
     (foreign := tmp_path / "foreign").mkdir()
     (foreign / "metrics.jsonl").write_text("somebody's\n")
     for resume in (False, True):

@@ -15,6 +15,7 @@ TASKS = {
     "countdown": "selfroute.tasks.countdown:Countdown",
     "addition": "selfroute.tasks.addition:Addition",
     "maths": "selfroute.tasks.maths:Maths",
+    "choice": "selfroute.tasks.choice:MultipleChoice",
     "code": "selfroute.tasks.code:Code",
     "gym": "selfroute.tasks.gym:Gym",
     "judge": "selfroute.tasks.judge:Judge",

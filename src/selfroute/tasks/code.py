@@ -10,36 +10,29 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import Field
 
-from selfroute.config import Config
 from selfroute.errors import TaskError
 from selfroute.tasks.box import Limits, Ran
-from selfroute.tasks.code_rows import read_problems
+from selfroute.tasks.code_rows import CODE_SETS, problem_of
+from selfroute.tasks.datasets import DataConfig, Loader
 from selfroute.tasks.inside.wire import unpack
 from selfroute.tasks.outputs import show, text_fault, value_fault
 from selfroute.tasks.sandbox import Job, Sandbox
-from selfroute.tasks.splits import problem_hash, split_of_hash
-from selfroute.types import About, Problem, Split, Verdict
+from selfroute.tasks.splits import problem_hash
+from selfroute.types import Problem, Split, Verdict
 
 
-class CodeConfig(Config):
+class CodeConfig(DataConfig):
     """Which programming problems there are, and what an answer may take."""
 
-    path: str
-    """A .jsonl, .json, .csv or .parquet file, or a folder of them, in the column layout of TACO, HumanEval or MBPP."""
+    dataset: Literal["taco-verified", "humaneval", "mbpp", "mbpp-sanitized"] = "taco-verified"
+    """The data set; `humaneval` is a test, the others can be trained on. Files may be in the columns of any of them."""
     difficulty: tuple[str, ...] = ()
     """Only problems whose column `difficulty` is one of these; all where it is empty."""
-    train: int = Field(5000, ge=1)
-    """Training problems, at most."""
-    calibration: int = Field(500, ge=1)
-    """Calibration problems, at most."""
-    test: int = Field(1000, ge=1)
-    """Test problems, at most."""
     max_cases: int = Field(100, ge=1)
     """Cases of a problem that are run: the first ones."""
     time_limit_s: float = Field(4.0, gt=0, le=600)
@@ -65,54 +58,29 @@ class Code:
     """The task: `load` gives the problems of a split, `verify` runs an answer, `verify_many` many at a time."""
 
     Config = CodeConfig
-    ABOUT = (
-        About(
-            "code path=FILE",
-            "programs for the problems of a file in the columns of TACO, HumanEval or MBPP (likaixin/TACO-verified has "
-            "12.9K)",
-            "as the file has",
-            "see its source",
-        ),
-    )
+    ABOUT = tuple(one.about(f"code dataset={name}") for name, one in CODE_SETS.items())
 
     def __init__(self, config: CodeConfig) -> None:
         self.config = config
         self.sandbox = Sandbox(unsafe=config.unsafe_sandbox)
+        read = partial(problem_of, max_cases=config.max_cases, difficulty=config.difficulty)
+        only = f"difficulty {' or '.join(config.difficulty)}" if config.difficulty else ""
+        about = CODE_SETS[config.dataset]
+        self.data = Loader(config.dataset, about, config, read, instead="taco-verified", only=only)
 
     def load(self, split: Split) -> list[Problem]:
-        """The problems of a split, which a hash of a problem's text decides.
+        """The problems of a split, as `Loader.load` says.
 
         Raises:
-            TaskError: the file is missing or holds bad rows or none of the split, or programs cannot be isolated here.
+            TaskError: as there, or programs cannot be isolated here.
         """
         # Found out now, before anything is paid for.
         self.sandbox.isolated()
-        c = self.config
-        wanted = {"train": c.train, "calibration": c.calibration, "test": c.test}[split]
-        found = [p for p in self._problems if split_of_hash(int(p.id.removeprefix("code-"), 16)) == split]
-        if not found:
-            raise TaskError(
-                f"{c.path} holds no {split} problem"
-                + (f" of difficulty {' or '.join(c.difficulty)}" if c.difficulty else "")
-                + " (a hash of each problem decides its split, 80 % train, 8 % calibration, 12 % test): give more"
-            )
-        return found[:wanted]
-
-    @cached_property
-    def _problems(self) -> list[Problem]:
-        c = self.config
-        rows = read_problems(Path(c.path), max_cases=c.max_cases)
-        problems: dict[str, Problem] = {}
-        for problem, difficulty in rows:
-            if not c.difficulty or difficulty in c.difficulty:
-                problems.setdefault(problem.id, problem)
-        return list(problems.values())
+        return self.data.load(split)
 
     def training_problems(self, rng: random.Random) -> Iterator[Problem]:
-        """Problems of the training split, without end."""
-        problems = self.load("train")
-        while True:
-            yield rng.choice(problems)
+        """Problems of the training split, in a new order each time round, without end."""
+        return self.data.training_problems(rng)
 
     def verify(self, answer: str, problem: Problem) -> Verdict:
         """Whether the program in an answer passes all cases. It stops at the first that fails, and says how.

@@ -1,16 +1,16 @@
-"""Programming problems in files, in the column layouts of TACO, HumanEval and MBPP, as JSONL, JSON, CSV or Parquet."""
+"""Programming problems in the column layouts of TACO, HumanEval and MBPP; and these data sets, one row each."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
+from selfroute.tasks.datasets import DataSet
 from selfroute.tasks.inside.wire import pack
-from selfroute.tasks.sources import Row, find_files, read_files, refuse
+from selfroute.tasks.sources import Hub
 from selfroute.tasks.splits import problem_hash
 from selfroute.types import Problem
 
@@ -31,28 +31,43 @@ class _Bad(Exception):  # noqa: N818
     """What is wrong with a row."""
 
 
-def read_problems(path: Path, *, max_cases: int) -> Iterator[tuple[Problem, str]]:
-    """The problems of a file or of all files in a folder, with their difficulty ("" where a row has none).
+_PARTS = {"train": "train", "calibration": "validation", "test": "test"}
 
-    Raises:
-        TaskError: nothing to read, another format, or bad rows (all are counted, ten are named).
-    """
-    faults: list[str] = []
-    for row in read_files(find_files(path, divided=False).parts["all"]):
-        try:
-            found = _problem(row, max_cases)
-        except _Bad as error:
-            faults.append(f"{row.place}: {error}")
-            continue
-        if not faults:
-            yield found
-    refuse(faults)
+CODE_SETS = {
+    "taco-verified": DataSet(
+        "TACO's problems with solutions that pass (arXiv:2312.14852), 12.9K",
+        (Hub("likaixin/TACO-verified", {"train": "train"}),),
+        {"train": 0},
+        "Apache-2.0; the problems as their sources have it",
+    ),
+    "humaneval": DataSet(
+        "HumanEval (arXiv:2107.03374)", (Hub("openai/openai_humaneval", {"test": "test"}),), {"test": 164}, "MIT"
+    ),
+    "mbpp": DataSet(
+        "MBPP (arXiv:2108.07732)",
+        (Hub("google-research-datasets/mbpp", _PARTS, ("full",)),),
+        {"train": 374, "calibration": 90, "test": 500},
+        "CC-BY-4.0",
+    ),
+    "mbpp-sanitized": DataSet(
+        "MBPP, the problems that were checked by hand",
+        (Hub("google-research-datasets/mbpp", _PARTS, ("sanitized",)),),
+        {"train": 120, "calibration": 43, "test": 257},
+        "CC-BY-4.0",
+    ),
+}
 
 
-def _problem(read: Row, max_cases: int) -> tuple[Problem, str]:
-    if read.fault:
-        raise _Bad(read.fault)
-    row = read.values
+def problem_of(row: Mapping[str, Any], *, max_cases: int, difficulty: Sequence[str] = ()) -> Problem | str | None:
+    """A row's problem; what is wrong with the row; or None where it is of another `difficulty` than those asked for."""
+    try:
+        problem = _problem(row, max_cases)
+    except _Bad as error:
+        return str(error)
+    return problem if not difficulty or str(row.get("difficulty") or "") in difficulty else None
+
+
+def _problem(row: Mapping[str, Any], max_cases: int) -> Problem:
     if "input_output" in row:
         question, reference = _taco(row, max_cases)
     elif "entry_point" in row:
@@ -70,7 +85,7 @@ def _problem(read: Row, max_cases: int) -> tuple[Problem, str]:
             raise _Bad(f"`tolerance` must be a number from 0 to 1, not {str(tolerance)[:60]}")
         reference["tolerance"] = float(tolerance)
     number = problem_hash(" ".join(question.split()))
-    return Problem(f"code-{number:016x}", question, reference), str(row.get("difficulty") or "")
+    return Problem(f"code-{number:016x}", question, reference)
 
 
 def _text(row: Mapping[str, Any], *names: str) -> str:

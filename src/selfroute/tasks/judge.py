@@ -142,7 +142,7 @@ class Judge:
     @cached_property
     def _rows(self) -> list[_Read]:
         rows, faults = [], []
-        for part, files in find_files(Path(self.config.path), divided=True).parts.items():
+        for part, files in find_files(Path(self.config.path), {"train": {"train"}, "test": {"test"}}).parts.items():
             for row in read_files(files):
                 try:
                     rows.append(_read(row, part, self.config))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 _WRAP = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|rm)(?![a-z])\s*"
-_WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
+WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
+"""A command that only changes how its text looks."""
 ROW = "\ue000"
 """Stands for the row break of a matrix, two backslashes, so that no pattern takes half of it for a command."""
 
@@ -199,12 +200,12 @@ def _words(text: str) -> str:
 
     In a text command, or with a word of four letters: shorter ones may be products of variables.
     """
-    plain, wraps = _WRAPPED.subn(r"\1", text)
+    plain, wraps = WRAPPED.subn(r"\1", text)
     plain = re.sub(r"\s*,\s*", ",", " ".join(plain.split())).strip(" .,")
     inner = plain[1:-1] if re.fullmatch(r"\([A-Za-z]\)", plain) else plain
     if not _WORDS.fullmatch(inner) or len(inner) == 1:
         return ""
-    whole = wraps and not _WRAPPED.sub("", text).strip(" .,")
+    whole = wraps and not WRAPPED.sub("", text).strip(" .,")
     return inner.lower() if whole or re.search(r"[A-Za-z]{4}", inner) else ""
 
 
@@ -251,7 +252,7 @@ def _unwrapped(match: re.Match[str]) -> str:
 
 def _squeezed(text: str) -> str:
     """Text without its commands, degree signs, and spaces but for those between two letters or digits."""
-    text = _WRAPPED.sub(_unwrapped, text)
+    text = WRAPPED.sub(_unwrapped, text)
     text = re.sub(r"(?<=[\s0-9})])(?:and|or)(?=[\s\\(-])", ",", text)
     text = re.sub(r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2", re.sub(r"\\degree(?![a-z])", "", text))
     text = " ".join(text.split())

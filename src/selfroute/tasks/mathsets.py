@@ -6,10 +6,10 @@ Mirrors differ in their columns; a file of any of them is known by the columns t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from selfroute.tasks.datasets import DataSet
 from selfroute.tasks.latex import extract
 from selfroute.tasks.sources import Hub
 
@@ -38,14 +38,10 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class MathSet:
-    """A data set. `sizes` has what its parts hold: those with `train` can be trained on."""
+class MathSet(DataSet):
+    """A maths data set, and how the columns of its copies read."""
 
-    title: str
-    hubs: tuple[Hub, ...]
     layouts: tuple[Layout, ...]
-    sizes: Mapping[str, int]
-    licence: str
 
 
 _SOLUTION = Layout("problem", "solution", "boxed")
@@ -59,30 +55,30 @@ MATH_SETS = {
             Hub("DigitalLearningGmbH/MATH-lighteval", {"train": "train", "test": "test"}, ("default",)),
             Hub("EleutherAI/hendrycks_math", {"train": "train", "test": "test"}, _SUBJECTS),
         ),
-        (_SOLUTION,),
         {"train": 7500, "test": 5000},
         "MIT; a takedown removed the first copy",
+        (_SOLUTION,),
     ),
     "math-500": MathSet(
         "MATH-500, a part of MATH's test problems",
         (Hub("HuggingFaceH4/MATH-500", _TEST),),
-        (Layout("problem", "answer"), _SOLUTION),
         {"test": 500},
         "as MATH",
+        (Layout("problem", "answer"), _SOLUTION),
     ),
     "agieval-math": MathSet(
         "AGIEval maths (arXiv:2304.06364), a part of MATH's test problems",
         (Hub("hails/agieval-math", _TEST),),
-        (Layout("query", "answer"),),
         {"test": 1000},
         "as MATH",
+        (Layout("query", "answer"),),
     ),
     "amc23": MathSet(
         "AMC 12 of 2023",
         (Hub("math-ai/amc23", _TEST), Hub("zwhe99/amc23", _TEST)),
-        (Layout("question", "answer"),),
         {"test": 40},
         "not stated",
+        (Layout("question", "answer"),),
     ),
     "aime24": MathSet(
         "AIME of 2024",
@@ -91,30 +87,30 @@ MATH_SETS = {
             Hub("math-ai/aime24", _TEST),
             Hub("Maxwell-Jia/AIME_2024", _TRAIN_IS_TEST),
         ),
-        (Layout("problem", "answer"), _SOLUTION, Layout("Problem", "Answer")),
         {"test": 30},
         "not stated",
+        (Layout("problem", "answer"), _SOLUTION, Layout("Problem", "Answer")),
     ),
     "aime25": MathSet(
         "AIME of 2025",
         (Hub("math-ai/aime25", _TEST), Hub("MathArena/aime_2025", _TRAIN_IS_TEST)),
-        (Layout("problem", "answer"),),
         {"test": 30},
         "not stated; MathArena's copy CC-BY-NC-SA-4.0",
+        (Layout("problem", "answer"),),
     ),
     "minervamath": MathSet(
         "Minerva's course problems (arXiv:2206.14858)",
         (Hub("math-ai/minervamath", _TEST),),
-        (Layout("question", "answer"),),
         {"test": 272},
         "not stated",
+        (Layout("question", "answer"),),
     ),
     "gsm8k": MathSet(
         "GSM8K (arXiv:2110.14168)",
         (Hub("openai/gsm8k", {"train": "train", "test": "test"}, ("main",)),),
-        (Layout("question", "answer", "hashes"),),
         {"train": 7473, "test": 1319},
         "MIT",
+        (Layout("question", "answer", "hashes"),),
     ),
 }
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 from selfroute.errors import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-PARTS = ("train", "test")
+PARTS = ("train", "calibration", "test")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 PROBE_S = 10.0
 """A hub that says nothing for so many seconds is out of reach."""
 
@@ -34,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """A data set on the hub: its id, what it calls the parts `train` and `test`, and its configs, all of them read."""
+    """A data set on the hub: its id, what it calls each of the `PARTS` that it has, its configs (all are read)."""
 
     id: str
     parts: Mapping[str, str]
@@ -48,11 +50,11 @@ class Files:
     parts: Mapping[str, list[Path]] = field(default_factory=dict)
 
 
-def find_files(place: Path, *, divided: bool) -> Files:
+def find_files(place: Path, names: Mapping[str, Collection[str]]) -> Files:
     """The files of a data set at a place: one file, or a folder.
 
-    In a folder, files whose names, or whose folders' names, begin with `train` or `test` are those parts (other names
-    are left alone); where a data set is not `divided`, it is every file.
+    In a folder, files whose names, or whose folders' names, begin with one of a part's `names` are that part (others
+    are left alone); of a data set without `names`, which is not divided, it is every file.
 
     Raises:
         TaskError: there is nothing, or nothing that can be read.
@@ -64,14 +66,19 @@ def find_files(place: Path, *, divided: bool) -> Files:
     if not place.is_dir():
         raise TaskError(f"no such file or folder: {place}")
     found = sorted(file for suffix in SUFFIXES for file in place.rglob(f"*{suffix}"))
-    if not divided:
+    if not names:
         parts = {"all": found} if found else {}
     else:
-        named = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
-        parts = {part: [f for f in found if any(n.startswith(part) for n in named[f])] for part in PARTS}
+        called = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
+        parts = {
+            part: [file for file in found if any(name.startswith(tuple(starts)) for name in called[file])]
+            for part, starts in names.items()
+        }
         parts = {part: files for part, files in parts.items() if files}
     if not parts:
-        wanted = "train.jsonl and test.jsonl, or the like" if divided else f"a {', '.join(SUFFIXES)} file"
+        wanted = (
+            f"{listed([f'{part}.jsonl' for part in names])}, or the like" if names else f"a {', '.join(SUFFIXES)} file"
+        )
         raise TaskError(f"nothing to read in {place}: it needs {wanted}")
     return Files(parts)
 
@@ -172,12 +179,21 @@ def _opened(file: Path) -> Iterator[Any]:
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: str) -> Iterator[Row]:
-    """All rows of a part from the first of some hub data sets that is there.
+@dataclass(frozen=True, slots=True)
+class HubRows:
+    """Rows of the data set `hub` at a commit (None where it cannot be told)."""
+
+    hub: str
+    commit: str | None
+    rows: Iterator[Row]
+
+
+def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: str) -> HubRows:
+    """All rows of a part from the first of some hub data sets that is there, at one commit.
 
     Args:
-        hubs: the data set and its mirrors, the best first; `revision` is one of the first alone.
-        part: `train` or `test`.
+        hubs: the data set and its mirrors, the best first; a `revision` that is not a commit is one of the first alone.
+        part: one of `PARTS`.
         revision: a commit, branch or tag; None for the newest.
         advice: what to do where the hub cannot be reached.
 
@@ -191,16 +207,17 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
     except ImportError as error:
         raise TaskError(f"the hub needs datasets: pip install 'selfroute[tasks]'. {advice}") from error
     refused = []
-    for hub in hubs[:1] if revision else hubs:
+    for hub in hubs if revision is None or _COMMIT.fullmatch(revision) else hubs[:1]:
         what = describe(hub, part, revision)
         try:
-            if not _offline():
-                # Asked first, since loading tries a dead network for half a minute.
-                HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S)
+            # Asked first, since loading tries a dead network for half a minute; and so that all is of one commit.
+            wanted = revision if _offline() else HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S).sha
             loaded = [
-                datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=revision)
-                for config in hub.configs
+                datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=wanted) for config in hub.configs
             ]
+            commit = _commit(loaded)
+            if commit and wanted and _COMMIT.fullmatch(wanted) and commit != wanted:
+                raise ValueError(f"the cache holds commit {commit} alone")
         except (HfHubHTTPError, FileNotFoundError, ValueError) as error:
             # Not there, not for everybody, or of another layout.
             refused.append(f"{what}: {_first_line(error)}")
@@ -210,8 +227,15 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
             if not _offline():
                 break
         else:
-            return _hub_rows(hub, loaded)
+            return HubRows(hub.id, commit, _hub_rows(hub, loaded))
     raise TaskError("cannot load from the hub:\n  " + "\n  ".join(refused) + f"\n{advice}")
+
+
+def _commit(loaded: Sequence[Any]) -> str | None:
+    """The commit that loaded rows are of: their folder in the cache is called by it, also where there is no network."""
+    folders = {Path(file["filename"]).parent.name for rows in loaded for file in rows.cache_files}
+    [commit] = folders if len(folders) == 1 else [""]
+    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _hub_rows(hub: Hub, loaded: Sequence[Any]) -> Iterator[Row]:
@@ -235,6 +259,11 @@ def export_command(hub: Hub, part: str, revision: str | None, file: str) -> str:
     ]
     rows = loads[0] if len(loads) == 1 else f"concatenate_datasets([{', '.join(loads)}])"
     return f'python -c "from datasets import *; {rows}.to_json({file!r})"'
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row, the last one after `and`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _offline() -> bool:

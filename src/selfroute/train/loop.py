@@ -27,8 +27,9 @@ from selfroute.device.hf import HFEngine
 from selfroute.device.load import place
 from selfroute.errors import ConfigError, DivergenceError, TrainingError
 from selfroute.protocol import chat
-from selfroute.records import append_record, checkpoints, lock_run, open_run, read_records, write_records
+from selfroute.records import append_record, checkpoints, known_data, lock_run, open_run, read_records, write_records
 from selfroute.tasks import Task, make_task
+from selfroute.tasks.provenance import pinned, provenance
 from selfroute.train.checkpoint import load_checkpoint, note_scores, save_checkpoint, warn_of_changes
 from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.memory import check_memory
@@ -73,9 +74,15 @@ def train(
     ranks = Ranks(where)
     written, free = config.model_dump(mode="json"), free_settings(config.cloud, config.task)
     with lock_run(out) if ranks.first else nullcontext():
-        ranks.from_first(lambda: open_run(out, "train", written, resume=resume, free=free, as_now=as_now))
+        task = make_task(pinned(config.task, known_data(out)))
+
+        def begin() -> None:
+            data = provenance(task, "train", "calibration", "test")
+            open_run(out, "train", written, resume=resume, free=free, as_now=as_now, data=data)
+
+        ranks.from_first(begin)
         ranks.each(lambda: check_memory(config))
-        trainer = Trainer(config, out, ranks, rate, stage)
+        trainer = Trainer(config, out, ranks, rate, task, stage)
         with trainer.clouds:
             last = trainer.run(report)
     ranks.end()
@@ -85,9 +92,17 @@ def train(
 class Trainer:
     """A run on this process, which is one of `ranks`; the first of them rates checkpoints."""
 
-    def __init__(self, config: TrainConfig, out: Path, ranks: Ranks, rate: Rate | None = None, stage: str = "") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        ranks: Ranks,
+        rate: Rate | None = None,
+        task: Task | None = None,
+        stage: str = "",
+    ) -> None:
         self.config, self.out, self.ranks, self.rate = config, out, ranks, rate
-        self.task = make_task(config.task)
+        self.task = task or make_task(config.task)
         self.problems = self.task.load("train")
         saved = checkpoints(out)
         model = config.device.model_copy(update={"model": str(saved[-1])}) if saved else config.device

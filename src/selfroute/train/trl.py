@@ -39,8 +39,9 @@ from selfroute.device.load import place
 from selfroute.device.prefix import pad_left
 from selfroute.errors import ConfigError, DivergenceError, RunError, SelfrouteError
 from selfroute.protocol import chat
-from selfroute.records import lock_run, open_run, read_json, write_json
+from selfroute.records import known_data, lock_run, open_run, read_json, write_json
 from selfroute.tasks import make_task
+from selfroute.tasks.provenance import pinned, provenance
 from selfroute.train import gapg
 from selfroute.train.config import TrainConfig, as_now, whole
 from selfroute.train.plan import Plan, Planner, batch
@@ -364,8 +365,10 @@ def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:
         if first:
             settings = config.model_dump(mode="json")
             ours = {key: value for key, value in settings.items() if key != "trl"}
-            open_run(out, "train", ours, resume=resume, free=free_settings(config.cloud, config.task), as_now=as_now)
-        trainer = GAPGTrainer(config, out)
+            data = provenance(make_task(pinned(config.task, known_data(out))), "train", "calibration", "test")
+            free = free_settings(config.cloud, config.task)
+            open_run(out, "train", ours, resume=resume, free=free, as_now=as_now, data=data)
+        trainer = GAPGTrainer(config.model_copy(update={"task": pinned(config.task, known_data(out))}), out)
         with trainer.clouds:
             last = get_last_checkpoint(str(out)) if resume else None
             trainer.train(resume_from_checkpoint=last)

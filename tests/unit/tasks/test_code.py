@@ -8,24 +8,26 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.programs import ROWS, code_task, problems, taco, write_rows
+from tests.programs import ROWS, code_task, problem, problems, taco, write_rows
 
 from selfroute.config import Choice
 from selfroute.errors import ConfigError, TaskError
 from selfroute.tasks import make_task, verdicts
+from selfroute.tasks.check import check
 from selfroute.tasks.code import Code, CodeConfig, program_of
-from selfroute.tasks.code_rows import read_problems
+from selfroute.tasks.code_rows import CODE_SETS
 from selfroute.tasks.inside.wire import pack, unpack
 from selfroute.tasks.outputs import show, text_fault, value_fault
 from selfroute.types import Problem, Verdict
 
+FIXTURES = Path(__file__).parents[2] / "fixtures/code"
 ADD = "print(sum(map(int, input().split())))"
 
 
@@ -44,9 +46,9 @@ def test_each_layout_gives_a_problem_with_its_prompt(tmp_path: Path) -> None:
     assert "def below_zero(moves: List[int]) -> bool:" in known["below zero"].question
     # One test of several, which shows the name alone.
     assert known["squares"].question.count("assert") == 1
-    for name, problem in known.items():
+    for name, shown in known.items():
         for hidden in ("expected", "METADATA", "canonical"):
-            assert hidden not in problem.question, name
+            assert hidden not in shown.question, name
 
 
 def test_the_reference_solutions_of_a_file_pass_and_are_not_shown(tmp_path: Path) -> None:
@@ -81,19 +83,43 @@ def test_parquet_and_folders_read_the_same(tmp_path: Path) -> None:
     for number, part in enumerate((rows[:10], rows[10:])):
         pq.write_table(pa.Table.from_pylist(part), folder / f"train-{number}.parquet")
     write_rows(tmp_path / "rows.jsonl", rows)
-    one = list(read_problems(tmp_path / "rows.jsonl", max_cases=9))
-    assert list(read_problems(folder, max_cases=9)) == one
-    assert len(one) == 30
+    one = Code(CodeConfig(path=str(tmp_path / "rows.jsonl"))).data.splits
+    assert Code(CodeConfig(path=str(folder))).data.splits == one
+    assert sum(map(len, one.values())) == 30
+
+
+def test_every_setting_has_a_row_and_every_row_a_setting() -> None:
+    assert set(get_args(CodeConfig.model_fields["dataset"].annotation)) == set(CODE_SETS)
+    assert all(set(about.sizes) == set(hub.parts) for about in CODE_SETS.values() for hub in about.hubs)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sizes"),
+    [("taco-verified", (22, 2, 2)), ("humaneval", (0, 0, 2)), ("mbpp", (6, 1, 2)), ("mbpp-sanitized", (2, 1, 1))],
+)
+def test_each_data_set_keeps_its_division_and_its_solutions_pass(dataset: str, sizes: tuple[int, ...]) -> None:
+    task = make_task(Choice(name="code", dataset=dataset, data_dir=str(FIXTURES)))
+    assert isinstance(task, Code)
+    assert tuple(len(task.data.splits[split]) for split in ("train", "calibration", "test")) == sizes
+    if dataset == "humaneval":
+        assert not any(check(task, task.load("test")))
+        with pytest.raises(
+            TaskError, match=r"humaneval holds test problems only: train on task\.dataset=taco-verified"
+        ):
+            task.load("train")
+    else:
+        assert not any(check(task, task.load("train")[:2]))
 
 
 def test_difficulty_and_the_number_of_cases(tmp_path: Path) -> None:
     rows = [{**row, "difficulty": "HARD" if n % 2 else "EASY"} for n, row in enumerate(many(40))]
     rows.append(taco("Many cases.", ["1 2\n"] * 50, ["3\n"] * 50, difficulty="EASY"))
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
-    assert len(Code(CodeConfig(path=path, difficulty=("HARD",)))._problems) == 20
-    last = Code(CodeConfig(path=path, max_cases=7))._problems[-1]
+    assert sum(map(len, Code(CodeConfig(path=path, difficulty=("HARD",))).data.splits.values())) == 20
+    splits = Code(CodeConfig(path=path, max_cases=7)).data.splits
+    [last] = [p for found in splits.values() for p in found if "Many cases" in p.question]
     assert Code(CodeConfig(path=path)).verify(ADD, last) == Verdict(True, "passes all 7 cases")
-    with pytest.raises(TaskError, match="holds no train problem of difficulty EASIER or EASIEST"):
+    with pytest.raises(TaskError, match="no train problem of taco-verified, difficulty EASIER or EASIEST: give more"):
         Code(CodeConfig(path=path, difficulty=("EASIER", "EASIEST"))).load("train")
 
 
@@ -141,8 +167,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(TaskError, match=message):
             Code(CodeConfig(path=str(tmp_path / name))).load("train")
-    with pytest.raises(ConfigError, match="path: Field required"):
-        make_task(Choice(name="code"))
+    with pytest.raises(ConfigError, match="dataset: Input should be 'taco-verified'"):
+        make_task(Choice(name="code", dataset="apps"))
 
 
 @pytest.mark.parametrize(
@@ -150,21 +176,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [("2.0 seconds", 2.0), ("1 second", 1.0), (None, None), ("", None), ("None", None), ("0.5 - 1.5 sec", 1.5),
      ("500 ms", 0.5), (3, 3.0), ("0 seconds", None)],
 )  # fmt: skip
-def test_time_limits_of_rows(tmp_path: Path, limit: object, seconds: float | None) -> None:
-    [(problem, _)] = read_problems(
-        write_rows(tmp_path / "rows.jsonl", [{**ROWS["sum"], "time_limit": limit}]), max_cases=1
-    )
-    assert problem.reference["time_limit_s"] == seconds
-    limits = Code(CodeConfig(path="x", time_limit_s=9, time_factor=3))._limits(problem)
+def test_time_limits_of_rows(limit: object, seconds: float | None) -> None:
+    found = problem({**ROWS["sum"], "time_limit": limit}, max_cases=1)
+    assert found.reference["time_limit_s"] == seconds
+    limits = Code(CodeConfig(time_limit_s=9, time_factor=3))._limits(found)
     assert limits.cpu_s == (9 if seconds is None else 3 * seconds)
 
 
-def test_time_for_all_cases_is_bounded(tmp_path: Path) -> None:
-    row = taco("Wait.", ["1 2\n"] * 40, ["3\n"] * 40)
-    [(problem, _)] = read_problems(write_rows(tmp_path / "rows.jsonl", [row]), max_cases=99)
-    task = Code(CodeConfig(path="x", total_s=1))
+def test_time_for_all_cases_is_bounded() -> None:
+    waits = problem(taco("Wait.", ["1 2\n"] * 40, ["3\n"] * 40))
+    task = Code(CodeConfig(total_s=1))
     started = time.monotonic()
-    verdict = task.verify(f"import time\ntime.sleep(0.2)\n{ADD}", problem)
+    verdict = task.verify(f"import time\ntime.sleep(0.2)\n{ADD}", waits)
     assert verdict.reason.endswith("time limit of 1 s for all 40 cases")
     assert time.monotonic() - started < 10
 

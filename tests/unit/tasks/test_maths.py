@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from typer.testing import CliRunner
 
 from selfroute.config import Choice
 from selfroute.errors import ConfigError, DataWarning, TaskError
+from selfroute.task_commands import app
 from selfroute.tasks import make_task
 from selfroute.tasks.check import check
 from selfroute.tasks.maths import Maths, MathsConfig
@@ -109,7 +111,7 @@ def test_splits_do_not_depend_on_the_order_or_the_format_of_a_file(tmp_path: Pat
     (tmp_path / "all.json").write_text(json.dumps(rows))
     splits = ("train", "calibration", "test")
     whole = task(path=str(tmp_path / "all.parquet"))
-    cut = {split: whole.load(split) for split in splits if whole._splits[split]}
+    cut = {split: whole.load(split) for split in splits if whole.data.splits[split]}
     assert sum(map(len, cut.values())) == 28
     assert len({p.id for problems in cut.values() for p in problems}) == 28
     again = task(path=str(tmp_path / "all.json"))
@@ -151,6 +153,32 @@ def test_test_problems_among_those_for_training_are_left_out_with_a_warning(tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         task("math-500").load("test")
+
+
+def test_problems_that_all_but_repeat_a_test_problem_stay_with_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "gsm8k"
+    shutil.copytree(FIXTURES / "gsm8k", folder)
+    with (folder / "train.jsonl").open("a") as file:
+        for who, more in (("Bob", " Why?"), ("Ann", "")):
+            question = f"{who} shares 18 sweets among 3 friends. How many does each get?{more}"
+            file.write(json.dumps({"question": question, "answer": "#### 6"}) + "\n")
+    made = task("gsm8k", data_dir=str(tmp_path))
+    with pytest.warns(DataWarning, match="2 training problems all but repeat a test problem, such as maths-"):
+        # One of the two may be calibration's by its hash.
+        count = len(made.load("train"))
+    assert [b.question[:3] for _, b in made.data.near] == ["Bob"] * 2
+    assert {a.id for a, _ in made.data.near} <= {p.id for p in made.data.splits["train"]}
+    assert count == len(made.data.splits["train"])
+    said = CliRunner().invoke(app, ["check", "maths", "dataset=gsm8k", f"data_dir={tmp_path}"]).output
+    assert "2 training problems all but repeat a test problem:" in said
+    assert "Ann shares 18 sweets among 3 friends." in said
+    assert "all 2 problems pass" in said
+    with pytest.warns(DataWarning, match="all but repeat a test problem"):
+        said = (
+            CliRunner().invoke(app, ["show", "maths", "dataset=gsm8k", f"data_dir={tmp_path}", "--split=train"]).output
+        )
+    assert f"train: {count} problems\n" in said
+    assert said.count("  user ") == 3
 
 
 def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
@@ -197,7 +225,7 @@ def test_an_empty_split_says_what_to_do(tmp_path: Path) -> None:
     file.write_text('{"problem": "One?", "solution": "\\\\boxed{1}"}\n')
     made = task(path=str(file))
     for split in ("train", "calibration", "test"):
-        if not made._splits[split]:
+        if not made.data.splits[split]:
             with pytest.raises(TaskError, match=f"holds no {split} problem of math-lighteval: give more, or train and"):
                 made.load(split)
 

@@ -13,6 +13,7 @@ from tests.data_hub import FolderHub
 from selfroute.errors import TaskError
 from selfroute.tasks.sources import Hub, export_command, find_files, find_named, read_files
 
+DIVIDED = {"train": {"train"}, "test": {"test"}}
 ROWS = [{"a": "one", "b": "1"}, {"a": "two, with\na line break", "b": "2"}]
 
 
@@ -79,14 +80,14 @@ def test_files_are_found_by_part(tmp_path: Path) -> None:
                  "test/algebra.jsonl", "README.md", "other.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_files(tmp_path, divided=True).parts
+    found = find_files(tmp_path, DIVIDED).parts
     names = {part: [str(f.relative_to(tmp_path)) for f in files] for part, files in found.items()}
     assert names == {
         "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
         "test": ["data/test-0.parquet", "test/algebra.jsonl"],
     }
-    assert len(find_files(tmp_path, divided=False).parts["all"]) == 5
-    assert find_files(tmp_path / "other.json", divided=True).parts == {"all": [tmp_path / "other.json"]}
+    assert len(find_files(tmp_path, {}).parts["all"]) == 5
+    assert find_files(tmp_path / "other.json", DIVIDED).parts == {"all": [tmp_path / "other.json"]}
 
 
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
         (tmp_path, "nothing to read in .*train.jsonl and test.jsonl"),
     ):
         with pytest.raises(TaskError, match=message):
-            find_files(place, divided=True)
+            find_files(place, DIVIDED)
     (tmp_path / "named.csv").touch()
     assert find_named(tmp_path, "named") == tmp_path / "named.csv"
     assert find_named(tmp_path, "x") is None
