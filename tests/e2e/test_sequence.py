@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfroute import api
 from selfroute.errors import RunError
 from selfroute.records import read_json, read_records
 from tests.commands import selfroute
@@ -82,7 +83,8 @@ def test_two_tasks_one_after_the_other_killed_and_resumed(tmp_path: Path) -> Non
         assert part in said
     assert selfroute("report", whole).splitlines()[:3] == said[said.index("test problems, percent") :].splitlines()[:3]
     # A stage is a run like any other.
-    assert "selfroute, own decision" in selfroute("report", whole / "1-countdown")
+    assert api.run_config(whole / "1-countdown").task.name == "countdown"
+    assert api.checkpoint_name(whole / "2-sums") == "step-000003"
     found = read_json(whole / "sequence.json")
     assert [(c["stage"], c["task"], c["problems"]) for c in found["cells"]] == [
         ("1-countdown", "1-countdown", 12), ("2-sums", "1-countdown", 12), ("2-sums", "2-sums", 10),
