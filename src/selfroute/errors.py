@@ -3,7 +3,7 @@
     SelfrouteError
     ├── ConfigError      a config file, an override or an argument
     ├── TaskError        a data file or a generator
-    ├── DeviceError      the on-device model or its engine
+    ├── DeviceError      the on-device model or its engine (ContextError: a conversation that does not fit it)
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
     ├── DivergenceError  a model whose numbers are not finite
@@ -27,6 +27,10 @@ class TaskError(SelfrouteError):
 
 class DeviceError(SelfrouteError):
     """The on-device model cannot be loaded or run."""
+
+
+class ContextError(DeviceError):
+    """The conversation, with the room for its answer, is longer than the on-device model's context."""
 
 
 class CloudError(SelfrouteError):

@@ -1,4 +1,4 @@
-"""The vocabulary: small frozen values that every room shares, and the two protocols that cross rooms.
+"""The vocabulary: small frozen values that every room shares, and the protocols that cross rooms.
 
 Left out on purpose: behaviour. What a value means is said here; what is done with it is said where it is done.
 """
@@ -158,6 +158,83 @@ class CloudClient(Protocol):
 
     async def aclose(self) -> None:
         """Let go of what is held open, such as connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """One generation on the device, for a client that waits for it.
+
+    A client's own stop sequences are not in here: they are meant for the answer, and would cut the reasoning.
+
+    Args:
+        messages: the conversation; the system prompt holds the help instruction already.
+        max_tokens: limit of the response, `prefix` not counted.
+        temperature: as the client asks; 0 is greedy.
+        seed: names the random stream; the same name, messages and engine give the same response.
+        decide: at the decision point, draw from the model's odds, or ask exactly when l + `bias` > 0.
+        bias: the dial, in nats.
+        prefix: the response so far; the generation goes on after it, and its chunks do not repeat it.
+        forbid_help: the help call has probability 0 at the decision point.
+        extra: the client's other sampling fields, and those that selfroute does not know: for an engine that passes
+            them on. Of the first it gets only what it `honours`.
+    """
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    seed: str = ""
+    decide: Literal["sample", "threshold"] = "sample"
+    bias: float = 0.0
+    prefix: str = ""
+    forbid_help: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChunk:
+    """A piece of a response as it is generated; the last one, and no other, has a `finish`.
+
+    `text` is what the model writes, tags included, in pieces of any size. `reasoning` is thinking that the engine
+    tells apart itself. `score` is l at the decision point, None where the engine cannot tell. The last chunk counts
+    the prompt's tokens (`prefix` included) and those that were generated.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finish: Literal["", "stop", "length"] = ""
+    score: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class DeviceEngine(Protocol):
+    """A device model that answers many clients at a time, piece by piece."""
+
+    @property
+    def honours(self) -> frozenset[str]:
+        """Sampling fields of the API that it takes beside those of `DeviceRequest`, such as `top_p`."""
+        ...
+
+    def stream(self, request: DeviceRequest) -> AsyncIterator[DeviceChunk]:
+        """The response as it comes; closing the iterator (`aclose`) stops the generation at once.
+
+        Raises:
+            ContextError: the conversation and `max_tokens` do not fit the model; before the first chunk.
+            DeviceError: the engine failed; the message names the cause.
+        """
+        ...
+
+    async def ready(self) -> None:
+        """Return once it can serve.
+
+        Raises:
+            DeviceError: it cannot; the message names the cause and the way out.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Stop what is under way, and let go of the model or its connections."""
         ...
 
 
