@@ -9,8 +9,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Message = Mapping[str, str]
-"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`."""
+Message = Mapping[str, Any]
+"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`.
+
+On the way from a client of the gateway to the cloud it holds whatever the client wrote, such as parts and tool calls.
+"""
 
 
 @dataclass(frozen=True, slots=True)
