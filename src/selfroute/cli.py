@@ -96,6 +96,23 @@ class _Printer:
         return show
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _echo(version("selfroute"))
+        raise typer.Exit
+
+
+@app.callback()
+def selfroute(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 @contextmanager
 def _stopping(run: Path, again: str, *, holds: str = "run.json") -> Iterator[None]:
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -135,6 +136,10 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    if name in names() and not values.keys() <= kind.model_fields.keys():
+        command = re.search(rf"(selfroute \w+|accelerate launch .*?) {re.escape(name)}\b", text.replace("\\\n#", ""))
+        assert command is not None
+        raise ConfigError(f"{name} is a config of another command: {' '.join(command[0].split())}")
     return validate(kind, override(values, overrides), name)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ def test_help_is_fast_and_teaches(tmp_path: Path) -> None:
     for command in ("train", "evaluate", "calibrate", "report", "demo", "ask", "warmstart"):
         assert command in text
         assert "Usage" in selfroute(command, "--help", cwd=tmp_path)
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert selfroute("--version", cwd=tmp_path).strip() == version("selfroute")
 
 
 def _timed(call: Any) -> float:

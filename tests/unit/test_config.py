@@ -53,6 +53,22 @@ def test_faults_are_named(tmp_path: Path, text: str, overrides: list[str], messa
         load(Outer, str(path), overrides)
 
 
+def test_a_config_of_another_command_names_the_command() -> None:
+    with pytest.raises(ConfigError, match=r"of another command: selfroute warmstart countdown-1m$"):
+        load(TrainConfig, "countdown-1m")
+    with pytest.raises(ConfigError, match=r"of another command: selfroute compare compare-countdown$"):
+        load(TrainConfig, "compare-countdown")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_config_states_its_command(name: str) -> None:
+    class Other(Config):
+        """Knows no key."""
+
+    with pytest.raises(ConfigError, match=rf"command: (selfroute|accelerate launch) .*{name}$"):
+        load(Other, name)
+
+
 def test_an_unknown_config_names_the_known() -> None:
     with pytest.raises(ConfigError, match=r"no such config: 'nope' .*countdown-tiny"):
         load(Outer, "nope")

@@ -20,6 +20,7 @@ from selfroute.cloud.memory import Cloud
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
+from selfroute.compare.place import Place
 from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
 from selfroute.compare.rows import VERSION, Record, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
@@ -49,7 +50,7 @@ def compare(
     """
     testbed = out / config.testbed
     with lock_run(testbed):
-        place = _Place(config, testbed)
+        place = Place(config, testbed)
 
         def placed(what: str, done: int, total: int) -> None:
             progress(f"{place} | {what}", done, total)
@@ -60,7 +61,7 @@ def compare(
             return
         missing = []
         for part in config.parts():
-            if _Place(part, testbed).left:
+            if Place(part, testbed).left:
                 missing.append({"config": part.stored(), "testbed": str(testbed.resolve())})
             else:
                 # Checked, and not worth a process.
@@ -69,37 +70,6 @@ def compare(
             # The same however many parts are left, since their number changes how sums are rounded.
             threads = max(1, torch.get_num_threads() // jobs)
             run_parts(missing, jobs=min(jobs, len(missing)), threads=threads, progress=placed)
-
-
-class _Place:
-    """How far the whole matrix is, in words."""
-
-    def __init__(self, config: CompareConfig, testbed: Path) -> None:
-        bounds, routers = ([m for m in config.methods if m in kind] for kind in (BOUNDS, ROUTERS))
-        self.rows = [(method, seed) for seed in config.seeds for method in (*bounds, *config.trained, *routers)]
-        self.testbed = testbed
-        self.started, self.at_start = time.monotonic(), self._finished()
-        self.done, self.counted = self.at_start, self.started
-
-    @property
-    def left(self) -> int:
-        """Rows that were not finished when they were last counted."""
-        return len(self.rows) - self.done
-
-    def _finished(self) -> int:
-        return sum(row_info(self.testbed, *row) is not None for row in self.rows)
-
-    def __str__(self) -> str:
-        now = time.monotonic()
-        # Progress comes often, and counting reads a file a row.
-        if now - self.counted > 1:
-            self.done, self.counted = self._finished(), now
-        text = f"row {min(self.done + 1, len(self.rows))} of {len(self.rows)}"
-        fresh = self.done - self.at_start
-        if fresh:
-            minutes = (now - self.started) / 60
-            text += f", {minutes:.0f} min, about {minutes / fresh * self.left:.0f} left"
-        return text
 
 
 class Matrix:

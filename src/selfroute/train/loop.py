@@ -126,7 +126,8 @@ class Trainer:
         config = self.config
         with stop_signals() as stop:
             # A run that was stopped before its last checkpoint was rated.
-            self._rate()
+            if self._rate() and self.ranks.any(stop.is_set()):
+                raise KeyboardInterrupt
             for step in range(self.finished + 1, config.steps + 1):
                 try:
                     record = self.step(step)

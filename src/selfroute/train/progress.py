@@ -100,7 +100,7 @@ class Clock:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event, so that the step under way can finish; a second one kills."""
+    """The first SIGINT or SIGTERM sets the event, so that the step under way can finish; a second, of either, kills."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -111,7 +111,8 @@ def stop_signals() -> Iterator[threading.Event]:
         stop.set()
         # Not print: a signal may come in the middle of one.
         os.write(2, b"\nsaving after this step (once more: stop at once, back to the last checkpoint)\n")
-        signal.signal(number, before[signal.Signals(number)])
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, handle)

@@ -12,6 +12,7 @@ Axes: B rows, K last tokens, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -324,11 +325,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the run directory to write")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, and stop")
     given = parser.parse_args(arguments)
     try:
-        train(load(TRLConfig, given.config, given.overrides), given.out, resume=given.resume)
+        config = load(TRLConfig, given.config, given.overrides)
+        if given.dry_run:
+            dry_run(config, given.out)
+            return
+        train(config, given.out, resume=given.resume)
     except (SelfrouteError, OSError) as error:
         sys.exit(f"selfroute: {error}")
+
+
+def dry_run(config: TRLConfig, out: Path) -> None:
+    """Print the resolved config, in the first process, once TRL has accepted its settings.
+
+    Raises:
+        ConfigError: settings that do not fit.
+    """
+    resolved = whole(config)
+    assert isinstance(resolved, TRLConfig)
+    grpo_config(resolved, out, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(resolved.model_dump(mode="json"), indent=2))
 
 
 def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:

@@ -15,7 +15,8 @@ import pytest
 from tests.servers import Exchange, Fault, Server, event, hang, reply
 
 from selfroute.cloud import make_cloud
-from selfroute.cloud.client import OpenAICloud, OpenAIConfig
+from selfroute.cloud.client import OpenAICloud
+from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.memory import Cloud
 from selfroute.config import Choice, validate
 from selfroute.errors import CloudError, ConfigError
@@ -320,7 +321,7 @@ def test_a_provider_that_was_down_is_asked_again_by_one_and_then_by_all() -> Non
 
 
 def test_too_long_an_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfroute.cloud.client.MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("selfroute.cloud.exchange.MAX_BODY_BYTES", 1000)
     with Server(status(200, reply("x" * 2000))) as server, pytest.raises(CloudError, match="sent more than"):
         complete(server)
 

@@ -203,6 +203,21 @@ def test_a_run_that_broke_off_keeps_the_best_of_one_that_did_not(
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_stop_in_the_rating_that_a_resume_begins_with_is_no_further_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    killed_in_rating(run, 1)
+    before = names(run)
+
+    def rate(engine: HFEngine, task: Task, cloud: Cloud) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return by_weights(engine, task, cloud)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(**SETTINGS), run, resume=True, rate=rate)
+    assert names(run) == before
+    assert len(state(run)["scores"]) == 1
+
+
 def test_a_rating_that_fails_loses_nothing(run_dir: Path) -> None:
     def rate(engine: HFEngine, task: Task, cloud: Cloud) -> float:
         raise CloudError("connection refused")

@@ -1,13 +1,15 @@
-"""The shares that a step reports."""
+"""The shares that a step reports, and the signals that end a run."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import pytest
 
 from selfroute.train.plan import Judged
-from selfroute.train.progress import shares
+from selfroute.train.progress import shares, stop_signals
 from selfroute.types import Answer, HelpCall, Response, Undecided
 
 
@@ -28,3 +30,22 @@ def test_the_shares_of_a_step_by_hand() -> None:
 def test_certain_decisions_and_none() -> None:
     assert shares([Judged([response(800.0)], [HelpCall()], [False])])["asking"] == 1.0
     assert shares([Judged([response(None)], [Undecided()], [False])])["asking"] == 0.0
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_and_the_second_does_not(first: signal.Signals, second: signal.Signals) -> None:
+    def kill(number: int, frame: object) -> None:
+        raise ProcessLookupError
+
+    before = {number: signal.signal(number, kill) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), first)
+            assert stop.wait(5)
+            with pytest.raises(ProcessLookupError):
+                os.kill(os.getpid(), second)
+        assert signal.getsignal(first) is kill
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from tests.unit.train.test_loop import plans_of, trainer
 
-from selfroute.config import validate
+from selfroute.config import load, validate
 from selfroute.errors import ConfigError
 from selfroute.protocol import chat
+from selfroute.train.config import TrainConfig, whole
 from selfroute.train.plan import batch
-from selfroute.train.trl import TRLConfig, grpo_config
+from selfroute.train.trl import TRLConfig, grpo_config, main
 
 ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
@@ -127,6 +128,17 @@ def test_what_the_method_does_not_allow_is_refused(tmp_path: Path, changes: dict
     config = validate(TRLConfig, changes, "test")
     with pytest.raises(ConfigError, match=message):
         grpo_config(config, tmp_path, 1)
+
+
+def test_the_config_for_two_machines_is_one_that_trl_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["countdown-qwen2.5-3b-2x8", "--out", str(tmp_path / "run"), "--dry-run"])
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["trl"]["use_vllm"] is True
+    one_gpu = whole(load(TrainConfig, "countdown-qwen2.5-3b")).model_dump(mode="json")
+    # They differ in how the work is laid out alone.
+    assert {k for k in resolved if resolved[k] != one_gpu.get(k)} == {"trl", "micro_batch_tokens"}
+    assert grpo_config(load(TRLConfig, "countdown-qwen2.5-3b-2x8"), tmp_path, 16).gradient_accumulation_steps == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trls_settings_pass_through(tmp_path: Path) -> None:

@@ -1,0 +1,224 @@
+"""One HTTP request to the cloud and its answer: what each wait may take, what a failure means, what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx2
+from pydantic import ValidationError
+
+from selfroute.cloud.endpoint import OpenAIConfig
+from selfroute.cloud.spending import Spending
+from selfroute.cloud.wire import Reply, message_of, parse_retry_after
+from selfroute.errors import CloudError
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 32 * 2**20
+"""An answer longer than this is a fault."""
+
+MAX_RETRY_AFTER_S = 120.0
+"""A provider that asks to be left alone for longer is an error at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What the requests to one endpoint share."""
+
+    config: OpenAIConfig
+    key: str
+    http: httpx2.AsyncClient
+    spending: Spending
+
+
+class TransientError(CloudError):
+    """A failure that another attempt may mend: `retry_after_s` is what the provider asks to wait, `down` that it is
+    a failure of the provider, not its asking for patience."""
+
+    def __init__(self, text: str, retry_after_s: float | None = None, *, down: bool = True) -> None:
+        super().__init__(text)
+        self.retry_after_s, self.down = retry_after_s, down
+
+
+class UnreadableError(TransientError):
+    """An answer came, and is none."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, down=False)
+
+
+class Exchange:
+    """One HTTP request and its answer, each piece waited for no longer than it may take.
+
+    Args:
+        line: where to.
+        body: the request's JSON.
+        worst_usd: the most that it may cost; held back while it is under way.
+    """
+
+    def __init__(self, line: Line, body: Mapping[str, Any], worst_usd: float) -> None:
+        self._line = line
+        self._body = json.dumps(body).encode()
+        self._response: httpx2.Response | None = None
+        self._deadline = self._first_byte_by = 0.0
+        self._started = False
+        self.events = self._events()
+        self._worst_usd = worst_usd
+        self._held = False
+        self.cost_usd = 0.0
+        """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
+        self.billed = False
+
+    async def __aenter__(self) -> Exchange:
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Send the request and read the status.
+
+        Raises:
+            CloudError: it is not 200, or none came.
+        """
+        line, c = self._line, self._line.config
+        await line.spending.reserve(self._worst_usd)
+        self._held, self.cost_usd = True, self._worst_usd
+        now = time.monotonic()
+        self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
+        request = line.http.build_request(
+            "POST", f"{c.base_url}/chat/completions", content=self._body,
+            headers={"Content-Type": "application/json"},
+        )  # fmt: skip
+        self._response = await self._wait(line.http.send(request, stream=True))
+        status = self._response.status_code
+        if status != 200:
+            # A gateway's time-out or its bad upstream may come after the model has run.
+            if (status < 500 and status != 408) or status == 503:
+                self.cost_usd = 0.0
+            said = b""
+            async for piece in self.pieces():
+                said += piece
+                if len(said) > 4096:
+                    break
+            raise refusal(c, line.key, status, said, self._response.headers.get("Retry-After"))
+
+    def bill(self, cost_usd: float) -> None:
+        """The whole answer came, and this is what it costs."""
+        self.cost_usd, self.billed = cost_usd, True
+
+    async def close(self) -> None:
+        """Let go of the connection, which cancels an answer that is still coming, and settle the bill."""
+        if self._held:
+            self._held = False
+            await self._line.spending.settle(self._worst_usd, self.cost_usd, abandoned=not self.billed)
+        await self.events.aclose()
+        if self._response is not None:
+            await self._response.aclose()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes.
+
+        Raises:
+            CloudError: it stalls, breaks off, or is too long.
+        """
+        assert self._response is not None
+        pieces, size = self._response.aiter_bytes(), 0
+        while True:
+            try:
+                piece = await self._wait(anext(pieces))
+            except StopAsyncIteration:
+                return
+            self._started = True
+            size += len(piece)
+            if size > MAX_BODY_BYTES:
+                raise CloudError(
+                    f"{self._line.config.where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer"
+                )
+            yield piece
+
+    async def _events(self) -> AsyncGenerator[Reply]:
+        """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
+
+        Raises:
+            CloudError: as from `pieces`, or the provider sends an error in the stream.
+        """
+        rest = b""
+        async for piece in self.pieces():
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    return
+                yield self.read(data)
+        if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
+            yield self.read(data)
+
+    def read(self, data: bytes) -> Reply:
+        """An answer, or a piece of one.
+
+        Raises:
+            CloudError: it is an error, or cannot be read.
+        """
+        try:
+            read = Reply.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            raise UnreadableError(f"the cloud's answer cannot be read: {first['msg']}") from None
+        if read.error is not None:
+            code = read.error.get("code") if isinstance(read.error, dict) else None
+            raise refusal(self._line.config, self._line.key, code if isinstance(code, int) else 500, data)
+        return read
+
+    async def _wait(self, what: Awaitable[T]) -> T:
+        c, where = self._line.config, self._line.config.where
+        now = time.monotonic()
+        by, name, allowed_s = self._first_byte_by, "for the first byte", c.first_byte_timeout_s
+        if self._started:
+            by, name, allowed_s = now + c.idle_timeout_s, "between two pieces", c.idle_timeout_s
+        if self._deadline < by:
+            by, name, allowed_s = self._deadline, "in all", c.total_timeout_s
+        try:
+            async with asyncio.timeout(max(0.0, by - now)):
+                return await what
+        except TimeoutError:
+            raise TransientError(f"{where} took longer than {allowed_s:g} s {name}") from None
+        except httpx2.ConnectTimeout:
+            self.cost_usd = 0.0
+            raise TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
+        except httpx2.HTTPError as error:
+            if isinstance(error, httpx2.ConnectError):
+                self.cost_usd = 0.0
+            raise TransientError(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from error
+
+
+def refusal(config: OpenAIConfig, key: str, status: int, body: bytes, retry_after: str | None = None) -> CloudError:
+    """What a status other than 200 means, and the way out; some send it in the body of a 200. Never holds the key."""
+    # Some providers repeat it.
+    said = message_of(body.replace(key.encode(), b"***") if key else body)
+    where = config.where
+    if status in (401, 403):
+        used = (
+            f"the key in ${config.api_key_var}" if config.api_key_var else "a request without a key (set api_key_var)"
+        )
+        return CloudError(f"{where} refuses {used} ({status}): {said}")
+    if status == 404:
+        return CloudError(f"{where} knows no model {config.model!r}, or no such path (404): {said}")
+    if status in (408, 409, 425, 429) or status >= 500:
+        wait_s = parse_retry_after(retry_after)
+        if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
+            return CloudError(f"{where} asks to wait for {wait_s:.0f} s ({status}): {said}")
+        return TransientError(f"{where} answers {status}: {said}", wait_s, down=status >= 500)
+    return CloudError(f"{where} rejects the request ({status}): {said}")
