@@ -7,7 +7,8 @@
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
     ├── DivergenceError  a model whose numbers are not finite
-    └── RunError         a run directory (missing, foreign, damaged)
+    ├── RunError         a run directory (missing, foreign, damaged)
+    └── StoreError       the gateway's store of requests, budgets and keys
 
 Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
 """
@@ -47,6 +48,10 @@ class DivergenceError(SelfrouteError):
 
 class RunError(SelfrouteError):
     """A run directory is missing, belongs to other settings, or is damaged."""
+
+
+class StoreError(SelfrouteError):
+    """The gateway's store cannot be opened, read or written."""
 
 
 class DataWarning(UserWarning):
