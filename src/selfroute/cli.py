@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -327,6 +328,32 @@ def ask(
 def _plain(text: str) -> str:
     """Text of a model, without the control characters that a terminal would obey."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+@app.command()
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A gateway's .toml file, and changes to what --dry-run prints: port=9000, cloud.accuracy=0.7.",
+            metavar="[CONFIG] [KEY=VALUE]...",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Serve the pair to any OpenAI client: the device answers, and hands over to the cloud when it asks.
+
+    Without a config: the shipped Countdown model and the oracle cloud, on this machine alone.
+    """
+    from selfroute import api
+
+    given = list(arguments or [])
+    config = api.load_gateway_config(given.pop(0) if given and "=" not in given[0] else None, given)
+    if dry_run:
+        _dry_run(config)
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    api.serve(config, lambda url: _echo(f"serving {config.model} on {url} (Ctrl-C ends)"))
 
 
 @app.command()
