@@ -308,9 +308,9 @@ IN_PROCESS = "selfroute.device.hf:HFEngine"
 
 
 def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
-    hidden = "import sys; sys.modules['torch'] = None; sys.argv = ['selfroute', 'serve', *sys.argv[1:]]; "
+    hidden = "import sys; sys.modules['torch'] = None; from selfroute.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", f"{hidden}from selfroute.cli import main; main()", "port=0", f"device.name={IN_PROCESS}"],
+        [sys.executable, "-c", hidden, "serve", "port=0", f"device.name={IN_PROCESS}"],
         capture_output=True, text=True, timeout=60, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
