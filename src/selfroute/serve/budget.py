@@ -110,7 +110,7 @@ class Budget:
         A task that is cancelled here has reserved nothing.
 
         Raises:
-            StoreError: the store failed; nothing was reserved.
+            StoreError: the store failed; what may have been reserved is swept in time.
         """
         worst = nano(worst_usd)
         reserved: list[Reservation] = []
