@@ -62,7 +62,7 @@ class Model:
 
     def within(self, scope: str, now: float, length_s: int) -> tuple[int, int]:
         """Requests and calls since the slot began that was a length ago."""
-        since = (now * 60 // length_s - 60) * length_s / 60
+        since = (now * 20 // length_s - 20) * length_s / 20
         calls = [c for c in self.calls if scope in c.scopes and c.at >= since and not c.released]
         return sum(at >= since and s == scope for at, s in self.requests), len(calls)
 
