@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
@@ -155,17 +155,20 @@ class MemoryBudget:
 
     async def settle(self, reservation: Any, cost_usd: float) -> bool:
         await asyncio.sleep(0)
-        worst = self.under_way.pop(reservation)
-        self.gateway = self.gateway.settle(self.gateway.day, nano(worst), nano(cost_usd))
+        self._close(reservation, cost_usd)
         self.settled.append(cost_usd)
         return True
 
     async def release(self, reservation: Any) -> bool:
         await asyncio.sleep(0)
-        worst = self.under_way.pop(reservation)
-        self.gateway = self.gateway.release(self.gateway.day, nano(worst), self._now())
+        self._close(reservation, 0.0)
+        self.gateway = self.gateway.take_back(self._now())
         self.released += 1
         return True
+
+    def _close(self, reservation: Any, cost_usd: float) -> None:
+        account, worst = self.gateway, self.under_way.pop(reservation)
+        self.gateway = replace(account, held=account.held - nano(worst), spent=account.spent + nano(cost_usd))
 
     def _now(self) -> float:
         now = time.time()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
+from selfroute.key_commands import app as keys_app
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
 
@@ -400,6 +401,7 @@ def _console() -> Console:
 
 
 app.add_typer(tasks_app, name="tasks")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
