@@ -38,7 +38,7 @@ class ScriptedDevice:
     def __init__(self, *scripts: Sequence[Step], pause_s: float = 0.0) -> None:
         self.scripts, self.pause_s = list(scripts), pause_s
         self.requests: list[DeviceRequest] = []
-        self.stopped = 0
+        self.stopped = self.open = 0
         self.waiting = asyncio.Event()
         self.failure: Exception | None = None
 
@@ -46,6 +46,7 @@ class ScriptedDevice:
         self.requests.append(request)
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         ended = False
+        self.open += 1
         try:
             for step in script:
                 await asyncio.sleep(self.pause_s)
@@ -58,6 +59,7 @@ class ScriptedDevice:
                 ended = bool(chunk.finish)
                 yield chunk
         finally:
+            self.open -= 1
             self.stopped += not ended
 
     async def ready(self) -> None:
