@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -204,7 +206,9 @@ BEFORE: dict[str, tuple[Fault, int, str]] = {
 
 
 @pytest.mark.parametrize(("fault", "status", "code"), BEFORE.values(), ids=BEFORE)
-def test_a_cloud_that_fails_before_its_answer(fault: Fault, status: int, code: str) -> None:
+def test_a_cloud_that_fails_before_its_answer(
+    fault: Fault, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(ScriptedDevice(ASKS, WITHOUT_HELP), Server(otherwise=fault))
     with world.client() as client:
         whole = client.chat.completions.create(model="selfroute", messages=QUESTION)
@@ -222,6 +226,8 @@ def test_a_cloud_that_fails_before_its_answer(fault: Fault, status: int, code: s
         assert streamed.value.code == code
     assert [r.route for r in world.recorder.records] == ["device", "device", "cloud", "cloud"]
     assert [r.denied for r in world.recorder.records] == ["cloud", "cloud", "", ""]
+    assert "cloud" in caplog.text
+    assert KEY not in caplog.text
     # Two attempts at most, and no more money than was held back for them.
     assert len(world.cloud.requests) <= 8
     assert len(world.budget.settled) + world.budget.released == 4
@@ -260,6 +266,24 @@ def test_a_device_that_fails(script: list[Step]) -> None:
         assert (caught.value.status_code, caught.value.code) == (503, "device_unavailable")
     assert len(world.cloud.requests) == 1
     assert world.device.stopped == 2
+
+
+@pytest.mark.parametrize("script", [ASKS, said("2+3=", finish="length"), [DOWN]], ids=["asks", "cut", "down"])
+def test_what_may_not_leave_the_machine_reaches_no_socket(script: list[Step]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        cloud = OpenAICloud(OpenAIConfig(base_url=url, model="gpt-4.1", connect_timeout_s=1, first_byte_timeout_s=0.3))
+        budget = MemoryBudget()
+        pair = Pair(ScriptedDevice(script), cloud, budget, MemoryRecorder(), idle_s=0.4)
+        with serving(make_app(Gateway(GatewayConfig(), pair, budget))) as gateway:
+            for body in ({"model": "selfroute-device"}, {"model": "selfroute", "selfroute": {"policy": "device-only"}}):
+                for more in ({}, {"stream": True}, {"logprobs": True}):
+                    asked = {**body, **more, "messages": QUESTION}
+                    answered = httpx2.post(f"{gateway}/v1/chat/completions", json=asked, timeout=20)
+                    assert answered.status_code in (200, 400, 503)
+        listener.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 def test_a_client_that_goes_away_cancels_the_cloud() -> None:
