@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from selfroute.errors import CloudError, DeviceError, StoreError
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
 from selfroute.serve.asking import POLICIES
 from selfroute.serve.history import RequestRecord
+from selfroute.serve.server import listening
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest, DeviceChunk, DeviceRequest
 
 Step = str | DeviceChunk | Exception | None
@@ -217,17 +217,16 @@ class FakeKeys:
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """An application on a free port of loopback, in a thread of its own; its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-        listener.close()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    with listening("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 class SlowConfig(Config):

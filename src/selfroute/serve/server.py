@@ -147,4 +147,6 @@ def listening(host: str, port: int) -> Generator[socket.socket]:
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error} (host=, port=)") from error
     with listener:
+        # Else an answer's second packet waits for the client's delayed acknowledgement, 40 ms. Connections inherit it.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener

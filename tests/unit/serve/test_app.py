@@ -291,7 +291,7 @@ def test_too_many_requests_a_minute() -> None:
 
 
 def test_too_many_requests_at_a_time() -> None:
-    world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1})
+    world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1}, idle_s=60)
     with world.client() as client, ExitStack() as stack:
         first = stack.enter_context(client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
         assert next(first.iter_raw()).startswith(b"data: ")

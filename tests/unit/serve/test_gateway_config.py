@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from selfroute import api
@@ -50,6 +52,13 @@ def test_a_port_that_is_taken() -> None:
         listening("127.0.0.1", first.getsockname()[1]),
     ):
         pass
+
+
+def test_no_packet_waits_for_an_acknowledgement() -> None:
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_at_most_25_settings() -> None:
