@@ -44,5 +44,5 @@ def run_dir(tmp_path: Path) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a costly fixture go to one process, which makes it once."""
     for item in items:
-        for name in {"trained", "finished", "compared", "alone"} & set(getattr(item, "fixturenames", ())):
+        for name in {"trained", "finished", "compared", "alone", "postgres"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))

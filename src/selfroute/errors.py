@@ -3,11 +3,12 @@
     SelfrouteError
     ├── ConfigError      a config file, an override or an argument
     ├── TaskError        a data file or a generator
-    ├── DeviceError      the on-device model or its engine
+    ├── DeviceError      the on-device model or its engine (ContextError: a conversation that does not fit it)
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
     ├── DivergenceError  a model whose numbers are not finite
-    └── RunError         a run directory (missing, foreign, damaged)
+    ├── RunError         a run directory (missing, foreign, damaged)
+    └── StoreError       the gateway's store of requests, budgets and keys
 
 Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
 """
@@ -29,8 +30,22 @@ class DeviceError(SelfrouteError):
     """The on-device model cannot be loaded or run."""
 
 
+class ContextError(DeviceError):
+    """The conversation, with the room for its answer, is longer than the on-device model's context."""
+
+
 class CloudError(SelfrouteError):
-    """The cloud, its cache or its ledger failed. Never scored as a wrong answer."""
+    """The cloud, its cache or its ledger failed. Never scored as a wrong answer.
+
+    `status` is the HTTP status with which a provider refused, `said` its words, `retry_after_s` for how long it asks to
+    be left alone.
+    """
+
+    def __init__(
+        self, text: str, *, status: int | None = None, said: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(text)
+        self.status, self.said, self.retry_after_s = status, said, retry_after_s
 
 
 class TrainingError(SelfrouteError):
@@ -43,6 +58,10 @@ class DivergenceError(SelfrouteError):
 
 class RunError(SelfrouteError):
     """A run directory is missing, belongs to other settings, or is damaged."""
+
+
+class StoreError(SelfrouteError):
+    """The gateway's store cannot be opened, read or written."""
 
 
 class DataWarning(UserWarning):

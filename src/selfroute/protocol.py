@@ -6,15 +6,16 @@ Left out on purpose: matching tags in a stream (the gateway's), and any knowledg
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from selfroute.errors import DeviceError
 from selfroute.types import Answer, CloudRequest, Decision, HelpCall, Message, Undecided
 
 HELP_OPEN = "<unknown>"
-HELP_CALL = f"{HELP_OPEN} I need external assistance </unknown>"
+HELP_CLOSE = "</unknown>"
+HELP_CALL = f"{HELP_OPEN} I need external assistance {HELP_CLOSE}"
 ANSWER_OPEN = "<answer>"
 ANSWER_CLOSE = "</answer>"
 
@@ -32,6 +33,51 @@ def chat(question: str) -> tuple[Message, ...]:
     return ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question})
 
 
+def offered(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A client's conversation for the device: the choice stands below the client's own system prompt.
+
+    Several system prompts become one at the beginning, where every chat template takes it; parts of a message become
+    its text.
+
+    >>> [m["role"] for m in offered([{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}])]
+    ['system', 'user']
+    """
+    said = [{"role": m["role"], "content": text_of(m.get("content"))} for m in messages]
+    system = [m["content"] for m in said if m["role"] in SYSTEM and m["content"]]
+    turns = [m for m in said if m["role"] not in SYSTEM]
+    return ({"role": "system", "content": "\n\n".join([*system, INSTRUCTION])}, *turns)
+
+
+def handed_over(messages: Sequence[Message], reasoning: str) -> tuple[Message, ...]:
+    """A conversation for the cloud with the device's reasoning below what the user said last."""
+    if not reasoning:
+        return tuple(messages)
+    note = f"{_HANDED_OVER}\n\n{reasoning}"
+    *before, last = messages
+    content = last.get("content")
+    if last["role"] != "user" or not content:
+        return (*messages, {"role": "user", "content": note})
+    if isinstance(content, str):
+        return (*before, {**last, "content": f"{content}\n\n{note}"})
+    return (*before, {**last, "content": [*content, {"type": "text", "text": note}]})
+
+
+def text_of(content: Any) -> str:
+    """What a message says: its text, or that of its parts.
+
+    >>> text_of([{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}])
+    'What is\\nthis?'
+    """
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "\n".join(text for text in parts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+SYSTEM = ("system", "developer")
+"""Roles of a message that instructs the model."""
+
+
 def cloud_request(question: str, reasoning: str = "") -> CloudRequest:
     """What the cloud is asked: the problem, and below it the device's reasoning, if it is to have it.
 
@@ -42,13 +88,8 @@ def cloud_request(question: str, reasoning: str = "") -> CloudRequest:
     <BLANKLINE>
     2+3=6
     """
-    content = f"{question}\n\n{_HANDED_OVER}\n\n{reasoning}" if reasoning else question
-    return CloudRequest(
-        messages=(
-            {"role": "system", "content": f"Think step by step, then end with {ANSWER_OPEN}your answer{ANSWER_CLOSE}."},
-            {"role": "user", "content": content},
-        )
-    )
+    system = {"role": "system", "content": f"Think step by step, then end with {ANSWER_OPEN}your answer{ANSWER_CLOSE}."}
+    return CloudRequest(handed_over((system, {"role": "user", "content": question}), reasoning))
 
 
 _HANDED_OVER = "A smaller model began as follows, and then asked for your help. It may be wrong:"

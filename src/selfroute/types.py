@@ -1,16 +1,19 @@
-"""The vocabulary: small frozen values that every room shares, and the two protocols that cross rooms.
+"""The vocabulary: small frozen values that every room shares, and the protocols that cross rooms.
 
 Left out on purpose: behaviour. What a value means is said here; what is done with it is said where it is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Message = Mapping[str, str]
-"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`."""
+Message = Mapping[str, Any]
+"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`.
+
+On the way from a client of the gateway to the cloud it holds whatever the client wrote, such as parts and tool calls.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,28 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class CloudRequest:
-    """One question to the cloud; everything that affects the answer is in here, so its hash is the cache's key."""
+    """One question to the cloud; everything that affects the answer is in here, so its hash is the cache's key.
+
+    `extra` holds further fields of the API's request, such as `tools`, as a client of the gateway sent them; its limits
+    of tokens count where they are lower, its temperature where `temperature` is None.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int = 2048
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     sample_index: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Bill:
+    """What one request costs, as far as is known: its answer, and attempts that broke off and may have been charged.
+
+    The client adds to `usd` as soon as an attempt has ended, and makes no further one that could pass `limit_usd`.
+    """
+
+    limit_usd: float
+    usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +149,16 @@ class CloudAnswer:
 
 @dataclass(frozen=True, slots=True)
 class CloudChunk:
-    """A piece of a streamed answer; the last one carries the whole `CloudAnswer` in `final`."""
+    """A piece of a streamed answer; the last one carries the whole `CloudAnswer` in `final`, and its finish reason.
+
+    `other` is what else the provider says in the API's choice, such as `{"delta": {"tool_calls": [...]}}`.
+    """
 
     text: str = ""
     reasoning: str = ""
+    other: Mapping[str, Any] = field(default_factory=dict)
     final: CloudAnswer | None = None
+    finish_reason: str = ""
 
 
 @runtime_checkable
@@ -166,8 +190,12 @@ class CloudClient(Protocol):
         """The whole answer. Cancelling the task cancels the request."""
         ...
 
-    def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
-        """The answer as it comes; closing the iterator (`aclose`) cancels the request."""
+    def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+        """The answer as it comes; closing the generator (`aclose`) cancels the request, and settles its `bill`."""
+        ...
+
+    def worst_usd(self, request: CloudRequest) -> float:
+        """The most that one attempt may cost."""
         ...
 
     async def aclose(self) -> None:
@@ -175,8 +203,86 @@ class CloudClient(Protocol):
         ...
 
 
-Ask = Callable[[Sequence[tuple[str, CloudRequest]]], Awaitable[list[CloudAnswer]]]
+AskJudge = Callable[[Sequence[tuple[str, CloudRequest]]], Awaitable[list[CloudAnswer]]]
 """Answers to (problem id, request) pairs, in order, each bought once: what a task that needs a judge is handed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """One generation on the device, for a client that waits for it.
+
+    A client's own stop sequences are not in here: they are meant for the answer, and would cut the reasoning.
+
+    Args:
+        messages: the conversation; the system prompt holds the help instruction already.
+        max_tokens: limit of the response, `prefix` not counted.
+        temperature: as the client asks; 0 is greedy.
+        seed: names the random stream; the same name, messages and engine give the same response.
+        decide: at the decision point, draw from the model's odds, or ask exactly when l + `bias` > 0.
+        bias: the dial, in nats.
+        prefix: the response so far; the generation goes on after it, and its chunks do not repeat it.
+        forbid_help: the help call has probability 0 at the decision point.
+        extra: the client's other sampling fields, and those that selfroute does not know: for an engine that passes
+            them on. Of the first it gets only what it `honours`.
+    """
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float = 1.0
+    seed: str = ""
+    decide: Literal["sample", "threshold"] = "sample"
+    bias: float = 0.0
+    prefix: str = ""
+    forbid_help: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChunk:
+    """A piece of a response as it is generated; the last one, and no other, has a `finish`.
+
+    `text` is what the model writes, tags included, in pieces of any size. `reasoning` is thinking that the engine
+    tells apart itself. `score` is l at the decision point, None where the engine cannot tell. The last chunk counts
+    the prompt's tokens (`prefix` included) and those that were generated.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finish: Literal["", "stop", "length"] = ""
+    score: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class DeviceEngine(Protocol):
+    """A device model that answers many clients at a time, piece by piece."""
+
+    @property
+    def honours(self) -> frozenset[str]:
+        """Sampling fields of the API that it takes beside those of `DeviceRequest`, such as `top_p`."""
+        ...
+
+    def stream(self, request: DeviceRequest) -> AsyncGenerator[DeviceChunk]:
+        """The response as it comes; closing the generator (`aclose`) stops the generation at once.
+
+        Raises:
+            ContextError: the conversation and `max_tokens` do not fit the model; before the first chunk.
+            DeviceError: the engine failed; the message names the cause.
+        """
+        ...
+
+    async def ready(self) -> None:
+        """Return once it can serve.
+
+        Raises:
+            DeviceError: it cannot; the message names the cause and the way out.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Stop what is under way, and let go of the model or its connections."""
+        ...
+
 
 Split = Literal["train", "calibration", "test"]
 """What a problem is for: it belongs to one of them for ever."""

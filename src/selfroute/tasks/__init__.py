@@ -33,7 +33,7 @@ class Task(Protocol):
     `canonical`: an answer in a form that equal answers share; it must not tell whether the answer is right.
 
     A task may have more: `verify_many`, where a verdict takes time or money; `pass_score`, where answers are graded; a
-    setting `judge`, which names a provider as a run names its cloud, and is then handed `ask` (`types.Ask`).
+    setting `judge`, which names a provider as a run names its cloud, and is then handed `ask` (`types.AskJudge`).
     """
 
     config: Any

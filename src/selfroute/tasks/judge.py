@@ -24,7 +24,7 @@ from selfroute.tasks import verdicts
 from selfroute.tasks.ballots import Ballot, by_rubric, pairwise, read_vote
 from selfroute.tasks.sources import Row, find_files, read_files, refuse
 from selfroute.tasks.splits import problem_hash, split_of_hash
-from selfroute.types import About, Ask, CloudRequest, Problem, Split, Verdict
+from selfroute.types import About, AskJudge, CloudRequest, Problem, Split, Verdict
 
 
 class JudgeConfig(Config):
@@ -99,7 +99,7 @@ class Judge:
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self.pass_score = config.pass_score
-        self.ask: Ask | None = None
+        self.ask: AskJudge | None = None
 
     def load(self, split: Split) -> list[Problem]:
         """The problems of a split, in an order that a hash of each decides; of one prompt twice, the first.

@@ -36,7 +36,7 @@ def task(path: str, **settings: Any) -> Judge:
 
 
 class Bench:
-    """A judge that says what a function of the request says; implements `types.Ask`."""
+    """A judge that says what a function of the request says; implements `types.AskJudge`."""
 
     def __init__(self, says: Callable[[CloudRequest], str], *, finished: bool = True) -> None:
         self.says, self.finished = says, finished

@@ -1,0 +1,310 @@
+"""The hard budget: money is held back before the cloud is asked, and settled once when it has answered.
+
+    arrive                 a request is counted
+    reserve                every limit of every scope is checked and the worst case held back, in one transaction
+      -> settle(cost)      the call's real cost takes the place of the worst case, once
+      -> release           the cloud was never asked: as if nothing had been
+      -> sweep             a worker died: spent at the worst case
+
+A transaction that grants locks the accounts of its scopes first, the whole gateway's always among them, so that workers
+and replicas on one store decide one after the other and together never pass a limit. Where the store fails, nothing is
+granted: `StoreError` is to be taken as a denial. Left out on purpose: prices, and what happens to a request that is
+denied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
+
+from selfroute.errors import StoreError
+from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, Window, nano
+from selfroute.serve.store import Store
+from selfroute.serve.tables import ACCOUNTS, RESERVATIONS, upsert
+
+GATEWAY = "gateway"
+"""The scope of all requests. It sorts before the keys' (`key:ID`), so every transaction locks it first."""
+
+FLUSH_S = 0.5
+SWEEP_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Nano-USD held back for one call, for the gateway and, unless it is empty, the key's `scope`."""
+
+    id: str
+    at: float
+    expires_at: float
+    scope: str
+    day: int
+    worst_nano: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a scope has used: counts in its share's window and in the last minute, money today."""
+
+    requests: int
+    calls: int
+    requests_minute: int
+    calls_minute: int
+    spent_usd: float
+    held_usd: float
+
+
+class Budget:
+    """The budget on a store.
+
+    `limits` are the whole gateway's; a key's are given with each request. A reservation that is neither settled nor
+    released within `hold_s` is taken for lost: longer than any call may take.
+    """
+
+    def __init__(
+        self, store: Store, limits: Limits, *, hold_s: float = 900.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._hold_s, self._clock = store, hold_s, clock
+        self._gateway = Scope(GATEWAY, limits)
+        # Requests that the store does not know yet, by scope. What is lost of them with a failed write or a dead
+        # worker makes shares smaller, never larger.
+        self._arrived: dict[str, tuple[Scope, int]] = {}
+
+    async def arrive(self, key: Scope | None = None) -> Denied | None:
+        """Count a request, or deny it; one that is denied does not count.
+
+        Where requests a minute are limited, that takes a transaction; else the count is kept here until the next
+        `reserve` or `flush`.
+
+        Raises:
+            StoreError: requests are limited and the store failed.
+        """
+        scopes = self._scopes(key)
+        if all(scope.limits.requests_per_minute is None for scope in scopes):
+            for scope in scopes:
+                _, before = self._arrived.get(scope.name, (scope, 0))
+                self._arrived[scope.name] = scope, before + 1
+            return None
+
+        def work(connection: Connection) -> Denied | None:
+            accounts, now = self._locked(connection, scopes)
+            refused = _first(a.refuses_request(s, now) for s, a in zip(scopes, accounts, strict=True))
+            if not refused:
+                _save(connection, scopes, [account.arrive(now, 1) for account in accounts])
+            return refused
+
+        return await self._store.write(work)
+
+    async def reserve(self, worst_usd: float, key: Scope | None = None) -> Reservation | Denied:
+        """Hold back the most that a call may cost, if no limit is passed by it.
+
+        A task that is cancelled here has reserved nothing.
+
+        Raises:
+            StoreError: the store failed; what may have been reserved is swept in time.
+        """
+        worst = nano(worst_usd)
+        reserved: list[Reservation] = []
+        scopes = self._scopes(key)
+        arrived = [self._arrived.pop(scope.name, (scope, 0))[1] for scope in scopes]
+
+        def work(connection: Connection) -> Reservation | Denied:
+            accounts, now = self._locked(connection, scopes)
+            accounts = [account.arrive(now, requests) for account, requests in zip(accounts, arrived, strict=True)]
+            refused = _first(a.refuses_call(s, now, worst) for s, a in zip(scopes, accounts, strict=True))
+            if refused:
+                _save(connection, scopes, accounts)
+                return refused
+            day, scope = accounts[0].day, key.name if key else ""
+            held = Reservation(uuid.uuid4().hex, now, now + self._hold_s, scope, day, worst)
+            _save(connection, scopes, [account.hold(now, worst) for account in accounts])
+            connection.execute(_HOLD, asdict(held))
+            reserved.append(held)
+            return held
+
+        try:
+            return await self._store.write(work)
+        except asyncio.CancelledError:
+            if reserved:
+                with suppress(StoreError):
+                    await self.release(reserved[0])
+            raise
+
+    async def settle(self, reservation: Reservation, cost_usd: float) -> bool:
+        """Put a call's cost in the place of its worst case; False when that was done before, or it was swept.
+
+        A cost above the worst case counts as it is.
+
+        Raises:
+            StoreError: the store failed; the worst case stays held back, and is swept in time.
+        """
+        return await self._close(reservation, nano(cost_usd))
+
+    async def release(self, reservation: Reservation) -> bool:
+        """Give a reservation back whose call was never made; False when it was settled, released or swept before.
+
+        Raises:
+            StoreError: as from `settle`.
+        """
+        return await self._close(reservation, 0, called=False)
+
+    async def sweep(self) -> int:
+        """Count reservations that nobody settled in time as spent, at their worst case; how many there were.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        expired = await self._store.read(lambda c: c.execute(_EXPIRED, {"now": self._clock()}).all())
+        swept = 0
+        for row in expired:
+            lost = Reservation(**row._mapping)
+            swept += await self._close(lost, lost.worst_nano)
+        if swept:
+            _log.warning("%d reservations were never settled (a worker died?): spent at their worst case", swept)
+        return swept
+
+    async def flush(self) -> None:
+        """Write down the requests that were counted here.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        arrived, self._arrived = self._arrived, {}
+        if not arrived:
+            return
+
+        def work(connection: Connection) -> None:
+            for name, (scope, requests) in sorted(arrived.items()):
+                scopes = self._scopes(scope if name != GATEWAY else None)
+                accounts, now = self._locked(connection, scopes)
+                _save(connection, [scope], [accounts[-1].arrive(now, requests)])
+
+        await self._store.write(work)
+
+    async def usage(self, key: Scope | None = None) -> Usage:
+        """What the gateway has used, or a key.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        scope = key or self._gateway
+
+        def work(connection: Connection) -> Account:
+            return _accounts(connection, scope.name, lock=False).get(scope.name, Account())
+
+        account = await self._store.read(work)
+        now = self._clock()
+        account = account.on(max(account.day, int(now // DAY_S)), scope.limits.window_s)
+        return Usage(*account.window.totals(now), *account.minute.totals(now), account.spent / 1e9, account.held / 1e9)
+
+    async def run(self, flush_s: float = FLUSH_S) -> None:
+        """Flush and sweep until the task is cancelled; flushes once more then."""
+        swept_at = float("-inf")
+        try:
+            while True:
+                try:
+                    await self.flush()
+                    if time.monotonic() - swept_at >= SWEEP_S:
+                        swept_at = time.monotonic()
+                        await self.sweep()
+                except StoreError as error:
+                    _log.error("counts of requests or lost reservations were not written down: %s", error)
+                await asyncio.sleep(flush_s)
+        finally:
+            with suppress(StoreError):
+                await self.flush()
+
+    def _scopes(self, key: Scope | None) -> list[Scope]:
+        return [self._gateway, key] if key else [self._gateway]
+
+    def _locked(self, connection: Connection, scopes: Sequence[Scope]) -> tuple[list[Account], float]:
+        """The accounts of the gateway and of a key, which nobody else changes meanwhile, and the time."""
+        names = [scope.name for scope in scopes]
+        accounts = _accounts(connection, names[-1], lock=True)
+        if len(accounts) < len(names):
+            opened = [{"scope": name, **_row(Account())} for name in names if name not in accounts]
+            connection.execute(upsert(connection, ACCOUNTS).on_conflict_do_nothing(), opened)
+            accounts = _accounts(connection, names[-1], lock=True)
+        now = self._clock()
+        # By a clock that is behind, it is the day that another's has seen.
+        day = max(int(now // DAY_S), *(account.day for account in accounts.values()))
+        return [accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes], now
+
+    async def _close(self, reservation: Reservation, cost: int, *, called: bool = True) -> bool:
+        """Remove a reservation, if it is still there, and count its call as `cost` nano-USD, or not at all."""
+        scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
+
+        def work(connection: Connection) -> bool:
+            if connection.execute(_REMOVE, {"id": reservation.id}).rowcount == 0:
+                return False
+            paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": cost}
+            connection.execute(_PAY, [{"of": scope, **paid} for scope in scopes])
+            if not called:
+                for scope, account in _accounts(connection, reservation.scope, lock=True).items():
+                    connection.execute(_SAVE, {"of": scope, **_row(account.take_back(reservation.at))})
+            return True
+
+        return await self._store.write(work)
+
+
+def _first(refusals: Iterable[Denied | None]) -> Denied | None:
+    return next((refused for refused in refusals if refused), None)
+
+
+_READ = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == GATEWAY, ACCOUNTS.c.scope == bindparam("scope")))
+_LOCK = _READ.order_by(ACCOUNTS.c.scope).with_for_update()
+_SAVE = update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of"))
+# Of a day that is over nothing is kept.
+_PAY = (
+    update(ACCOUNTS)
+    .where(ACCOUNTS.c.scope == bindparam("of"), ACCOUNTS.c.day == bindparam("on"))
+    .values(held_nano=ACCOUNTS.c.held_nano - bindparam("worst"), spent_nano=ACCOUNTS.c.spent_nano + bindparam("cost"))
+)
+_HOLD = insert(RESERVATIONS)
+_REMOVE = delete(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("id"))
+_EXPIRED = select(RESERVATIONS).where(RESERVATIONS.c.expires_at <= bindparam("now"))
+
+
+def _accounts(connection: Connection, key: str, *, lock: bool) -> dict[str, Account]:
+    """The gateway's account and a key's, where they are there; locked in this order, so nobody waits in a circle."""
+    rows = connection.execute(_LOCK if lock else _READ, {"scope": key})
+    return {
+        row.scope: Account(
+            row.day,
+            row.spent_nano,
+            row.held_nano,
+            Window(60, _slots(row.minute_counts)),
+            Window(row.window_s, _slots(row.window_counts)),
+        )
+        for row in rows
+    }
+
+
+def _save(connection: Connection, scopes: Sequence[Scope], accounts: Sequence[Account]) -> None:
+    connection.execute(
+        _SAVE, [{"of": scope.name, **_row(account)} for scope, account in zip(scopes, accounts, strict=True)]
+    )
+
+
+def _row(account: Account) -> dict[str, str | int]:
+    return {
+        "day": account.day,
+        "spent_nano": account.spent,
+        "held_nano": account.held,
+        "minute_counts": json.dumps(account.minute.slots),
+        "window_s": account.window.length_s,
+        "window_counts": json.dumps(account.window.slots),
+    }
+
+
+def _slots(written: str) -> tuple[tuple[int, int, int], ...]:
+    return tuple(map(tuple, json.loads(written)))

@@ -1,0 +1,105 @@
+"""Request records on their way to the store: a bounded queue that is written in batches.
+
+A request puts its record in and goes on at once; nothing that streams ever waits for the store. When the store is
+slower than the requests, or down, records are dropped, which the log and a counter say: the budget's accounts do not
+depend on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import replace
+from typing import Protocol
+
+from selfroute.errors import StoreError
+from selfroute.serve import history
+from selfroute.serve.history import RequestRecord
+from selfroute.serve.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+class Counter(Protocol):
+    """Something that counts up, such as prometheus_client's `Counter`."""
+
+    def inc(self, amount: float = 1) -> None:
+        """Count so many more."""
+        ...
+
+
+class Recorder:
+    """Writes records to the store every `interval_s`, at most `batch` in a transaction.
+
+    Batches are small, for a call's reservation may have to wait for one. The queue holds `capacity` records; further
+    ones are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times, a longer wait
+    before each, and dropped then. Without `content`, requests' and responses' texts never reach the queue.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dropped: Counter,
+        *,
+        content: bool = False,
+        capacity: int = 10_000,
+        batch: int = 100,
+        interval_s: float = 0.05,
+        tries: int = 6,
+    ) -> None:
+        self._store, self._dropped, self._content = store, dropped, content
+        self._capacity, self._batch, self._interval_s, self._tries = capacity, batch, interval_s, tries
+        self._queue: deque[RequestRecord] = deque()
+        self._filled = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._refused = 0
+
+    def record(self, record: RequestRecord) -> None:
+        """Take a record, or drop it; never waits, never raises."""
+        if len(self._queue) >= self._capacity:
+            self._refused += 1
+            self._dropped.inc()
+            return
+        self._queue.append(record if self._content else replace(record, request=None, response=None))
+        self._filled.set()
+
+    async def run(self) -> None:
+        """Write until `close`, and what is left then."""
+        while not self._closing.is_set() or self._queue:
+            await self._filled.wait()
+            self._filled.clear()
+            if len(self._queue) < self._batch:
+                await self._pause(self._interval_s)
+            while self._queue:
+                await self._write([self._queue.popleft() for _ in range(min(self._batch, len(self._queue)))])
+            if self._refused:
+                _log.warning("%d request records were dropped: the store is slower than the requests", self._refused)
+                self._refused = 0
+
+    def close(self) -> None:
+        """Let `run` end as soon as all is written, or dropped after one more try."""
+        self._closing.set()
+        self._filled.set()
+
+    async def _write(self, records: list[RequestRecord]) -> None:
+        wait_s = self._interval_s
+        for left in reversed(range(self._tries)):
+            try:
+                await self._store.write(lambda connection: history.add(connection, records))
+                return
+            except StoreError as error:
+                if not left or self._closing.is_set():
+                    _log.error("%d request records were dropped: %s", len(records), error)
+                    self._dropped.inc(len(records))
+                    return
+            await self._pause(wait_s)
+            wait_s *= 3
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not for long once it is closing."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+        except TimeoutError:
+            return

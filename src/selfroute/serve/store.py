@@ -1,0 +1,198 @@
+"""The store: one SQLite file, or a PostgreSQL database for several replicas, behind transactions.
+
+Every transaction runs whole in a thread of the store's own, one hop there and one back, however many statements it
+has; an asynchronous driver would hop for each of them. SQLite takes one writer at a time, so one thread writes and
+another reads beside it; PostgreSQL gets a few of each.
+
+Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from selfroute.errors import ConfigError, StoreError
+from selfroute.serve.migrations import migrate
+
+DEFAULT = "runs/gateway.sqlite"
+"""Where the store is, unless something else is said."""
+
+_BUSY_MS = 5000
+"""How long a transaction waits for another's lock."""
+
+_PRAGMAS = (
+    f"busy_timeout = {_BUSY_MS}",
+    "journal_mode = WAL",
+    # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
+    "synchronous = NORMAL",
+    # What retention deletes is overwritten, not only forgotten.
+    "secure_delete = ON",
+)
+
+# A worker that hangs with the budget's rows locked would stop all the others.
+_POSTGRES = f"-c lock_timeout={_BUSY_MS} -c statement_timeout=30000 -c idle_in_transaction_session_timeout=10000"
+
+T = TypeVar("T")
+
+
+class Store:
+    """Transactions on the database at `url`: a path, `sqlite:///path` or `postgresql://user@host/database`.
+
+    A new SQLite file is readable by its owner alone. The schema is brought up to date first.
+
+    Raises:
+        ConfigError: a URL that cannot be used.
+        StoreError: the database cannot be opened, or is of a newer selfroute.
+    """
+
+    def __init__(self, url: str = DEFAULT) -> None:
+        parsed = _parse(url)
+        sqlite = parsed.get_backend_name() == "sqlite"
+        self.name = parsed.database if sqlite else f"{parsed.host or 'localhost'}/{parsed.database or ''}"
+        """For messages: no password."""
+        writers, readers = (1, 1) if sqlite else (8, 2)
+        self._engine = _sqlite(parsed) if sqlite else _postgres(parsed, writers + readers)
+        self._reading = self._engine.execution_options(write=False)
+        self._writing = self._engine.execution_options(write=True)
+        self._writers = ThreadPoolExecutor(writers, "selfroute-store-writer")
+        self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
+        try:
+            with self.begin() as connection:
+                migrate(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def begin(self, *, write: bool = True) -> Iterator[Connection]:
+        """A transaction in the caller's thread: all of it, or nothing.
+
+        Raises:
+            StoreError: the database refused, or could not be reached.
+        """
+        try:
+            with (self._writing if write else self._reading).begin() as connection:
+                yield connection
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            # The first line names the cause; below it, PostgreSQL repeats what was to be written.
+            cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+            raise StoreError(f"the store {self.name} failed: {cause}") from error
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """What `work` returns, run in a transaction that may write.
+
+        A transaction that has begun cannot be called back: a task that is cancelled meanwhile goes on to its end first,
+        so that the caller can undo what it did.
+
+        Raises:
+            StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
+        """
+        return await self._run(self._writers, True, work)
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """What `work` returns, run in a transaction that only reads; on SQLite it waits for no writer.
+
+        Raises:
+            StoreError: as from `begin`.
+        """
+        return await self._run(self._readers, False, work)
+
+    async def _run(self, threads: ThreadPoolExecutor, write: bool, work: Callable[[Connection], T]) -> T:
+        def transact() -> T:
+            with self.begin(write=write) as connection:
+                return work(connection)
+
+        running = asyncio.get_running_loop().run_in_executor(threads, transact)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait({running})
+            with suppress(StoreError):
+                running.result()
+            raise
+
+    def close(self) -> None:
+        """Finish what was asked for and let go of the database."""
+        self._writers.shutdown()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    async def aclose(self) -> None:
+        """`close`, without stopping the event loop meanwhile."""
+        await asyncio.to_thread(self.close)
+
+
+def _parse(text: str) -> URL:
+    """The URL of a store, its driver named."""
+    if "://" not in text:
+        return URL.create("sqlite", database=text)
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # The text may hold a password.
+        raise ConfigError("the store's URL cannot be read: postgresql://user@host/database, or a file's path") from None
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        return URL.create("sqlite", database=url.database)
+    if backend in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    raise ConfigError(f"a store is SQLite or PostgreSQL, not {backend}: postgresql://user@host/database, or a path")
+
+
+def _sqlite(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise ConfigError("the store needs a file: workers share it")
+    path = Path(url.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        # SQLite gives the files beside it the same mode.
+        path.chmod(0o600)
+    except OSError as error:
+        raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
+    # Transactions end before a connection goes back, so there is nothing to undo then.
+    engine = create_engine(url, hide_parameters=True, pool_reset_on_return=None)
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: sqlite3.Connection, _: Any) -> None:
+        # Transactions begin where `begin` below says so, and not where the driver thinks fit.
+        connection.isolation_level = None
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        # A writer that began by reading could be refused when it comes to write.
+        write = connection.get_execution_options().get("write")
+        driver: Any = connection.connection.driver_connection
+        driver.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: URL, connections: int) -> Engine:
+    try:
+        return create_engine(
+            url,
+            hide_parameters=True,
+            pool_size=connections,
+            max_overflow=0,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 5, "options": _POSTGRES},
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "a PostgreSQL store needs psycopg: pip install 'selfroute[postgres]' (in a checkout: pip install "
+            "'.[postgres]')"
+        ) from error

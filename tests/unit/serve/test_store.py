@@ -1,0 +1,191 @@
+"""Transactions, migrations and the file itself, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import stat
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, inspect, text
+from tests.store_worker import at_once
+
+from selfroute.errors import ConfigError, StoreError
+from selfroute.serve.migrations import MIGRATIONS, migrate
+from selfroute.serve.store import Store
+from selfroute.serve.tables import METADATA
+
+
+def names(connection: Connection) -> list[str]:
+    return list(connection.execute(text("SELECT name FROM keys ORDER BY name")).scalars())
+
+
+def insert(connection: Connection, name: str) -> None:
+    connection.execute(
+        text("INSERT INTO keys VALUES (:name, :name, '', :name, '{}', '[]', 'null', 0, NULL, NULL)"), {"name": name}
+    )
+
+
+def test_the_schema_is_that_of_the_tables(store: Store) -> None:
+    with store.begin() as connection:
+        inspector = inspect(connection)
+        assert set(inspector.get_table_names()) == {*METADATA.tables, "migrations"}
+        for table in METADATA.sorted_tables:
+            found = [(c["name"], c["type"].python_type) for c in inspector.get_columns(table.name)]
+            assert found == [(c.name, c.type.python_type) for c in table.columns]
+            assert inspector.get_pk_constraint(table.name)["constrained_columns"] == list(
+                table.primary_key.columns.keys()
+            )
+
+
+def test_opening_again_changes_nothing(url: str, store: Store) -> None:
+    with store.begin() as connection:
+        insert(connection, "a")
+    again = Store(url)
+    with again.begin(write=False) as connection:
+        assert names(connection) == ["a"]
+    again.close()
+
+
+def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
+    longer = (*MIGRATIONS, ("ALTER TABLE keys ADD COLUMN note TEXT", "UPDATE keys SET note = name"))
+    with store.begin() as connection:
+        insert(connection, "a")
+        migrate(connection, longer)
+        assert connection.execute(text("SELECT note FROM keys")).scalar() == "a"
+        assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [1, 2]
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
+    with pytest.raises(StoreError), store.begin() as connection:
+        migrate(connection, (*MIGRATIONS, ("ALTER TABLE keys ADD COLUMN note TEXT", "UPDATE nothing SET note = 1")))
+    with store.begin() as connection:
+        assert "note" not in {c["name"] for c in inspect(connection).get_columns("keys")}
+        assert connection.execute(text("SELECT MAX(version) FROM migrations")).scalar() == 1
+
+
+def test_a_store_of_a_newer_selfroute_is_refused(url: str, store: Store) -> None:
+    with store.begin() as connection:
+        connection.execute(text("INSERT INTO migrations VALUES (:version, 0)"), {"version": len(MIGRATIONS) + 1})
+    with pytest.raises(StoreError, match="update selfroute"):
+        Store(url)
+
+
+def test_a_new_store_may_be_opened_by_several_workers_at_once(url: str) -> None:
+    work = {"limits": {}, "worst_usd": 0.01, "settle": [1.0], "requests": 1, "seed": 0}
+    said = at_once(url, *[work] * 4)
+    assert [s["outcomes"] for s in said] == [{"settled": 1}] * 4
+
+
+def test_a_transaction_is_written_whole_or_not_at_all(store: Store) -> None:
+    def work(connection: Connection) -> None:
+        insert(connection, "a")
+        insert(connection, "a")
+
+    with pytest.raises(StoreError, match="keys"):
+        asyncio.run(store.write(work))
+    assert asyncio.run(store.read(names)) == []
+
+
+def test_an_error_does_not_repeat_what_was_to_be_written(store: Store) -> None:
+    with pytest.raises(StoreError) as failed, store.begin() as connection:
+        connection.execute(text("INSERT INTO keys (id, name) VALUES ('a', :name)"), {"name": "canary-4410"})
+    assert "failed: " in str(failed.value)
+    assert "canary" not in str(failed.value)
+
+
+def test_connections_that_were_cut_are_replaced(postgres: str) -> None:
+    store = Store(postgres)
+    with store.begin(write=False) as connection:
+        assert names(connection) == []
+    with psycopg.connect(postgres) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    assert asyncio.run(store.read(names)) == []
+    store.close()
+
+
+def test_one_who_is_cancelled_learns_how_the_transaction_ended(store: Store) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(connection: Connection) -> None:
+        insert(connection, "a")
+        begun.set()
+        assert go_on.wait(10)
+
+    async def run() -> list[str]:
+        writing = asyncio.create_task(store.write(work))
+        await asyncio.to_thread(begun.wait, 10)
+        writing.cancel()
+        await asyncio.sleep(0)
+        assert not writing.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        return await store.read(names)
+
+    assert asyncio.run(run()) == ["a"]
+
+
+def test_a_reader_does_not_wait_for_a_writer(store: Store) -> None:
+    def write_slowly(connection: Connection) -> None:
+        insert(connection, "a")
+        assert read.wait(10)
+
+    async def run() -> None:
+        writing = asyncio.create_task(store.write(write_slowly))
+        assert await store.read(names) == []
+        read.set()
+        await writing
+        assert await store.read(names) == ["a"]
+
+    read = threading.Event()
+    asyncio.run(run())
+
+
+def test_sqlite_is_the_owners_alone_and_keeps_a_write_ahead_log(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "gateway.sqlite"
+    store = Store(f"sqlite:///{path}")
+    with store.begin() as connection:
+        insert(connection, "a")
+        pragmas = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "secure_delete")]
+    assert pragmas == ["wal", 1]
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()} == dict.fromkeys(
+        ("gateway.sqlite", "gateway.sqlite-wal", "gateway.sqlite-shm"), 0o600
+    )
+    store.close()
+    path.chmod(0o644)
+    Store(str(path)).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, and long enough to be read as one" * 20)
+    with pytest.raises(StoreError, match=r"notes\.txt failed: file is not a database"):
+        Store(str(path))
+    with pytest.raises(StoreError, match="cannot open the store"):
+        Store(str(path / "below"))
+
+
+def test_a_password_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(StoreError) as refused:
+        Store("postgresql://me:s3cret@127.0.0.1:1/gateway?password=s3cret")
+    with pytest.raises(ConfigError) as unreadable:
+        Store("postgresql://me:s3cret@[::1/gateway")
+    for caught in (refused, unreadable):
+        assert "s3cret" not in str(caught.value)
+    assert "127.0.0.1/gateway" in str(refused.value)
+    assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["mysql://host/db", "sqlite://", "sqlite:///:memory:", "://"])
+def test_urls_that_cannot_be_stores(bad: str) -> None:
+    with pytest.raises(ConfigError):
+        Store(bad)
