@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.commands import selfroute
 from typer.testing import CliRunner
 
 from selfroute.cli import app
-from selfroute.errors import ConfigError
+from selfroute.errors import ConfigError, SelfrouteError
 from selfroute.serve.account import Limits
 from selfroute.serve.keys import Key, Keyring
 from selfroute.serve.store import Store
@@ -83,3 +84,10 @@ def test_what_makes_no_key_says_why(store: str, args: list[str], said: str) -> N
     with pytest.raises(ConfigError, match=said):
         selfroute("keys", "new", "x", *args)
     assert "no keys" in selfroute("keys", "list")
+
+
+def test_without_its_extra_it_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    monkeypatch.delitem(sys.modules, "selfroute.serve.store")
+    with pytest.raises(SelfrouteError, match=r"sqlalchemy: pip install 'selfroute\[serve\]'"):
+        selfroute("keys", "list")

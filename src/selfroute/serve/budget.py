@@ -232,7 +232,7 @@ class Budget:
         accounts = _accounts(connection, names[-1], lock=True)
         if len(accounts) < len(names):
             opened = [{"scope": name, **_row(Account())} for name in names if name not in accounts]
-            connection.execute(upsert(connection, ACCOUNTS).on_conflict_do_nothing(), opened)
+            connection.execute(upsert(connection.dialect.name, ACCOUNTS).on_conflict_do_nothing(), opened)
             accounts = _accounts(connection, names[-1], lock=True)
         now = self._clock()
         # By a clock that is behind, it is the day that another's has seen.

@@ -11,9 +11,23 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Select, delete, desc, func, insert, literal_column, select, tuple_
+from sqlalchemy import (
+    Connection,
+    Insert,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    desc,
+    func,
+    insert,
+    literal_column,
+    select,
+    tuple_,
+)
 
 from selfroute.serve.account import nano
 from selfroute.serve.store import Store
@@ -89,22 +103,20 @@ class Percentiles:
 def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
     """Write records and their sums; those whose id is there already are left as they are."""
     rows = {row["id"]: row for row in map(_row, records)}
-    for known in connection.execute(select(REQUESTS.c.id).where(REQUESTS.c.id.in_(list(rows)))).scalars().all():
+    for known in connection.execute(_KNOWN, {"ids": list(rows)}).scalars().all():
         del rows[known]
     if not rows:
         return
-    connection.execute(insert(REQUESTS), list(rows.values()))
+    connection.execute(_INSERT, list(rows.values()))
     sums: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows.values():
         minute = int(row["at"] // 60)
         total = sums.setdefault((minute, row["key_id"]), dict.fromkeys(_SUMMED, 0))
         for name, value in _summed(row).items():
             total[name] += value
-    adding = upsert(connection, USAGE)
-    added = {name: USAGE.c[name] + adding.excluded[name] for name in _SUMMED}
     # In one order, so that two replicas do not wait for each other in a circle.
     ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
-    connection.execute(adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added), ordered)
+    connection.execute(_adding(connection.dialect.name), ordered)
 
 
 def totals(connection: Connection, since: float, key_id: str | None = None) -> Totals:
@@ -182,6 +194,16 @@ async def forget(store: Store, older_than_s: float, *, batch: int = 1000, now: f
 # A literal, as the index has it.
 _DENIED = REQUESTS.c.denied != literal_column("''")
 _SUMMED = ("requests", "calls", "denied", "errors", "cost_nano", "device_tokens", "cloud_tokens")
+
+_KNOWN = select(REQUESTS.c.id).where(REQUESTS.c.id.in_(bindparam("ids", expanding=True)))
+_INSERT = insert(REQUESTS)
+
+
+@cache
+def _adding(dialect: str) -> Insert:
+    adding = upsert(dialect, USAGE)
+    added = {name: USAGE.c[name] + adding.excluded[name] for name in _SUMMED}
+    return adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added)
 
 
 def _summed(row: dict[str, Any]) -> dict[str, int]:

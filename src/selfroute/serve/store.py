@@ -1,8 +1,8 @@
 """The store: one SQLite file, or a PostgreSQL database for several replicas, behind transactions.
 
 Every transaction runs whole in a thread of the store's own, one hop there and one back, however many statements it
-has; an asynchronous driver would hop for each of them. SQLite takes one writer at a time, so one thread writes and
-another reads beside it; PostgreSQL gets a few of each.
+has. An asynchronous driver hops for each of them: with aiosqlite a reservation took three times as long. SQLite takes
+one writer at a time, so one thread writes and another reads beside it; PostgreSQL gets a few of each.
 
 Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
 """

@@ -6,15 +6,15 @@ id, empty where no keys are asked for.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Connection, Double, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Double, Integer, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql, sqlite
 
 METADATA = MetaData()
 
 
-def upsert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """An insert that can say what to do `on_conflict`, in the connection's dialect."""
-    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+def upsert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An insert that can say what to do `on_conflict`, in a dialect."""
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
 
 
 REQUESTS = Table(
