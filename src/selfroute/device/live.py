@@ -51,7 +51,7 @@ class LiveConfig(Config):
     """Most tokens of a conversation and its response together; None: as many as the model takes."""
     max_streams: int = Field(32, ge=1)
     """Responses decoded together; each takes memory for its conversation."""
-    max_waiting: int = Field(64, ge=0)
+    max_waiting: int = Field(256, ge=0)
     """Requests that may wait for a place among them; further ones are refused."""
 
 

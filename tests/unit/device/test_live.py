@@ -129,6 +129,41 @@ def test_a_response_does_not_depend_on_who_else_is_there(exact: HFEngine) -> Non
     served(exact, story, max_streams=12)
 
 
+def test_clients_that_leave_at_any_time_disturb_nobody_and_leave_nothing_behind(exact: HFEngine) -> None:
+    requests = [replace(r, seed=f"{r.seed}/{n}", max_tokens=24) for n in range(10) for r in REQUESTS]
+
+    async def story(live: LiveEngine) -> None:
+        rng = random.Random(0)
+
+        async def some(request: DeviceRequest) -> tuple[str, bool]:
+            """What was told, and whether the client stayed."""
+            text, patience = "", rng.choice([0, 1, 5, 99, 99])
+            async with aclosing(live.stream(request)) as chunks:
+                async for chunk in chunks:
+                    if not patience:
+                        return text, False
+                    text, patience = text + chunk.text, patience - 1
+            return text, True
+
+        tasks = [asyncio.ensure_future(some(request)) for request in requests]
+        for task in tasks[::7]:
+            await asyncio.sleep(0)
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        for n, (one, expected) in enumerate(zip(found, generated(exact, requests), strict=True)):
+            if isinstance(one, BaseException):
+                assert isinstance(one, asyncio.CancelledError)
+                assert n % 7 == 0
+            else:
+                text, stayed = one
+                assert text == expected.text if stayed else expected.text.startswith(text)
+        assert not live._open
+        assert not live._inboxes
+        assert not live._waiting
+
+    served(exact, story, max_streams=8)
+
+
 def row(engine: HFEngine, text: str, name: str, max_tokens: int, sampling: Sampling) -> Row:
     prompt = Wording(engine, None, merges=True).read(DeviceRequest(({"role": "user", "content": text},), max_tokens))
     return Row(prompt, name, max_tokens, sampling)
