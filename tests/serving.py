@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from selfroute.config import Config
 from selfroute.errors import CloudError, DeviceError, StoreError
+from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
 from selfroute.serve.asking import POLICIES
 from selfroute.serve.history import RequestRecord
@@ -229,17 +230,27 @@ def serving(app: ASGIApp) -> Iterator[str]:
             assert not thread.is_alive()
 
 
-class SlowConfig(Config):
-    """How slow."""
+class NamedConfig(Config):
+    """What the device does."""
 
     pause_s: float = 0.0
     """Seconds before each piece."""
+    asks: bool = False
+    """Whether it asks the cloud, while it may."""
 
 
-class SlowDevice(ScriptedDevice):
+class NamedDevice(ScriptedDevice):
     """A device that a config names by its dotted path."""
 
-    Config = SlowConfig
+    Config = NamedConfig
 
-    def __init__(self, config: SlowConfig) -> None:
+    def __init__(self, config: NamedConfig) -> None:
         super().__init__(said("2+3=5", "<answer>", "5", "</answer>"), pause_s=config.pause_s)
+        self._asks = config.asks
+
+    async def stream(self, request: DeviceRequest) -> AsyncGenerator[DeviceChunk]:
+        if self._asks and not request.forbid_help:
+            self.scripts = [said("2+3=6", HELP_CALL), *self.scripts[-1:]]
+        async with aclosing(super().stream(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk

@@ -305,7 +305,7 @@ def test_a_client_that_goes_away_cancels_the_cloud() -> None:
 def test_the_command_drains_on_sigterm(tmp_path: Path) -> None:
     """The device is one of this test's own, named by its dotted path; the cloud is the oracle."""
     command = [
-        *(sys.executable, "-m", "selfroute", "serve", "port=0", "device.name=tests.serving:SlowDevice"),
+        *(sys.executable, "-m", "selfroute", "serve", "port=0", "device.name=tests.serving:NamedDevice"),
         *("device.pause_s=0.2", f"store={tmp_path / 'gateway.sqlite'}"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
