@@ -38,7 +38,7 @@ class LiveConfig(Config):
     """A device model in the gateway's process."""
 
     model: str = "countdown-1m"
-    """A shipped model, a local folder (such as a run's checkpoint), or a hub id."""
+    """A shipped model, a local folder, such as RUN/checkpoints/step-000200, or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the weights in memory."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
