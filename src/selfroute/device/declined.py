@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selfroute.device.base import Sampling
-from selfroute.device.draw import uniforms
+from selfroute.device.draw import drawn, uniforms
 from selfroute.protocol import DecisionPoint
 
 
@@ -29,7 +29,7 @@ class Redraws:
     """
 
     def __init__(self, points: Sequence[DecisionPoint], names: Sequence[str], sampling: Sampling) -> None:
-        self.temperature = sampling.temperature
+        self.temperatures = [sampling.temperature] * len(names)
         self.begins = {point.prefix[0] for point in points if point.prefix}
         # For each token that stays, each form of the help call is declined at most once, and takes two draws.
         forms = max(1, len(self.begins))
@@ -86,33 +86,51 @@ class Redraws:
             point: the form of its decision point.
             logits_V: those that the help call was drawn from.
         """
-        chances_V, n = self._chances(logits_V), len(point.prefix)
+        chances_V, n = self._chances(row, logits_V), len(point.prefix)
+        warmth = self.temperatures[row] or 1
         opened_V = None if self.declined(row, index, point) else self._opened_at(row, index, point)
         if opened_V is not None:
             place, forms = self._declined.get(row, (-1, frozenset()))
             self._declined[row] = index - n, (forms if place == index - n else frozenset()) | {point.prefix[0]}
-            others_V = self._chances(opened_V)
+            others_V = self._chances(row, opened_V)
             others_V[point.prefix[0]] *= 1 - chances_V[point.help]
             others_V[self.bare] = 0
             token = self._draw(row, others_V)
             if token != point.prefix[0]:
                 self.taken_back[row] += n
                 # It may open another form's tag.
-                self.note(row, index - n, token, others_V.log() * (self.temperature or 1))
+                self.note(row, index - n, token, others_V.log() * warmth)
                 return token, n
         chances_V[[point.help, *self.bare]] = 0
         token = self._draw(row, chances_V)
-        self.note(row, index, token, chances_V.log() * (self.temperature or 1))
+        self.note(row, index, token, chances_V.log() * warmth)
         return token, 0
 
-    def _chances(self, logits_V: Tensor) -> Tensor:
-        return torch.softmax(logits_V.cpu().double() / (self.temperature or 1), dim=-1)
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.temperatures = [self.temperatures[row] for row in rows]
+        self.uniforms = [self.uniforms[row] for row in rows]
+        self.taken_back = [self.taken_back[row] for row in rows]
+        self._redrawn = [self._redrawn[row] for row in rows]
+        self._opened = {n: self._opened[row] for n, row in enumerate(rows) if row in self._opened}
+        self._declined = {n: self._declined[row] for n, row in enumerate(rows) if row in self._declined}
+
+    def join(self, other: Redraws) -> None:
+        """Go on with another's rows behind these."""
+        count = len(self.uniforms)
+        self.temperatures = self.temperatures + other.temperatures
+        self.uniforms = self.uniforms + other.uniforms
+        self.taken_back = self.taken_back + other.taken_back
+        self._redrawn = self._redrawn + other._redrawn
+        self._opened |= {count + row: opened for row, opened in other._opened.items()}
+        self._declined |= {count + row: declined for row, declined in other._declined.items()}
+
+    def _chances(self, row: int, logits_V: Tensor) -> Tensor:
+        return torch.softmax(logits_V.cpu().double() / (self.temperatures[row] or 1), dim=-1)
 
     def _draw(self, row: int, weights_V: Tensor) -> int:
-        if self.temperature == 0:
+        if self.temperatures[row] == 0:
             return int(weights_V.argmax())
         uniform = float(self.uniforms[row][self._redrawn[row]])
         self._redrawn[row] += 1
-        cumulative_V = weights_V.cumsum(-1)
-        token = torch.searchsorted(cumulative_V, uniform * cumulative_V[-1], right=True)
-        return min(int(token), len(weights_V) - 1)
+        return drawn(weights_V, uniform)

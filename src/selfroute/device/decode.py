@@ -3,8 +3,8 @@
 A problem's prompt runs once for all its responses; finished rows leave the batch. What is known of the rows stays in
 tensors beside the model: a loop over rows in Python would take as long a token as a GPU takes for the model.
 
-Axes: R responses, B rows (responses still decoded), T tokens, V vocabulary, D forms of the decision point, N tokens of
-the longest prefix of one.
+Axes: R responses, B rows (responses still decoded), T tokens, V vocabulary, N tokens of the longest prefix of a
+decision point.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from selfroute.device.base import Sampling
-from selfroute.device.declined import Redraws
-from selfroute.device.draw import Draws
+from selfroute.device.choose import Choices
 from selfroute.device.graphs import StaticSteps, has_fixed_shapes
 from selfroute.device.prefix import SharedPrompts
-from selfroute.errors import DivergenceError
 from selfroute.protocol import find_decision
 from selfroute.types import Response
 
@@ -57,7 +56,10 @@ def steps_for(model: PreTrainedModel, *, graphs: bool = True) -> NewSteps:
 
 
 class Decoder:
-    """One batch of rows, decoded together: the state of `HFEngine.generate`."""
+    """One batch of rows, decoded together: the state of `HFEngine.generate`.
+
+    Where requests come and go (`batch`), rows that are over are left out at once (`select`), and others `join`.
+    """
 
     def __init__(
         self,
@@ -68,8 +70,10 @@ class Decoder:
         names: Sequence[str],
         limits: Sequence[int],
         sampling: Sampling,
+        *,
+        top_p: float = 1.0,
     ) -> None:
-        self.engine, self.sampling = engine, sampling
+        self.engine = engine
         device = engine.model.device
         rows = len(names)
         if any(starts):
@@ -78,33 +82,29 @@ class Decoder:
             owners = range(rows)
         shared = SharedPrompts(engine.model, prompts, engine.pad)
         index_B = torch.tensor(list(owners), device=device)
-        self.redraws = Redraws(engine.points, names, sampling) if sampling.early_exit else None
         # Steps of fixed shape cannot be taken back.
-        new_steps = GrowingSteps if self.redraws else engine.steps
+        new_steps = GrowingSteps if sampling.early_exit else engine.steps
         self.steps = new_steps(engine.model, shared, index_B, sampling.max_tokens)
+        self.choices = Choices(engine.points, names, sampling, device, top_p=top_p)
         self.last_B = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
         self.alive_B = torch.arange(rows, device=device)
         self.over_B = torch.zeros(rows, dtype=torch.bool, device=device)
         self.count_B = torch.tensor([len(start) for start in starts], device=device)
         self.limit_B = torch.tensor(list(limits), device=device)
         self.ends = torch.tensor(sorted(engine.end_tokens), device=device)
-        self.draws = Draws(names, self.redraws.draws if self.redraws else sampling.max_tokens, device)
-        self.scores: list[dict[int, float]] = [{} for _ in names]
 
         # -1 is no token: N columns before the first one, so that a window ends at any, and one that rows that are
         # over write to.
-        points = engine.points
-        longest = max(len(point.prefix) for point in points)
+        longest = len(self.choices.window_N)
         room = max(sampling.max_tokens, 1 + max(map(len, starts)))
         self.tokens_RT = torch.tensor(
             [[-1] * longest + start + [-1] * (room - len(start) + 1) for start in starts], device=device
         )
-        self.window_N = torch.arange(longest, device=device)
-        prefixes = [[-1] * (longest - len(point.prefix)) + list(point.prefix) for point in points]
-        self.prefix_DN = torch.tensor(prefixes, dtype=torch.long, device=device).view(len(points), longest)
-        self.free_DN = self.prefix_DN < 0
-        self.help_D = torch.tensor([point.help for point in points], device=device)
-        self.answer_D = torch.tensor([point.answer for point in points], device=device)
+
+    @property
+    def scores(self) -> list[dict[int, float]]:
+        """For each response, l at every place where it decided."""
+        return self.choices.scores
 
     def run(self, progress: Callable[[int], None] | None) -> list[Response]:
         """Decode until all rows are over.
@@ -114,91 +114,82 @@ class Decoder:
         """
         rows, over = len(self.alive_B), 0
         while rows:
-            self._append(self._choose(self.steps.logits(self.last_B)))
+            self.step()
             before, over = over, int(self.over_B.sum())
             if progress and over > before:
                 progress(over - before)
             size = 0 if over == rows else self.steps.fit(rows - over)
             if 0 < size < rows:
                 # Those that go on first, in their order.
-                keep = self.over_B.byte().argsort(stable=True)[:size]
-                self.steps.keep(keep)
-                self.alive_B, self.last_B, self.over_B = self.alive_B[keep], self.last_B[keep], self.over_B[keep]
-                self.count_B, self.limit_B = self.count_B[keep], self.limit_B[keep]
+                self._keep(self.over_B.byte().argsort(stable=True)[:size])
                 over -= rows - size
             rows = size
         return [self._response(row, tokens) for row, tokens in enumerate(self.tokens_RT.tolist())]
 
+    def step(self) -> None:
+        """Add a token to each row that is not over.
+
+        Raises:
+            DivergenceError: the model's logits are not finite, those of the rows `choices.lost`.
+        """
+        logits_BV = self.steps.logits(self.last_B)
+        window_BN = self.tokens_RT[self.alive_B[:, None], self.count_B[:, None] + self.choices.window_N]
+        token_B, taken_back = self.choices(logits_BV, window_BN, self.alive_B, self.count_B, self.over_B)
+        for b, count in taken_back:
+            self._take_back(b, count)
+        self._append(token_B)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, and forget the others and their responses."""
+        assert isinstance(self.steps, GrowingSteps)
+        rows_B = torch.tensor(list(rows), device=self.last_B.device)
+        self._keep(rows_B)
+        self.steps.trim()
+        self.tokens_RT, self.alive_B = self.tokens_RT[rows_B], torch.arange(len(rows), device=rows_B.device)
+        self.choices.select(rows)
+
+    def join(self, other: Decoder) -> None:
+        """Go on with another's rows behind these; none of either is over."""
+        assert isinstance(self.steps, GrowingSteps)
+        assert isinstance(other.steps, GrowingSteps)
+        self.steps.join(other.steps)
+        self.choices.join(other.choices)
+        columns = max(self.tokens_RT.shape[1], other.tokens_RT.shape[1])
+        self.tokens_RT = torch.cat(
+            [pad(x, (0, columns - x.shape[1]), value=-1) for x in (self.tokens_RT, other.tokens_RT)]
+        )
+        self.last_B, self.over_B = torch.cat([self.last_B, other.last_B]), torch.cat([self.over_B, other.over_B])
+        self.count_B, self.limit_B = torch.cat([self.count_B, other.count_B]), torch.cat([self.limit_B, other.limit_B])
+        self.alive_B = torch.arange(len(self.last_B), device=self.last_B.device)
+
+    def again(self) -> None:
+        """Undo the model's last pass, after which no token was added: the next one comes to the same logits."""
+        assert isinstance(self.steps, GrowingSteps)
+        for b in range(len(self.alive_B)):
+            self.steps.take_back(b, 1)
+
+    def response(self, row: int) -> Response:
+        """A row's response so far."""
+        return self._response(row, self.tokens_RT[row].tolist())
+
+    def _keep(self, rows_B: Tensor) -> None:
+        self.steps.keep(rows_B)
+        self.alive_B, self.last_B, self.over_B = self.alive_B[rows_B], self.last_B[rows_B], self.over_B[rows_B]
+        self.count_B, self.limit_B = self.count_B[rows_B], self.limit_B[rows_B]
+
     def _append(self, token_B: Tensor) -> None:
         """Add a token to each row that is not over."""
         columns = self.tokens_RT.shape[1]
-        column_B = torch.where(self.over_B, columns - 1, self.count_B + len(self.window_N))
+        column_B = torch.where(self.over_B, columns - 1, self.count_B + len(self.choices.window_N))
         self.tokens_RT[self.alive_B, column_B] = token_B
         self.count_B += ~self.over_B
         self.over_B |= torch.isin(token_B, self.ends) | (self.count_B >= self.limit_B)
         self.last_B = token_B
 
-    def _choose(self, logits_BV: Tensor) -> Tensor:
-        """The next token of each row, (B,). Decisions follow `sampling.decide` and the dial."""
-        sampling = self.sampling
-        if logits_BV.dtype == torch.float64:
-            # A last digit that depends on the batch is gone before anything is drawn.
-            logits_BV = logits_BV.float()
-        # Rows that stand at a decision point, under each form of it: of most tokens, none.
-        window_BN = self.tokens_RT[self.alive_B[:, None], self.count_B[:, None] + self.window_N]
-        at_BD = ((window_BN[:, None] == self.prefix_DN) | self.free_DN).all(-1)
-        decisive = bool(at_BD.any())
-        if decisive:
-            score_BD = logits_BV[:, self.help_D].float() - logits_BV[:, self.answer_D].float()
-            if sampling.forbid_help and self.redraws is None:
-                # Added, since two forms may share their token.
-                logits_BV.index_add_(1, self.help_D, torch.where(at_BD, -torch.inf, 0.0).to(logits_BV.dtype))
-        top_B = logits_BV.amax(-1)
-        if not torch.isfinite(top_B).all():
-            raise DivergenceError("the model's logits are not finite")
-        if sampling.temperature == 0:
-            token_B = logits_BV.argmax(-1)
-        else:
-            drawn_B = self.count_B
-            if self.redraws:
-                drawn_B = drawn_B + torch.tensor(self.redraws.taken_back, device=drawn_B.device)[self.alive_B]
-            token_B = self.draws(logits_BV, top_B, sampling.temperature, self.alive_B, drawn_B)
-        if self.redraws:
-            rows = zip(self.alive_B.tolist(), self.count_B.tolist(), token_B.tolist(), logits_BV, strict=True)
-            for row, index, token, logits_V in rows:
-                self.redraws.note(row, index, token, logits_V)
-        if decisive:
-            chosen_BD = (token_B[:, None] == self.help_D) | (token_B[:, None] == self.answer_D)
-            deciding_B = (at_BD & chosen_BD).any(-1) & ~self.over_B
-            for b in deciding_B.nonzero()[:, 0].tolist():
-                token_B[b] = self._decide(b, int(token_B[b]), at_BD[b].tolist(), score_BD[b].tolist(), logits_BV[b])
-        return token_B
-
-    def _decide(self, b: int, token: int, at_D: list[bool], score_D: list[float], logits_V: Tensor) -> int:
-        """Note l of a row that decides; returns the token that it goes on with."""
-        sampling, row, index = self.sampling, int(self.alive_B[b]), int(self.count_B[b])
-        for point, at, score in zip(self.engine.points, at_D, score_D, strict=True):
-            if not at or token not in (point.help, point.answer):
-                continue
-            if self.redraws and self.redraws.declined(row, index, point):
-                asks = False
-            else:
-                if self.redraws:
-                    score = self.redraws.odds(row, index, point, logits_V)
-                self.scores[row][index] = score
-                by_dial = sampling.decide == "threshold"
-                asks = not sampling.forbid_help and (score + sampling.bias > 0 if by_dial else token == point.help)
-            if self.redraws and token == point.help and not asks:
-                token, back = self.redraws.go_on(row, index, point, logits_V)
-                self._take_back(b, back)
-                return token
-            token = point.help if asks else point.answer
-        return token
-
     def _take_back(self, b: int, count: int) -> None:
         """Forget a row's last tokens."""
         assert isinstance(self.steps, GrowingSteps)
-        end = int(self.count_B[b]) + len(self.window_N)
+        end = int(self.count_B[b]) + len(self.choices.window_N)
         self.tokens_RT[self.alive_B[b], end - count : end] = -1
         self.count_B[b] -= count
         self.steps.take_back(b, count)
@@ -209,7 +200,7 @@ class Decoder:
         found = find_decision(ids, self.engine.points, self.engine.tokenizer) if finished else None
         index = found[0] if found else None
         score = self.scores[row].get(index) if index is not None else None
-        if self.redraws:
+        if self.choices.redraws:
             # The dial asks at the first that it does not decline, so the highest says whether it asks.
             score = max(self.scores[row].values(), default=None)
         return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
@@ -251,6 +242,48 @@ class GrowingSteps:
         for layer in self.cache.layers:
             layer.reorder_cache(rows_B)
 
+    def join(self, other: GrowingSteps) -> None:
+        """Go on with another's rows behind these, all aligned at their ends."""
+        width = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
+        masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask_BT, other.mask_BT)]
+        self.mask_BT = torch.cat(masks)
+        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
+            _hold(layer, _joined(layer.keys, joining.keys), _joined(layer.values, joining.values), width)
+
+    def trim(self) -> None:
+        """Forget places before the first token of any row."""
+        unused = int(self.mask_BT.any(0).byte().argmax())
+        if unused:
+            self.mask_BT = self.mask_BT[:, unused:]
+            width = self.mask_BT.shape[1]
+            for layer in self.cache.layers:
+                _hold(layer, layer.keys[..., -width:, :], layer.values[..., -width:, :], width)
+
+
+def can_join(model: PreTrainedModel) -> bool:
+    """Whether rows of the model can be decoded together that did not begin together: not with recurrent layers."""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    """Keys or values of both, aligned at their ends.
+
+    Zeros before them, since a mask does not hide what is not a number.
+    """
+    length = max(a.shape[-2], b.shape[-2])
+    return torch.cat([pad(x, (0, 0, length - x.shape[-2], 0)) for x in (a, b)])
+
+
+def _hold(layer: DynamicLayer, keys: Tensor, values: Tensor, width: int) -> None:
+    """Put other keys and values into a layer; rows have `width` places, of which a window may hold only the last."""
+    if isinstance(layer, _GrowingLayer):
+        layer.hold(keys, values)
+        return
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width
+
 
 def _with_room(x: Tensor, room: int) -> Tensor:
     """A copy with room for more positions, which are not cleared: nothing reads them before they are written."""
@@ -270,6 +303,11 @@ class _GrowingLayer(DynamicLayer):
         self._keys, self._values = (_with_room(x, room) for x in (layer.keys, layer.values))
         self._view()
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Go on from these, without room, which `update` makes."""
+        self.length, self._keys, self._values = keys.shape[-2], keys, values
+        self._view()
+
     def _view(self) -> None:
         self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
 
@@ -278,7 +316,7 @@ class _GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
         if end > self._keys.shape[-2]:
-            # A row that took tokens back goes on past the room that was made.
+            # A row that took tokens back, or that joined others, goes on past the room that was made.
             self._keys, self._values = (_with_room(x, end) for x in (self._keys, self._values))
         self._keys[..., self.length : end, :] = key_states
         self._values[..., self.length : end, :] = value_states

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 1024
 """Most tokens whose probabilities are added up one by one."""
@@ -21,6 +22,13 @@ def uniforms(stream: str, count: int) -> np.ndarray:
     """`count` uniforms in [0, 1) of the stream called `stream` (float64)."""
     key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def drawn(weights_V: Tensor, uniform: float) -> int:
+    """One token by its weight (float64)."""
+    cumulative_V = weights_V.cumsum(-1)
+    token = torch.searchsorted(cumulative_V, uniform * cumulative_V[-1], right=True)
+    return min(int(token), len(weights_V) - 1)
 
 
 class Draws:
@@ -38,7 +46,26 @@ class Draws:
         # Kept from token to token: with a large vocabulary, making it costs more than filling it.
         self._weights = torch.empty(0, dtype=torch.float64, device=self.device)
 
-    def __call__(self, logits_BV: Tensor, top_B: Tensor, temperature: float, rows_B: Tensor, index_B: Tensor) -> Tensor:
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these responses alone."""
+        self.uniforms_RT = self.uniforms_RT[torch.tensor(list(rows), device=self.device)]
+
+    def join(self, other: Draws) -> None:
+        """Go on with another's responses behind these."""
+        count = max(self.uniforms_RT.shape[1], other.uniforms_RT.shape[1])
+        both = self.uniforms_RT, other.uniforms_RT
+        # The zeros are never drawn from: they are beyond a response's limit.
+        self.uniforms_RT = torch.cat([pad(x_RT, (0, count - x_RT.shape[1])) for x_RT in both])
+
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        top_B: Tensor,
+        temperature: float | Tensor,
+        rows_B: Tensor,
+        index_B: Tensor,
+        top_p_B1: Tensor | None = None,
+    ) -> Tensor:
         """A token for each row, (B,): the first v with sum_{w<=v} p_w > u.
 
         The vocabulary is cut into blocks: the sums of blocks tell which one u falls into, and only there the
@@ -47,22 +74,25 @@ class Draws:
         Args:
             logits_BV: finite, or minus infinity for what cannot be drawn.
             top_B: the largest of each row.
-            temperature: above 0.
+            temperature: above 0, for all rows or for each, (B, 1) float64.
             rows_B: which response each row is.
             index_B: the index of the token in it.
+            top_p_B1: draw from the likeliest tokens that have so much probability together (float64; None: from all).
         """
         size, vocabulary = logits_BV.shape
         block = min(vocabulary, BLOCK)
         blocks = -(-vocabulary // block)
-        if self._weights.shape[-1] != blocks * block:
+        if self._weights.shape[-1] != blocks * block or len(self._weights) < size:
             # The end of the last block has no token and keeps its zeros.
             self._weights = self._weights.new_zeros((size, blocks * block))
         weights_BV = self._weights[:size]
         p_BV = weights_BV[:, :vocabulary]
         p_BV.copy_(logits_BV).sub_(top_B.to(self.device)[:, None])
-        if temperature != 1:
+        if isinstance(temperature, Tensor) or temperature != 1:
             p_BV.div_(temperature)
         p_BV.exp_()
+        if top_p_B1 is not None:
+            p_BV.masked_fill_(_beyond(p_BV, top_p_B1), 0)
         rows_B, index_B = rows_B.to(self.device), index_B.to(self.device)
         u_B1 = self.uniforms_RT[rows_B, index_B.clamp_max(self.uniforms_RT.shape[1] - 1)][:, None]
         if blocks == 1:
@@ -78,6 +108,18 @@ class Draws:
             part_BK = parts_BNK[torch.arange(size, device=self.device), n_B1[:, 0]]
             token_B1 = n_B1 * block + _first_above(part_BK.cumsum(-1), target_B1)
         return token_B1[:, 0].to(logits_BV.device)
+
+
+def _beyond(p_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """Tokens that are not among the likeliest that have `top_p` of the weight together, (B, V); of 1, none.
+
+    The likeliest always stays (nucleus sampling, arXiv:1904.09751).
+    """
+    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+    upto_BV = sorted_BV.cumsum(-1)
+    beyond_BV = (upto_BV - sorted_BV >= top_p_B1 * upto_BV[:, -1:]) & (top_p_B1 < 1)
+    beyond_BV[:, 0] = False
+    return torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
 
 
 def _first_above(upto_BN: Tensor, target_B1: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class GatewayConfig(Config):
     """At the decision point: draw from the model's odds, or ask exactly when l + bias > 0."""
     bias: float = 0.0
     """The dial, in nats, as `selfroute calibrate` finds it for a budget; used under `threshold`."""
-    max_tokens: int = Field(1024, ge=1)
-    """Token limit of a device response, reasoning included."""
+    max_tokens: int = Field(512, ge=1)
+    """Token limit of a device response, reasoning included; it has to fit the model's context with the conversation."""
     device_idle_s: float = Field(60.0, gt=0)
     """Seconds that the device may take for its next piece of text, the first one too; then the cloud is asked."""
     host: str = "127.0.0.1"

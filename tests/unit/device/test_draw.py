@@ -75,3 +75,48 @@ def test_fewer_rows_later_draw_the_same() -> None:
     together = draw(logits_BV, top_B, 1.0, rows, index_B)
     some = torch.tensor([4, 1])
     assert draw(logits_BV[some], top_B[some], 1.0, some, index_B[some]).equal(together[some])
+
+
+def test_rows_may_have_temperatures_of_their_own() -> None:
+    logits_BV = 3 * torch.randn(6, BLOCK + 9, generator=torch.Generator().manual_seed(0))
+    draw = Draws([f"r{n}" for n in range(6)], 4, CPU)
+    top_B, rows, index_B = logits_BV.amax(-1), torch.arange(6), torch.full((6,), 2)
+    warm_B1 = torch.tensor([0.3, 1.0, 2.0, 0.5, 1.5, 0.7], dtype=torch.float64)[:, None]
+    expected = [draw(logits_BV, top_B, float(t), rows, index_B)[n] for n, t in enumerate(warm_B1)]
+    assert draw(logits_BV, top_B, warm_B1, rows, index_B).tolist() == [int(token) for token in expected]
+
+
+def test_responses_that_join_and_leave_keep_their_streams() -> None:
+    logits_BV = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    together = Draws(list("abcde"), 9, CPU)
+    draw, more = Draws(list("cxa"), 4, CPU), Draws(list("ed"), 9, CPU)
+    top_B, index_B = logits_BV.amax(-1), torch.tensor([3, 2, 1, 8, 3])
+    draw.select([2, 0])
+    draw.join(more)
+    order = torch.tensor([0, 2, 4, 3])
+    expected = together(logits_BV, top_B, 1.0, torch.arange(5), index_B)[order]
+    found = draw(logits_BV[order], top_B[order], 1.0, torch.arange(4), index_B[order])
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("vocabulary", [6, BLOCK + 6])
+def test_top_p_draws_from_the_likeliest_alone(vocabulary: int) -> None:
+    p_V = torch.zeros(vocabulary, dtype=torch.float64)
+    p_V[:6] = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15, 0.0])
+    logits_BV = p_V.log().expand(4000, -1)
+    draw = Draws([f"r{n}" for n in range(4000)], 1, CPU)
+    top_B, rows, index_B = logits_BV.amax(-1), torch.arange(4000), torch.zeros(4000, dtype=torch.long)
+
+    def shares(top_p: float, temperature: float = 1.0) -> list[float]:
+        top_p_B1 = torch.full((4000, 1), top_p, dtype=torch.float64)
+        token_B = draw(logits_BV, top_B, temperature, rows, index_B, top_p_B1)
+        return (torch.bincount(token_B, minlength=6)[:6] / 4000).tolist()
+
+    assert shares(0.69) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0, 0], abs=0.03)
+    assert shares(0.71) == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85, 0], abs=0.03)
+    assert shares(1e-6) == [0, 1, 0, 0, 0, 0]
+    # A lower temperature gives the likeliest more: 0.81 of all, at 0.2.
+    assert shares(0.69, 0.2) == [0, 1, 0, 0, 0, 0]
+    plain = draw(logits_BV, top_B, 1.0, rows, index_B)
+    top_p_B1 = torch.ones(4000, 1, dtype=torch.float64)
+    assert draw(logits_BV, top_B, 1.0, rows, index_B, top_p_B1).equal(plain)
