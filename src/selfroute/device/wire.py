@@ -50,7 +50,8 @@ class Wire:
         self._http = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(None, connect=patience.connect_s),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
+            # An engine may close a connection that is kept just as the next request takes it.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             # A proxy that the environment names would see what is not to leave the device.
             trust_env=False,
             follow_redirects=False,

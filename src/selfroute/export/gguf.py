@@ -173,7 +173,8 @@ def _rope_factors(model: PreTrainedModel) -> NDArray[np.float32] | None:
     dimensions = _head_size(model.config)
     plain = rope["rope_theta"] ** -(np.arange(0, dimensions, 2) / dimensions)
     scaled = model.get_decoder().rotary_emb.inv_freq.double().cpu().numpy()
-    return (plain / scaled).astype(np.float32)
+    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
+    return factors
 
 
 def _kept_as(
