@@ -45,7 +45,7 @@ class Remote:
     @property
     def name(self) -> str:
         """The model's name as part of a file's: its last part, without an ending."""
-        return re.sub(r"[^A-Za-z0-9_.=+-]", "-", self._engine.model.rsplit("/", 1)[-1].removesuffix(".gguf"))
+        return re.sub(r"[^A-Za-z0-9_.=+-]", "-", self._engine.model.rsplit("/", 1)[-1].removesuffix(".gguf"))[:60]
 
     def encode(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The conversation itself: the engine makes the prompt."""
@@ -121,10 +121,11 @@ class Remote:
             async for chunk in chunks:
                 text += chunk.text
         finished = chunk.finish == "stop"
+        decided = not isinstance(parse(text, finished=finished), Undecided)
         by_dial = sampling.decide == "threshold" and not sampling.forbid_help
-        if by_dial and chunk.score is None and not isinstance(parse(text, finished=finished), Undecided):
+        if by_dial and decided and chunk.score is None:
             raise DeviceError(
                 f"{self._engine.where} gives no log-probabilities, so that the dial moves nothing and there is one "
                 "operating point: evaluate without a budget"
             )
-        return Response(text, (-1,) * chunk.completion_tokens, finished, chunk.score)
+        return Response(text, (-1,) * chunk.completion_tokens, finished, chunk.score if decided else None)
