@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from selfroute.compare.config import CompareConfig
     from selfroute.device.base import Sampling
     from selfroute.device.hf import HFEngine
+    from selfroute.device.http import HTTPConfig
     from selfroute.evaluate.pair import Pair
-    from selfroute.evaluate.run import Outcome
+    from selfroute.evaluate.run import Engine, Outcome
+    from selfroute.export.folder import Format
+    from selfroute.export.gguf import Kind
     from selfroute.train.progress import StepRecord
     from selfroute.train.warmstart import WarmstartConfig
 
@@ -44,7 +47,7 @@ SOLVE_SAMPLES = 5
 
 
 _OPTIONAL = (
-    *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn"),
+    *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn", "gguf"),
     *("sqlalchemy", "starlette", "uvicorn"),
 )
 
@@ -222,16 +225,19 @@ def evaluate(
     budget: float | None = None,
     untrained: bool = False,
     best: bool = False,
+    engine: HTTPConfig | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Evaluate a run's device model with its cloud on the test problems; the records go to RUN/evaluations.
 
     With a budget the dial is set as `calibrate` found it, and decisions follow it; without, the model's own decisions
     are sampled. `untrained` evaluates the model that the run started from, `best` the best checkpoint that was kept,
-    whose records go to RUN/best/evaluations.
+    whose records go to RUN/best/evaluations. With an `engine` by URL, that answers in the model's place: what was
+    exported; its name becomes a part of the evaluation's.
 
     Raises:
         RunError: not a run, no such checkpoint, or not calibrated for this budget.
+        DeviceError: the engine fails, or cannot do what it is asked.
         CloudError: the cloud failed; what it answered is kept.
     """
     run = Path(run)
@@ -240,18 +246,23 @@ def evaluate(
     sampling = config.evaluation if budget is None else turned(config.evaluation, run, budget, best=best)
     # Read once: a training run may save another one meanwhile.
     checkpoint = None if untrained else checkpoint_name(run, best=best)
-    engine = _engine(run, config, checkpoint)
     from selfroute.cloud.memory import open_judge
     from selfroute.evaluate import run as evaluation
     from selfroute.tasks.provenance import task_of
 
     task = task_of(run, config.task, "test")
-    with (
-        _cloud(config, run / "cloud.sqlite") as cloud,
-        open_judge(task, run / "judge.sqlite", phase="evaluate"),
-    ):
+    with ExitStack() as held:
+        if engine is None:
+            device: Engine = _engine(run, config, checkpoint)
+        else:
+            from selfroute.evaluate.remote import Remote
+
+            remote = held.enter_context(Remote(engine))
+            device, name = remote, f"{name}@{remote.name}"
+        cloud = held.enter_context(_cloud(config, run / "cloud.sqlite"))
+        held.enter_context(open_judge(task, run / "judge.sqlite", phase="evaluate"))
         outcomes = evaluation.evaluate(
-            engine,
+            device,
             task,
             cloud,
             sampling=sampling,
@@ -264,9 +275,34 @@ def evaluate(
     evaluation.write_outcomes(folder / "records.jsonl", outcomes)
     write_json(
         folder / "evaluation.json",
-        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json")},
+        {"checkpoint": checkpoint, "sampling": sampling.model_dump(mode="json")}
+        | ({"engine": engine.model_dump(mode="json")} if engine else {}),
     )
     return outcomes
+
+
+def export(
+    run: str | Path,
+    to: Format = "hf",
+    *,
+    kind: Kind = "f16",
+    best: bool = False,
+    out: str | Path | None = None,
+) -> Path:
+    """Write a run's model for other engines, into RUN/exports if `out` names no folder; returns what they load.
+
+    Raises:
+        RunError: not a run, or no such checkpoint.
+        ExportError: the folder is in use, or the model is not of those that can be written.
+    """
+    run = Path(run)
+    settings = run_config(run).model_dump(mode="json")
+    checkpoint = checkpoint_name(run, best=best)
+    with _needs("export"):
+        from selfroute.export import folder
+
+        where = Path(out) if out else None
+        return folder.export(run, checkpoint, settings, to=to, kind=kind, best=best, out=where)
 
 
 def benchmark(run: str | Path, changes: Sequence[str], *, budget: float | None = None, best: bool = False) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfroute.errors import ConfigError, DataWarning, ReproducibilityWarning, SelfrouteError
+from selfroute.export_command import export
 from selfroute.key_commands import app as keys_app
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
@@ -182,6 +183,11 @@ def evaluate(
     ] = None,
     before: Annotated[bool, typer.Option("--before", help="Evaluate the model that the run started from.")] = False,
     best: Best = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="An engine that serves the exported model, such as http://127.0.0.1:8080/v1.", metavar="URL"),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model's name there, where the engine serves several.")] = "",
 ) -> None:
     """Evaluate a run on its test problems and print the table.
 
@@ -189,9 +195,13 @@ def evaluate(
     to RUN/benchmarks/.
     """
     from selfroute import api
+    from selfroute.config import validate
+    from selfroute.device.http import HTTPConfig
 
     where = api.benchmark(run, overrides, budget=budget, best=best) if overrides else run
-    api.evaluate(where, budget=budget, untrained=before, best=best, progress=Printer().progress)
+    by_url = validate(HTTPConfig, {"base_url": engine, "model": model}, "--engine") if engine else None
+    progress = Printer().progress
+    api.evaluate(where, budget=budget, untrained=before, best=best, engine=by_url, progress=progress)
     show_run(api.report(where, best=best))
     if overrides:
         _echo(f"kept in {where}: selfroute report {where}{' --best' if best else ''}")
@@ -369,6 +379,7 @@ def warmstart(
 
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(keys_app, name="keys")
+app.command()(export)
 
 
 def main() -> None:

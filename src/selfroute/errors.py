@@ -6,6 +6,7 @@
     ├── DeviceError      the on-device model or its engine (ContextError: a conversation that does not fit it)
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
+    ├── ExportError      a model that cannot be written for another engine
     ├── DivergenceError  a model whose numbers are not finite
     ├── RunError         a run directory (missing, foreign, damaged)
     └── StoreError       the gateway's store of requests, budgets and keys
@@ -50,6 +51,10 @@ class CloudError(SelfrouteError):
 
 class TrainingError(SelfrouteError):
     """Training cannot go on: a checkpoint that does not fit, a file that cannot be written."""
+
+
+class ExportError(SelfrouteError):
+    """A trained model cannot be written for another engine."""
 
 
 class DivergenceError(SelfrouteError):

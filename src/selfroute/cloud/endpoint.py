@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx2
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from selfroute.config import Config
 from selfroute.errors import ConfigError
@@ -18,10 +18,26 @@ _NOT_EXTRA = {
 """Fields that selfroute sets itself, or that would change the price."""
 
 
+def _plain(base_url: str) -> str:
+    try:
+        url = httpx2.URL(base_url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("must begin with https:// or http:// and name a host")
+    if url.userinfo or url.query or url.fragment:
+        raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
+    return base_url.rstrip("/")
+
+
+BaseURL = Annotated[str, AfterValidator(_plain)]
+"""Where an endpoint is, with nothing secret in it."""
+
+
 class OpenAIConfig(Config):
     """An OpenAI-compatible endpoint, and how patient to be with it."""
 
-    base_url: str
+    base_url: BaseURL
     """Such as `https://api.deepseek.com/v1`; `/chat/completions` is added."""
     model: str = Field(min_length=1)
     """The model's name there."""
@@ -66,19 +82,6 @@ class OpenAIConfig(Config):
     def where(self) -> str:
         """The endpoint, in words."""
         return f"the cloud at {self.base_url}"
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain(cls, base_url: str) -> str:
-        try:
-            url = httpx2.URL(base_url)
-        except httpx2.InvalidURL as error:
-            raise ValueError(str(error)) from None
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError("must begin with https:// or http:// and name a host")
-        if url.userinfo or url.query or url.fragment:
-            raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
-        return base_url.rstrip("/")
 
     @field_validator("extra")
     @classmethod

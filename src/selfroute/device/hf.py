@@ -18,7 +18,7 @@ from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.decode import Decoder, steps_for
 from selfroute.device.load import load_model
 from selfroute.errors import DeviceError
-from selfroute.protocol import DecisionPoint, decision_points
+from selfroute.protocol import DecisionPoint, decision_points, find_decision
 from selfroute.types import Message, Response
 
 SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -79,6 +79,14 @@ class HFEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text, without its end token."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def before_the_call(self, response: Response, *, early_exit: bool) -> tuple[int, ...]:
+        """A help call's tokens up to the choice between the tags, or with `early_exit` up to its tag."""
+        found = find_decision(response.token_ids, self.points, self.tokenizer)
+        if found is None:
+            return ()
+        index, point = found
+        return response.token_ids[: index - len(point.prefix) if early_exit else index]
 
     @torch.no_grad()
     def generate(

@@ -16,7 +16,7 @@ from rich.table import Table
 from selfroute import measures
 from selfroute.evaluate.figures import CLOUD, INK, MUTED, OURS, WRONG, axes, svg
 from selfroute.evaluate.run import Outcome, columns
-from selfroute.evaluate.summary import budget_of, evaluations, key_of, reference, summarise
+from selfroute.evaluate.summary import budget_of, engine_of, evaluations, key_of, reference, summarise
 from selfroute.records import read_json, read_records, results, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ def rows(summary: Mapping[str, Any]) -> list[Cells]:
             table.append((f"selfroute, budget {percent} %", summary[f"at_budget_{percent}"]))
         for bound in ("oracle", "clairvoyant"):
             table.append((f"{bound} at {percent} %", {**summary[f"{bound}_at_{percent}"], "call_rate": rate}))
+    own = {"before": "untrained, own decision", "after": "selfroute, own decision"}
+    for key in (key for key in summary if "@" in key):
+        kind, _, engine = key.partition("@")
+        label = own.get(kind) or f"selfroute, budget {kind.removeprefix('at_budget_')} %"
+        table.append((f"{label}, on {engine}", summary[key]))
     table.append(("cloud alone", {**summary["cloud"], "call_rate": exactly(1.0)}))
     return table
 
@@ -177,18 +182,19 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
     for name in found:
         if name == "before":
             continue
-        budget = budget_of(name)
+        budget, engine = budget_of(name), engine_of(name)
         cells = summary[key_of(name)]
         x, y = cells["call_rate"]["value"], cells["accuracy"]
         axis.errorbar(
             100 * x,
             100 * y["value"],
             yerr=[[100 * (y["value"] - y["low"])], [100 * (y["high"] - y["value"])]],
-            marker="o" if budget is None else next(markers),
+            marker="o" if budget is None and not engine else next(markers),
             color=OURS,
             linestyle="none",
             capsize=3,
-            label="own decision" if budget is None else f"budget {100 * budget:.0f} %",
+            label=("own decision" if budget is None else f"budget {100 * budget:.0f} %")
+            + (engine and f", on {engine}"),
         )
     axis.plot(
         100, 100 * summary["cloud"]["accuracy"]["value"], marker="s", color=INK, linestyle="none", label="cloud alone"

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from selfroute.cloud.memory import Cloud
 from selfroute.device.base import Sampling
 from selfroute.errors import RunError
 from selfroute.measures import Columns
-from selfroute.protocol import chat, cloud_request, find_decision, parse, reasoning_of
+from selfroute.protocol import chat, cloud_request, parse, reasoning_of
 from selfroute.records import read_records, write_records
 from selfroute.tasks import Task, verdicts
 from selfroute.types import (
@@ -29,6 +29,7 @@ from selfroute.types import (
     Decision,
     Handoff,
     HelpCall,
+    Message,
     Problem,
     Progress,
     Response,
@@ -37,8 +38,32 @@ from selfroute.types import (
     Verdict,
 )
 
-if TYPE_CHECKING:
-    from selfroute.device.hf import HFEngine
+
+class Engine(Protocol):
+    """What evaluation asks of a device model: in process (`device.hf`) or by URL (`evaluate.remote`).
+
+    What a prompt is, and what a response begins with, is the engine's own affair.
+    """
+
+    def encode(self, messages: Sequence[Message]) -> Any:
+        """A conversation as a prompt."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        streams: Sequence[Sequence[str]],
+        sampling: Sampling,
+        *,
+        starts: Sequence[Any] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Response]]:
+        """For each prompt, a response for each of its stream names; all begin with the prompt's start, if any."""
+        ...
+
+    def before_the_call(self, response: Response, *, early_exit: bool) -> Any:
+        """What a response that asks holds up to where it could have been declined: a start."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +102,7 @@ class Outcome:
 
 
 def evaluate(
-    engine: HFEngine,
+    engine: Engine,
     task: Task,
     cloud: Cloud,
     *,
@@ -139,7 +164,7 @@ def evaluate(
 
 
 def local_accuracy(
-    engine: HFEngine,
+    engine: Engine,
     task: Task,
     *,
     sampling: Sampling,
@@ -155,7 +180,7 @@ def local_accuracy(
 
 
 def calibration_responses(
-    engine: HFEngine,
+    engine: Engine,
     task: Task,
     *,
     sampling: Sampling,
@@ -175,13 +200,13 @@ def calibration_responses(
 
 
 def _respond(
-    engine: HFEngine,
+    engine: Engine,
     problems: Sequence[Problem],
     sampling: Sampling,
     stream: str,
     draws: int,
     progress: Progress | None,
-) -> tuple[list[list[int]], list[list[str]], list[list[Response]]]:
+) -> tuple[list[Any], list[list[str]], list[list[Response]]]:
     """Prompts, stream names and `draws` responses of each problem."""
     prompts = [engine.encode(chat(p.question)) for p in problems]
     streams = [[f"{stream}/{p.id}/{i}" for i in range(draws)] for p in problems]
@@ -245,8 +270,8 @@ def _asked(responses: Sequence[Response]) -> list[int]:
 
 
 def _local_answers(
-    engine: HFEngine,
-    prompts: Sequence[Sequence[int]],
+    engine: Engine,
+    prompts: Sequence[Any],
     streams: Sequence[Sequence[str]],
     responses: Sequence[Response],
     sampling: Sampling,
@@ -264,7 +289,7 @@ def _local_answers(
             [prompts[n] for n in asked],
             [[f"{name}/local" if sampling.early_exit else name for name in streams[n]] for n in asked],
             sampling.model_copy(update={"forbid_help": True}),
-            starts=[_before_the_call(engine, responses[n], sampling) for n in asked],
+            starts=[engine.before_the_call(responses[n], early_exit=sampling.early_exit) for n in asked],
             progress=counter(progress, "local answers of asked problems", len(asked)),
         )
         for n, group in zip(asked, continued, strict=True):
@@ -272,17 +297,8 @@ def _local_answers(
     return local
 
 
-def _before_the_call(engine: HFEngine, response: Response, sampling: Sampling) -> tuple[int, ...]:
-    """A help call's tokens up to where it could have been declined."""
-    found = find_decision(response.token_ids, engine.points, engine.tokenizer)
-    if found is None:
-        return ()
-    index, point = found
-    return response.token_ids[: index - len(point.prefix) if sampling.early_exit else index]
-
-
 def solve_shares(
-    engine: HFEngine,
+    engine: Engine,
     task: Task,
     problems: Sequence[Problem],
     sampling: Sampling,

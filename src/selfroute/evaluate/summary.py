@@ -47,8 +47,8 @@ def _shown(run: Path, best: bool) -> str | None:
 
 
 def reference(found: Mapping[str, Sequence[Outcome]]) -> Sequence[Outcome]:
-    """The evaluation that the bounds and the page stand on: the trained model's, if there is one."""
-    trained = [name for name in found if name != "before"]
+    """The evaluation that the bounds and the page stand on: the trained model's, if there is one, best in process."""
+    trained = sorted((name for name in found if name != "before"), key=engine_of)
     return found["after" if "after" in found else trained[0] if trained else "before"]
 
 
@@ -88,15 +88,24 @@ def summarise(run: Path, *, best: bool = False) -> dict[str, Any]:
 
 
 def budget_of(name: str) -> float | None:
-    """The budget in an evaluation's name, `budget-0.3`; None for other names."""
-    kind, dash, value = name.partition("-")
+    """The budget in an evaluation's name, `budget-0.3`; None for other names.
+
+    >>> budget_of("budget-0.3@demo-q8_0"), budget_of("after")
+    (0.3, None)
+    """
+    kind, dash, value = name.partition("@")[0].partition("-")
     return float(value) if dash and kind == "budget" else None
 
 
 def key_of(name: str) -> str:
-    """An evaluation's key in the summary: `before`, `after`, or `at_budget_30`."""
-    budget = budget_of(name)
-    return name if budget is None else f"at_budget_{100 * budget:g}"
+    """An evaluation's key in the summary: `before`, `after`, or `at_budget_30`; with `@MODEL` of an engine by URL."""
+    budget, engine = budget_of(name), engine_of(name)
+    return name if budget is None else f"at_budget_{100 * budget:g}" + (f"@{engine}" if engine else "")
+
+
+def engine_of(name: str) -> str:
+    """The model of an engine by URL in an evaluation's name, `after@demo-q8_0`; empty in process."""
+    return name.partition("@")[2]
 
 
 def describe(outcomes: Sequence[Outcome], *, untrained: Sequence[Outcome] | None, rate: float) -> dict[str, Any]:

@@ -162,6 +162,25 @@ def test_the_terminal_table_cuts_no_number(tmp_path: Path, width: int, intervals
     assert ("80.0 [" in text) == intervals
 
 
+def test_an_engines_evaluations_stand_beside_those_in_process(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    failing = [replace(o, device_correct=False, correct=o.route == "cloud") for o in OUTCOMES]
+    add(tmp_path, "after@demo-q4_0", failing, "step-000002")
+    add(tmp_path, "budget-0.3@demo-q4_0", failing, "step-000002")
+    add(tmp_path, "after", OUTCOMES, "step-000002")
+    summary = write_report(tmp_path)
+    assert summary["after"]["accuracy"]["value"] == 0.8
+    assert summary["after@demo-q4_0"]["accuracy"]["value"] == 0.3
+    assert summary["at_budget_30@demo-q4_0"]["accuracy"]["value"] == 0.3
+    # The bounds stand on the model in process.
+    assert summary["random_at_30"]["accuracy"]["value"] == pytest.approx(0.7 * 0.6 + 0.3)
+    assert {
+        "selfroute, own decision": 0.8,
+        "selfroute, own decision, on demo-q4_0": 0.3,
+        "selfroute, budget 30 %, on demo-q4_0": 0.3,
+    }.items() <= {label: cells["accuracy"]["value"] for label, cells in rows(summary)}.items()
+
+
 def test_numbers_for_people() -> None:
     assert show({"a": {"value": 0.5, "low": 0.41, "high": 0.6}}, "a", 100) == "50.0 [41.0, 60.0]"
     assert show({"a": {"value": 0.3, "low": 0.3, "high": 0.3}}, "a", 100) == "30.0"

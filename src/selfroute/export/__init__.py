@@ -1,0 +1,1 @@
+"""A trained device model as files that other engines load."""
