@@ -129,7 +129,7 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "memory: not known (cannot load the device model 'Qwen/Qwen2.5-3B-Instruct'" in out
     out = selfroute("train", "code-taco", "--unsafe-sandbox", "--dry-run", cwd=tmp_path)
     task = json.loads(out.split("\nmemory: ")[0])["task"]
-    assert (task["name"], task["path"], task["unsafe_sandbox"]) == ("code", "data/taco-verified", True)
+    assert (task["name"], task["dataset"], task["unsafe_sandbox"]) == ("code", "taco-verified", True)
     out = selfroute("train", "countdown-tiny", "device.model=./none", "--dry-run", cwd=tmp_path)
     assert "memory: not known (cannot load the device model './none'" in out
 
@@ -140,9 +140,13 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["train", "nope"], "no such config: 'nope'"),
         (["train", "countdown-tiny", "stesp=3"], "stesp: Extra inputs are not permitted"),
         (["train", "countdown-tiny", "task.nubmer_max=3", "--dry-run"], "nubmer_max: Extra inputs are not permitted"),
+<<<<<<< ours
         (["train", "countdown-tiny", "task.name=nope"], "known: addition, choice, code, countdown, gym, judge, maths"),
+=======
+        (["train", "countdown-tiny", "task.name=nope"], "known: addition, choice, code, countdown, maths"),
+>>>>>>> theirs
         (
-            ["train", "code-taco", "device.model=countdown-1m"],
+            ["train", "code-taco", "device.model=countdown-1m", "task.path=data/taco-verified"],
             "no such file or folder: data/taco-verified",
         ),
         (["train", "countdown-tiny", "--unsafe-sandbox"], "unsafe_sandbox: Extra inputs are not permitted"),
