@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from selfroute.serve.account import Limits, Scope
@@ -30,6 +31,7 @@ def at_once(url: str, *works: dict[str, Any]) -> list[dict[str, Any]]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[1],
         )
         for work in works
     ]

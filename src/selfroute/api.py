@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute.config import load as load_config
-from selfroute.config import names, resolve, validate
+from selfroute.config import names, override, resolve, validate
 from selfroute.errors import ConfigError, RunError, SelfrouteError
 from selfroute.records import (
     best_checkpoint,
@@ -21,6 +21,7 @@ from selfroute.records import (
     write_json,
     write_records,
 )
+from selfroute.serve.config import GatewayConfig
 from selfroute.tasks import TASKS, Task
 from selfroute.train.config import TrainConfig, whole
 from selfroute.types import Progress
@@ -45,7 +46,10 @@ SOLVE_SAMPLES = 5
 """Extra responses to each asked test problem, help forbidden: does the device solve it in a majority of samples?"""
 
 
-_OPTIONAL = ("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn", "gguf")
+_OPTIONAL = (
+    *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn"),
+    *("gguf", "sqlalchemy", "starlette", "uvicorn"),
+)
 
 
 @contextmanager
@@ -117,6 +121,20 @@ def require_training() -> None:
     """Stop early, naming the install command, where training's dependencies are missing."""
     with _needs("train"):
         from selfroute.train import loop  # noqa: F401
+
+
+def load_gateway_config(name: str | None = None, overrides: Sequence[str] = ()) -> GatewayConfig:
+    """A gateway's config by path, or the one that needs none, changed by `key=value` overrides."""
+    if name is None:
+        return validate(GatewayConfig, override({}, overrides), "this gateway")
+    return load_config(GatewayConfig, name, overrides)
+
+
+def serve(config: GatewayConfig, ready: Callable[[str], None] = print) -> None:
+    """Serve the pair until SIGINT or SIGTERM; `ready` is told the base URL once it can be asked."""
+    with _needs("serve"):
+        from selfroute.serve.server import run
+    run(config, ready)
 
 
 def load_warmstart_config(name: str, overrides: Sequence[str] = ()) -> WarmstartConfig:

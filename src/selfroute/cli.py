@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ import typer
 
 from selfroute.errors import DataWarning, ReproducibilityWarning, SelfrouteError
 from selfroute.export_command import export
+from selfroute.key_commands import app as keys_app
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.task_commands import app as tasks_app
 
@@ -339,6 +341,32 @@ def _plain(text: str) -> str:
 
 
 @app.command()
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A gateway's .toml file, and changes to what --dry-run prints: port=9000, cloud.accuracy=0.7.",
+            metavar="[CONFIG] [KEY=VALUE]...",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Serve the pair to any OpenAI client: the device answers, and hands over to the cloud when it asks.
+
+    Without a config: the shipped Countdown model and the oracle cloud, on this machine alone.
+    """
+    from selfroute import api
+
+    given = list(arguments or [])
+    config = api.load_gateway_config(given.pop(0) if given and "=" not in given[0] else None, given)
+    if dry_run:
+        _dry_run(config)
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    api.serve(config, lambda url: _echo(f"serving {config.model} on {url} (Ctrl-C ends)"))
+
+
+@app.command()
 def warmstart(
     config: Annotated[str, typer.Argument(help="A config that comes with selfroute (countdown-1m), or a .toml file.")],
     overrides: Overrides = None,
@@ -383,6 +411,7 @@ def _console() -> Console:
 
 app.add_typer(tasks_app, name="tasks")
 app.command()(export)
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:

@@ -36,7 +36,17 @@ class ContextError(DeviceError):
 
 
 class CloudError(SelfrouteError):
-    """The cloud, its cache or its ledger failed. Never scored as a wrong answer."""
+    """The cloud, its cache or its ledger failed. Never scored as a wrong answer.
+
+    `status` is the HTTP status with which a provider refused, `said` its words, `retry_after_s` for how long it asks to
+    be left alone.
+    """
+
+    def __init__(
+        self, text: str, *, status: int | None = None, said: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(text)
+        self.status, self.said, self.retry_after_s = status, said, retry_after_s
 
 
 class TrainingError(SelfrouteError):

@@ -5,7 +5,7 @@ Left out on purpose: behaviour. What a value means is said here; what is done wi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -93,12 +93,28 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class CloudRequest:
-    """One question to the cloud; everything that affects the answer is in here, so its hash is the cache's key."""
+    """One question to the cloud; everything that affects the answer is in here, so its hash is the cache's key.
+
+    `extra` holds further fields of the API's request, such as `tools`, as a client of the gateway sent them; its limits
+    of tokens count where they are lower, its temperature where `temperature` is None.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int = 2048
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     sample_index: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Bill:
+    """What one request costs, as far as is known: its answer, and attempts that broke off and may have been charged.
+
+    The client adds to `usd` as soon as an attempt has ended, and makes no further one that could pass `limit_usd`.
+    """
+
+    limit_usd: float
+    usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +135,16 @@ class CloudAnswer:
 
 @dataclass(frozen=True, slots=True)
 class CloudChunk:
-    """A piece of a streamed answer; the last one carries the whole `CloudAnswer` in `final`."""
+    """A piece of a streamed answer; the last one carries the whole `CloudAnswer` in `final`, and its finish reason.
+
+    `other` is what else the provider says in the API's choice, such as `{"delta": {"tool_calls": [...]}}`.
+    """
 
     text: str = ""
     reasoning: str = ""
+    other: Mapping[str, Any] = field(default_factory=dict)
     final: CloudAnswer | None = None
+    finish_reason: str = ""
 
 
 @runtime_checkable
@@ -155,8 +176,12 @@ class CloudClient(Protocol):
         """The whole answer. Cancelling the task cancels the request."""
         ...
 
-    def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
-        """The answer as it comes; closing the iterator (`aclose`) cancels the request."""
+    def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+        """The answer as it comes; closing the generator (`aclose`) cancels the request, and settles its `bill`."""
+        ...
+
+    def worst_usd(self, request: CloudRequest) -> float:
+        """The most that one attempt may cost."""
         ...
 
     async def aclose(self) -> None:
@@ -219,8 +244,8 @@ class DeviceEngine(Protocol):
         """Sampling fields of the API that it takes beside those of `DeviceRequest`, such as `top_p`."""
         ...
 
-    def stream(self, request: DeviceRequest) -> AsyncIterator[DeviceChunk]:
-        """The response as it comes; closing the iterator (`aclose`) stops the generation at once.
+    def stream(self, request: DeviceRequest) -> AsyncGenerator[DeviceChunk]:
+        """The response as it comes; closing the generator (`aclose`) stops the generation at once.
 
         Raises:
             ContextError: the conversation and `max_tokens` do not fit the model; before the first chunk.

@@ -20,7 +20,7 @@ class Attempt:
 class Breaker:
     """Opens after `failures` failures in a row, for `cooldown_s`; then one request tries, and the rest wait for it.
 
-    A request that has waited for `patience` such tries to fail waits no longer.
+    A request that has waited for `patience` such tries to fail waits no longer; with a patience of 0 none ever waits.
     """
 
     def __init__(self, failures: int, cooldown_s: float, patience: int) -> None:
@@ -57,12 +57,12 @@ class Breaker:
         """Wait; True for the request that tries whether the provider is up again."""
         seen = self._failed_tries
         while self._failures >= self._limit:
-            if self._failed_tries - seen >= self._patience:
-                raise TimeoutError
             left_s = self._closed_until - time.monotonic()
             if not self._trying and left_s <= 0:
                 self._trying = True
                 return True
+            if self._failed_tries - seen >= self._patience:
+                raise TimeoutError
             # A try under way may take long; the provider may only be slow.
             try:
                 async with asyncio.timeout(None if self._trying else left_s), self._changed:

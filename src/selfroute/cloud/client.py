@@ -7,9 +7,10 @@ training, evaluation and serving. Left out on purpose: the cache and the ledger,
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import httpx2
@@ -22,10 +23,15 @@ from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
 from selfroute.cloud.wire import Collected, Reply, Usage
 from selfroute.errors import CloudError
-from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
+from selfroute.protocol import text_of
+from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
 
 T = TypeVar("T")
 
+MAX_PART_TOKENS = 20_000
+"""Tokens of an image that stands in the request by its address."""
+
+_LIMITS = ("max_tokens", "max_completion_tokens")
 _TIMES = {"connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "total_timeout_s"}
 _PRICES = {"usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"}
 
@@ -35,7 +41,15 @@ class OpenAICloud:
 
     Config = OpenAIConfig
     FREE = frozenset(
-        {"api_key_var", "concurrency", "max_retries", "backoff_s", "breaker_failures", "breaker_cooldown_s"}
+        {
+            "api_key_var",
+            "concurrency",
+            "max_retries",
+            "backoff_s",
+            "breaker_failures",
+            "breaker_cooldown_s",
+            "breaker_waits",
+        }
         | {"spend_limit_usd", *_TIMES, *_PRICES}
     )
     """Settings that change no answer: they are no part of the cache's key, and a run may go on with others."""
@@ -53,7 +67,8 @@ class OpenAICloud:
         )
         self._line = Line(config, key, http, Spending(config.spend_limit_usd))
         self._gate = asyncio.Semaphore(config.concurrency)
-        self._breaker = Breaker(config.breaker_failures, config.breaker_cooldown_s, config.max_retries + 1)
+        patience = config.max_retries + 1 if config.breaker_waits else 0
+        self._breaker = Breaker(config.breaker_failures, config.breaker_cooldown_s, patience)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -91,15 +106,21 @@ class OpenAICloud:
         async with self._gate:
             return await self._retrying(attempt)
 
-    async def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
+    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
         """The answer as it comes. What fails before the first piece is tried again; after it nothing is.
+
+        Under a `bill`, that is as long as one more attempt cannot pass its limit.
 
         Raises:
             CloudError: as from `complete`, or the connection broke in mid-answer.
         """
         async with self._gate:
             started = time.monotonic()
-            exchange, first = await self._retrying(lambda: self._begin(request))
+            worst_usd = self.worst_usd(request)
+            exchange, first = await self._retrying(
+                lambda: self._begin(request, bill),
+                lambda: bill is None or bill.usd + worst_usd <= bill.limit_usd,
+            )
             try:
                 collected = Collected()
                 event: Reply | None = first
@@ -109,17 +130,18 @@ class OpenAICloud:
                     event = await anext(exchange.events, None)
                 for chunk in collected.rest():
                     yield chunk
-                answer = self._answer(collected.reply(), request, time.monotonic() - started)
+                reply = collected.reply()
+                answer = self._answer(reply, request, time.monotonic() - started)
                 exchange.bill(answer.cost_usd)
             except TransientError as error:
                 raise CloudError(f"{error}, in the middle of an answer") from error
             finally:
                 await exchange.close()
-            yield CloudChunk(final=answer)
+            yield CloudChunk(final=answer, finish_reason=reply.choices[0].finish_reason or "")
 
-    async def _begin(self, request: CloudRequest) -> tuple[Exchange, Reply]:
+    async def _begin(self, request: CloudRequest, bill: Bill | None) -> tuple[Exchange, Reply]:
         """An open stream, and its first event."""
-        exchange = self._exchange(request, stream=True)
+        exchange = self._exchange(request, stream=True, bill=bill)
         try:
             await exchange.open()
             first = await anext(exchange.events, None)
@@ -130,25 +152,34 @@ class OpenAICloud:
             await exchange.close()
             raise
 
-    def _exchange(self, request: CloudRequest, *, stream: bool) -> Exchange:
-        return Exchange(self._line, self._body(request, stream=stream), self._worst_usd(request))
+    def _exchange(self, request: CloudRequest, *, stream: bool, bill: Bill | None = None) -> Exchange:
+        return Exchange(self._line, self._body(request, stream=stream), self.worst_usd(request), bill)
 
     def _body(self, request: CloudRequest, *, stream: bool) -> dict[str, Any]:
         c = self.config
-        body: dict[str, Any] = {"model": c.model, "messages": [dict(m) for m in request.messages]}
+        ours = {"model", "messages", "stream", "stream_options", *_LIMITS}
+        body = {name: value for name, value in request.extra.items() if name not in ours}
+        body |= {"model": c.model, "messages": [dict(m) for m in request.messages]}
         body[c.max_tokens_field] = self._max_tokens(request)
-        if c.send_temperature:
+        if request.temperature is not None:
             body["temperature"] = request.temperature
+        if not c.send_temperature:
+            body.pop("temperature", None)
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body | c.extra
 
     def _max_tokens(self, request: CloudRequest) -> int:
-        return self.config.max_tokens or request.max_tokens
+        asked = [limit for name in _LIMITS if isinstance(limit := request.extra.get(name), int)]
+        return min([self.config.max_tokens or request.max_tokens, *asked])
 
-    def _worst_usd(self, request: CloudRequest) -> float:
-        """The most that a call may cost: no token is shorter than a byte, and a message's frame is a few tokens."""
-        prompt = sum(len(m["content"].encode()) + 32 for m in request.messages)
+    def worst_usd(self, request: CloudRequest) -> float:
+        """The most that an attempt may cost: no token is shorter than a byte of the request, and a part of a message
+        that is no text has at most so many more."""
+        sent = [*map(dict, request.messages), *([request.extra] if request.extra else [])]
+        parts = [part for m in request.messages if isinstance(m.get("content"), list) for part in m["content"]]
+        others = sum(part.get("type") != "text" for part in parts)
+        prompt = sum(len(json.dumps(fields)) for fields in sent) + others * MAX_PART_TOKENS
         return self._price.of(prompt, self._max_tokens(request))
 
     def _answer(self, reply: Reply, request: CloudRequest, latency_s: float) -> CloudAnswer:
@@ -169,7 +200,7 @@ class OpenAICloud:
         # Where a server does not tell: about four characters make a token.
         prompt_tokens, completion_tokens = usage.prompt_tokens, usage.completion_tokens
         if prompt_tokens is None:
-            prompt_tokens = sum(len(m["content"]) for m in request.messages) // 4 + 1
+            prompt_tokens = sum(len(text_of(m.get("content"))) for m in request.messages) // 4 + 1
         if completion_tokens is None:
             completion_tokens = (len(text) + len(reasoning)) // 4 + 1
         return CloudAnswer(
@@ -182,8 +213,8 @@ class OpenAICloud:
             latency_s=latency_s,
         )
 
-    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """An attempt's result, after as many attempts as its failures are worth."""
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]], affordable: Callable[[], bool] = lambda: True) -> T:
+        """An attempt's result, after as many attempts as its failures are worth, and can be paid."""
         c = self.config
         unreadable = 0
         for number in range(c.max_retries + 1):
@@ -192,8 +223,11 @@ class OpenAICloud:
             except TransientError as error:
                 unreadable += isinstance(error, UnreadableError)
                 # What cannot be read was paid for, and is likely to come the same again.
-                if number == c.max_retries or unreadable > 1:
-                    raise CloudError(f"{error} ({number + 1} attempts)") from error
+                if number == c.max_retries or unreadable > 1 or not affordable():
+                    attempts = f"{number + 1} attempt{'s' if number else ''}"
+                    raise CloudError(
+                        f"{error} ({attempts})", status=error.status, retry_after_s=error.retry_after_s
+                    ) from error
                 # Random, so that those who wait for the same moment do not all come at once.
                 pause_s = min(30.0, c.backoff_s * 2**number) if error.retry_after_s is None else error.retry_after_s
                 await asyncio.sleep(pause_s + random.uniform(0, c.backoff_s))

@@ -69,6 +69,8 @@ class OpenAIConfig(Config):
     """Failures in a row after which the provider is left alone."""
     breaker_cooldown_s: float = Field(20.0, gt=0)
     """Seconds for which it is."""
+    breaker_waits: bool = True
+    """Whether requests wait as long, or fail at once."""
     spend_limit_usd: float | None = Field(None, ge=0)
     """USD that a run may spend in all, by its ledger; a call that could pass it is not made."""
     usd_per_million_prompt_tokens: float | None = Field(None, ge=0)

@@ -16,6 +16,7 @@ from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.spending import Spending
 from selfroute.cloud.wire import Reply, message_of, parse_retry_after
 from selfroute.errors import CloudError
+from selfroute.types import Bill
 
 T = TypeVar("T")
 
@@ -40,9 +41,11 @@ class TransientError(CloudError):
     """A failure that another attempt may mend: `retry_after_s` is what the provider asks to wait, `down` that it is
     a failure of the provider, not its asking for patience."""
 
-    def __init__(self, text: str, retry_after_s: float | None = None, *, down: bool = True) -> None:
-        super().__init__(text)
-        self.retry_after_s, self.down = retry_after_s, down
+    def __init__(
+        self, text: str, retry_after_s: float | None = None, *, status: int | None = None, down: bool = True
+    ) -> None:
+        super().__init__(text, status=status, retry_after_s=retry_after_s)
+        self.down = down
 
 
 class UnreadableError(TransientError):
@@ -59,16 +62,17 @@ class Exchange:
         line: where to.
         body: the request's JSON.
         worst_usd: the most that it may cost; held back while it is under way.
+        bill: what it costs is added to this when it has ended.
     """
 
-    def __init__(self, line: Line, body: Mapping[str, Any], worst_usd: float) -> None:
+    def __init__(self, line: Line, body: Mapping[str, Any], worst_usd: float, bill: Bill | None = None) -> None:
         self._line = line
         self._body = json.dumps(body).encode()
         self._response: httpx2.Response | None = None
         self._deadline = self._first_byte_by = 0.0
         self._started = False
         self.events = self._events()
-        self._worst_usd = worst_usd
+        self._worst_usd, self._bill = worst_usd, bill
         self._held = False
         self.cost_usd = 0.0
         """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
@@ -121,6 +125,8 @@ class Exchange:
         """Let go of the connection, which cancels an answer that is still coming, and settle the bill."""
         if self._held:
             self._held = False
+            if self._bill:
+                self._bill.usd += self.cost_usd
             await self._line.spending.settle(self._worst_usd, self.cost_usd, abandoned=not self.billed)
         await self.events.aclose()
         if self._response is not None:
@@ -213,12 +219,13 @@ def refusal(config: OpenAIConfig, key: str, status: int, body: bytes, retry_afte
         used = (
             f"the key in ${config.api_key_var}" if config.api_key_var else "a request without a key (set api_key_var)"
         )
-        return CloudError(f"{where} refuses {used} ({status}): {said}")
+        return CloudError(f"{where} refuses {used} ({status}): {said}", status=status)
     if status == 404:
-        return CloudError(f"{where} knows no model {config.model!r}, or no such path (404): {said}")
+        return CloudError(f"{where} knows no model {config.model!r}, or no such path (404): {said}", status=status)
     if status in (408, 409, 425, 429) or status >= 500:
         wait_s = parse_retry_after(retry_after)
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
-            return CloudError(f"{where} asks to wait for {wait_s:.0f} s ({status}): {said}")
-        return TransientError(f"{where} answers {status}: {said}", wait_s, down=status >= 500)
-    return CloudError(f"{where} rejects the request ({status}): {said}")
+            said = f"{where} asks to wait for {wait_s:.0f} s ({status}): {said}"
+            return CloudError(said, status=status, retry_after_s=wait_s)
+        return TransientError(f"{where} answers {status}: {said}", wait_s, status=status, down=status >= 500)
+    return CloudError(f"{where} rejects the request ({status}): {said}", status=status, said=said)

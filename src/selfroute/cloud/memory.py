@@ -123,7 +123,7 @@ class Cloud:
 
     def key(self, request: CloudRequest) -> str:
         """SHA-256 of the canonical JSON of everything that affects the answer."""
-        everything = {"client": dict(self.client.identity), "request": asdict(request)}
+        everything = {"client": dict(self.client.identity), "request": _written(request)}
         return hashlib.sha256(json.dumps(everything, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def spent(self, phase: str | None = None, *, until_step: int | None = None) -> Spent:
@@ -160,7 +160,7 @@ class Cloud:
             [
                 (
                     "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)",
-                    (key, json.dumps(asdict(request)), json.dumps(asdict(answer))),
+                    (key, json.dumps(_written(request)), json.dumps(asdict(answer))),
                 ),
                 self._line(key, problem, phase, step, *tokens, answer.cost_usd, answer.latency_s),
             ]
@@ -184,3 +184,9 @@ class Cloud:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise CloudError(f"cannot write the cloud's cache and ledger {self.path}: {error}") from error
+
+
+def _written(request: CloudRequest) -> dict[str, Any]:
+    """A request as it is kept; one without further fields is what it was before there were any."""
+    fields = asdict(request)
+    return fields if request.extra else {name: value for name, value in fields.items() if name != "extra"}

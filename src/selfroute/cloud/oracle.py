@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from pydantic import Field
 
 from selfroute.config import Config
 from selfroute.errors import CloudError
-from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
+from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, SYSTEM, text_of
 from selfroute.tasks import addition, countdown
-from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
+from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
 
 
 class OracleConfig(Config):
@@ -70,20 +70,29 @@ class Oracle:
             await asyncio.sleep(self.config.latency_s)
         c = self.config
         # Six numbers can take seconds to solve; the event loop goes on meanwhile.
-        text = await asyncio.to_thread(self._text, request.messages[-1]["content"])
-        # About four characters make a token.
-        prompt_tokens = sum(len(m["content"]) for m in request.messages) // 4
-        micro_usd = prompt_tokens * c.usd_per_million_prompt_tokens
-        micro_usd += c.completion_tokens * c.usd_per_million_completion_tokens
-        return CloudAnswer(text, "", True, prompt_tokens, c.completion_tokens, micro_usd / 1e6, c.latency_s)
+        text = await asyncio.to_thread(self._text, text_of(request.messages[-1].get("content")))
+        # It gives the tags to whom its system prompt asks for them.
+        if not any(ANSWER_OPEN in text_of(m.get("content")) for m in request.messages if m["role"] in SYSTEM):
+            text = text.removeprefix(ANSWER_OPEN).removesuffix(ANSWER_CLOSE)
+        usd = self.worst_usd(request)
+        return CloudAnswer(text, "", True, _prompt_tokens(request), c.completion_tokens, usd, c.latency_s)
 
-    async def stream(self, request: CloudRequest) -> AsyncIterator[CloudChunk]:
+    def worst_usd(self, request: CloudRequest) -> float:
+        """What every answer costs."""
+        c = self.config
+        micro_usd = _prompt_tokens(request) * c.usd_per_million_prompt_tokens
+        micro_usd += c.completion_tokens * c.usd_per_million_completion_tokens
+        return micro_usd / 1e6
+
+    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
         """The same answer in pieces of a few characters."""
         answer = await self.complete(request)
+        if bill:
+            bill.usd += answer.cost_usd
         for start in range(0, len(answer.text), 8):
             yield CloudChunk(text=answer.text[start : start + 8])
             await asyncio.sleep(0)
-        yield CloudChunk(final=answer)
+        yield CloudChunk(final=answer, finish_reason="stop")
 
     async def aclose(self) -> None:
         """Nothing is held open."""
@@ -95,6 +104,11 @@ class Oracle:
         digest = hashlib.sha256(f"{self.config.seed}/{solved.key}".encode()).digest()
         right = int.from_bytes(digest[:8], "big") / 2**64 < self.config.accuracy
         return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"
+
+
+def _prompt_tokens(request: CloudRequest) -> int:
+    """About four characters make a token."""
+    return sum(len(text_of(m.get("content"))) for m in request.messages) // 4
 
 
 SOLVERS = (countdown.answer_question, addition.answer_question)

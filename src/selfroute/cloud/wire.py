@@ -1,4 +1,4 @@
-"""What OpenAI-compatible servers send, in the forms that they send it; unknown fields are left unread."""
+"""What OpenAI-compatible servers send, in the forms that they send it; what selfroute does not know is passed on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from selfroute.cloud.thinking import Thinking
 from selfroute.types import CloudChunk
@@ -37,6 +37,8 @@ class Usage(BaseModel):
 class Message(BaseModel):
     """What the model wrote, whole or a piece of it."""
 
+    model_config = ConfigDict(extra="allow")
+
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -53,6 +55,14 @@ class Choice(BaseModel):
     message: Message | None = None
     delta: Message | None = None
     finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+    @property
+    def other(self) -> dict[str, Any]:
+        """What a piece holds beside text, such as tool calls."""
+        said = self.delta.model_extra if self.delta else None
+        delta = {name: value for name, value in (said or {}).items() if name != "role" and value is not None}
+        return ({"delta": delta} if delta else {}) | ({"logprobs": self.logprobs} if self.logprobs else {})
 
 
 class Reply(BaseModel):
@@ -84,8 +94,8 @@ class Collected:
             self._content.append(delta.content or "")
             self._thoughts.append(delta.thoughts)
             reasoning, text = self._split.feed(delta.content or "")
-            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning))
-        return [c for c in chunks if c.text or c.reasoning]
+            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning, other=choice.other))
+        return [c for c in chunks if c.text or c.reasoning or c.other]
 
     def rest(self) -> list[CloudChunk]:
         """What was held back."""

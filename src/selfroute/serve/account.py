@@ -14,8 +14,8 @@ from pydantic import Field
 
 from selfroute.config import Config
 
-SLOTS = 60
-"""A sliding window moves on by this part of its length."""
+SLOTS = 20
+"""A sliding window moves on by this part of its length: 3 s of a minute, 3 minutes of an hour."""
 
 DAY_S = 86_400
 
@@ -143,16 +143,9 @@ class Account:
             window=self.window.count(now, calls=1),
         )
 
-    def settle(self, day: int, worst: int, cost: int) -> Account:
-        """With `cost` nano-USD spent in place of the `worst` that were held back on `day`."""
-        if day != self.day:
-            return self
-        return replace(self, held=self.held - worst, spent=self.spent + cost)
-
-    def release(self, day: int, worst: int, at: float) -> Account:
-        """As if the call that was granted at `at` had not been."""
-        settled = self.settle(day, worst, 0)
-        return replace(settled, minute=self.minute.take_back(at), window=self.window.take_back(at))
+    def take_back(self, at: float) -> Account:
+        """With one call less, of those that were granted at `at`."""
+        return replace(self, minute=self.minute.take_back(at), window=self.window.take_back(at))
 
     def refuses_call(self, scope: Scope, now: float, worst: int) -> Denied | None:
         """The limit that one more call of at most `worst` nano-USD would pass, or None."""

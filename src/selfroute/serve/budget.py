@@ -6,8 +6,8 @@
       -> release           the cloud was never asked: as if nothing had been
       -> sweep             a worker died: spent at the worst case
 
-A transaction locks the accounts of its scopes first, the whole gateway's always among them, so that workers and
-replicas on one store decide one after the other and together never pass a limit. Where the store fails, nothing is
+A transaction that grants locks the accounts of its scopes first, the whole gateway's always among them, so that workers
+and replicas on one store decide one after the other and together never pass a limit. Where the store fails, nothing is
 granted: `StoreError` is to be taken as a denial. Left out on purpose: prices, and what happens to a request that is
 denied.
 """
@@ -110,7 +110,7 @@ class Budget:
         A task that is cancelled here has reserved nothing.
 
         Raises:
-            StoreError: the store failed; nothing was reserved.
+            StoreError: the store failed; what may have been reserved is swept in time.
         """
         worst = nano(worst_usd)
         reserved: list[Reservation] = []
@@ -147,7 +147,7 @@ class Budget:
         Raises:
             StoreError: the store failed; the worst case stays held back, and is swept in time.
         """
-        return await self._settle(reservation, nano(cost_usd))
+        return await self._close(reservation, nano(cost_usd))
 
     async def release(self, reservation: Reservation) -> bool:
         """Give a reservation back whose call was never made; False when it was settled, released or swept before.
@@ -155,8 +155,7 @@ class Budget:
         Raises:
             StoreError: as from `settle`.
         """
-        r = reservation
-        return await self._close(r, lambda a: a.release(r.day, r.worst_nano, r.at))
+        return await self._close(reservation, 0, called=False)
 
     async def sweep(self) -> int:
         """Count reservations that nobody settled in time as spent, at their worst case; how many there were.
@@ -168,7 +167,7 @@ class Budget:
         swept = 0
         for row in expired:
             lost = Reservation(**row._mapping)
-            swept += await self._settle(lost, lost.worst_nano)
+            swept += await self._close(lost, lost.worst_nano)
         if swept:
             _log.warning("%d reservations were never settled (a worker died?): spent at their worst case", swept)
         return swept
@@ -240,17 +239,18 @@ class Budget:
         day = max(int(now // DAY_S), *(account.day for account in accounts.values()))
         return [accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes], now
 
-    async def _settle(self, reservation: Reservation, cost: int) -> bool:
-        return await self._close(reservation, lambda a: a.settle(reservation.day, reservation.worst_nano, cost))
-
-    async def _close(self, reservation: Reservation, change: Callable[[Account], Account]) -> bool:
-        """Remove a reservation and change its accounts, if it is still there."""
+    async def _close(self, reservation: Reservation, cost: int, *, called: bool = True) -> bool:
+        """Remove a reservation, if it is still there, and count its call as `cost` nano-USD, or not at all."""
+        scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
 
         def work(connection: Connection) -> bool:
-            accounts = _accounts(connection, reservation.scope, lock=True)
             if connection.execute(_REMOVE, {"id": reservation.id}).rowcount == 0:
                 return False
-            connection.execute(_SAVE, [{"of": name, **_row(change(account))} for name, account in accounts.items()])
+            paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": cost}
+            connection.execute(_PAY, [{"of": scope, **paid} for scope in scopes])
+            if not called:
+                for scope, account in _accounts(connection, reservation.scope, lock=True).items():
+                    connection.execute(_SAVE, {"of": scope, **_row(account.take_back(reservation.at))})
             return True
 
         return await self._store.write(work)
@@ -263,6 +263,12 @@ def _first(refusals: Iterable[Denied | None]) -> Denied | None:
 _READ = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == GATEWAY, ACCOUNTS.c.scope == bindparam("scope")))
 _LOCK = _READ.order_by(ACCOUNTS.c.scope).with_for_update()
 _SAVE = update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of"))
+# Of a day that is over nothing is kept.
+_PAY = (
+    update(ACCOUNTS)
+    .where(ACCOUNTS.c.scope == bindparam("of"), ACCOUNTS.c.day == bindparam("on"))
+    .values(held_nano=ACCOUNTS.c.held_nano - bindparam("worst"), spent_nano=ACCOUNTS.c.spent_nano + bindparam("cost"))
+)
 _HOLD = insert(RESERVATIONS)
 _REMOVE = delete(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("id"))
 _EXPIRED = select(RESERVATIONS).where(RESERVATIONS.c.expires_at <= bindparam("now"))
@@ -301,4 +307,4 @@ def _row(account: Account) -> dict[str, str | int]:
 
 
 def _slots(written: str) -> tuple[tuple[int, int, int], ...]:
-    return tuple((slot, requests, calls) for slot, requests, calls in json.loads(written))
+    return tuple(map(tuple, json.loads(written)))

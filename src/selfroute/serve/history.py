@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Select, delete, desc, func, select, tuple_
+from sqlalchemy import Connection, Row, Select, delete, desc, func, insert, literal_column, select, tuple_
 
 from selfroute.serve.account import nano
 from selfroute.serve.store import Store
@@ -25,8 +25,8 @@ SAMPLE = 2000
 _LONGEST = 200
 """Characters of a name that a client chose."""
 
-_MOST = 2**53
-"""No count is more, whatever an upstream says."""
+_MOST = 10**9
+"""No count is more, whatever an upstream says: sums stay far below what a database's integer holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +88,23 @@ class Percentiles:
 
 def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
     """Write records and their sums; those whose id is there already are left as they are."""
-    if not records:
-        return
     rows = {row["id"]: row for row in map(_row, records)}
-    statement = upsert(connection, REQUESTS).on_conflict_do_nothing().returning(REQUESTS.c.id)
-    written = connection.execute(statement, list(rows.values())).scalars().all()
+    for known in connection.execute(select(REQUESTS.c.id).where(REQUESTS.c.id.in_(list(rows)))).scalars().all():
+        del rows[known]
+    if not rows:
+        return
+    connection.execute(insert(REQUESTS), list(rows.values()))
     sums: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in (rows[name] for name in written):
+    for row in rows.values():
         minute = int(row["at"] // 60)
         total = sums.setdefault((minute, row["key_id"]), dict.fromkeys(_SUMMED, 0))
         for name, value in _summed(row).items():
             total[name] += value
-    if sums:
-        adding = upsert(connection, USAGE)
-        added = {name: USAGE.c[name] + adding.excluded[name] for name in _SUMMED}
-        # In one order, so that two replicas do not wait for each other in a circle.
-        ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
-        connection.execute(adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added), ordered)
+    adding = upsert(connection, USAGE)
+    added = {name: USAGE.c[name] + adding.excluded[name] for name in _SUMMED}
+    # In one order, so that two replicas do not wait for each other in a circle.
+    ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
+    connection.execute(adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added), ordered)
 
 
 def totals(connection: Connection, since: float, key_id: str | None = None) -> Totals:
@@ -117,7 +117,7 @@ def timeline(
 ) -> list[tuple[float, Totals]]:
     """Sums by steps, each with its beginning (seconds since 1970), the oldest first; steps of nothing are left out."""
     step = (USAGE.c.minute - USAGE.c.minute % step_minutes).label("step")
-    query = _sums(since, key_id).add_columns(step).group_by(step).order_by(step)
+    query = _sums(since, key_id).add_columns(step).group_by("step").order_by("step")
     return [(row.step * 60.0, _totals(row)) for row in connection.execute(query)]
 
 
@@ -135,7 +135,7 @@ def latencies(connection: Connection, since: float, key_id: str | None = None) -
 def denials(connection: Connection, since: float, key_id: str | None = None) -> dict[str, int]:
     """How many help calls were denied since then, by the limit that they met, the most first."""
     number = func.count().label("number")
-    query = _of_key(select(REQUESTS.c.denied, number), key_id).where(REQUESTS.c.denied != "", REQUESTS.c.at >= since)
+    query = _of_key(select(REQUESTS.c.denied, number), key_id).where(_DENIED, REQUESTS.c.at >= since)
     rows = connection.execute(query.group_by(REQUESTS.c.denied).order_by(desc(number), REQUESTS.c.denied))
     return {row.denied: row.number for row in rows}
 
@@ -179,6 +179,8 @@ async def forget(store: Store, older_than_s: float, *, batch: int = 1000, now: f
     return forgotten
 
 
+# A literal, as the index has it.
+_DENIED = REQUESTS.c.denied != literal_column("''")
 _SUMMED = ("requests", "calls", "denied", "errors", "cost_nano", "device_tokens", "cloud_tokens")
 
 
@@ -219,11 +221,15 @@ def _percentiles(ordered: Sequence[float]) -> Percentiles:
     return Percentiles(len(ordered), at(0.5), at(0.9), at(0.99))
 
 
+_PLAIN = tuple(f.name for f in fields(RequestRecord) if f.name != "cost_usd")
+
+
 def _row(record: RequestRecord) -> dict[str, Any]:
-    row = {name: _fit(value) for name, value in asdict(record).items() if name != "cost_usd"}
+    row = {name: _fit(getattr(record, name)) for name in _PLAIN}
     for name in ("key_id", "model", "policy", "denied", "error"):
         row[name] = row[name][:_LONGEST]
-    return {**row, "cost_nano": nano(record.cost_usd)}
+    # These two are never missing.
+    return {**row, "total_ms": row["total_ms"] or 0.0, "cost_nano": nano(max(0.0, record.cost_usd))}
 
 
 def _fit(value: Any) -> Any:
@@ -237,4 +243,5 @@ def _fit(value: Any) -> Any:
 
 def _record(row: Row[Any]) -> RequestRecord:
     values = dict(row._mapping)
-    return RequestRecord(**{**values, "cost_usd": values.pop("cost_nano") / 1e9})
+    cost_usd = values.pop("cost_nano") / 1e9
+    return RequestRecord(**values, cost_usd=cost_usd)

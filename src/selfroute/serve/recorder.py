@@ -32,9 +32,9 @@ class Counter(Protocol):
 class Recorder:
     """Writes records to the store every `interval_s`, at most `batch` in a transaction.
 
-    The queue holds `capacity` records; further ones are dropped, and counted in `dropped`. A batch that the store
-    refuses is tried again `tries` times, a longer wait before each, and dropped then. Without `content`, requests'
-    and responses' texts never reach the queue.
+    Batches are small, for a call's reservation may have to wait for one. The queue holds `capacity` records; further
+    ones are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times, a longer wait
+    before each, and dropped then. Without `content`, requests' and responses' texts never reach the queue.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Recorder:
         *,
         content: bool = False,
         capacity: int = 10_000,
-        batch: int = 500,
+        batch: int = 100,
         interval_s: float = 0.05,
         tries: int = 6,
     ) -> None:

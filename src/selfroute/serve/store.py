@@ -84,8 +84,9 @@ class Store:
             with (self._writing if write else self._reading).begin() as connection:
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
-            cause = getattr(error, "orig", None) or error
-            raise StoreError(f"the store {self.name} failed: {str(cause).strip()}") from error
+            # The first line names the cause; below it, PostgreSQL repeats what was to be written.
+            cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+            raise StoreError(f"the store {self.name} failed: {cause}") from error
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, run in a transaction that may write.
@@ -94,7 +95,7 @@ class Store:
         so that the caller can undo what it did.
 
         Raises:
-            StoreError: as from `begin`; nothing was written then.
+            StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
         """
         return await self._run(self._writers, True, work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -348,7 +349,7 @@ def test_the_spend_limit_stops_before_it_is_passed() -> None:
 
 
 def test_an_attempt_that_broke_off_counts_at_its_worst_and_a_refused_one_not_at_all() -> None:
-    worst = ((12 + 32) * 2.0 + 100 * 8.0) / 1e6
+    worst = (len(json.dumps(ASK.messages[0])) * 2.0 + 100 * 8.0) / 1e6
     limit = {"max_tokens": 100, "max_retries": 1, "spend_limit_usd": worst * 1.5}
     for refused in (status(429), status(503)):
         with Server(refused) as server:
@@ -367,7 +368,7 @@ def test_what_broke_off_stands_in_the_ledger_as_money_and_no_call(tmp_path: Path
             spent = cloud.spent("train")
         finally:
             cloud.close()
-    worst = ((12 + 32) * 2.0 + 100 * 8.0) / 1e6
+    worst = (len(json.dumps(ASK.messages[0])) * 2.0 + 100 * 8.0) / 1e6
     assert spent.calls == 1
     assert spent.cost_usd == pytest.approx(280e-6 + worst)
 

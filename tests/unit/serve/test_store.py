@@ -8,6 +8,7 @@ import stat
 import threading
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, inspect, text
 from tests.store_worker import at_once
@@ -87,6 +88,26 @@ def test_a_transaction_is_written_whole_or_not_at_all(store: Store) -> None:
     with pytest.raises(StoreError, match="keys"):
         asyncio.run(store.write(work))
     assert asyncio.run(store.read(names)) == []
+
+
+def test_an_error_does_not_repeat_what_was_to_be_written(store: Store) -> None:
+    with pytest.raises(StoreError) as failed, store.begin() as connection:
+        connection.execute(text("INSERT INTO keys (id, name) VALUES ('a', :name)"), {"name": "canary-4410"})
+    assert "failed: " in str(failed.value)
+    assert "canary" not in str(failed.value)
+
+
+def test_connections_that_were_cut_are_replaced(postgres: str) -> None:
+    store = Store(postgres)
+    with store.begin(write=False) as connection:
+        assert names(connection) == []
+    with psycopg.connect(postgres) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    assert asyncio.run(store.read(names)) == []
+    store.close()
 
 
 def test_one_who_is_cancelled_learns_how_the_transaction_ended(store: Store) -> None:

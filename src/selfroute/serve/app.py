@@ -1,0 +1,314 @@
+"""The gateway as an ASGI application: who may ask, what a request may take, and which endpoint says the answer.
+
+Left out on purpose: what happens to a request (`handoff`) and how it is told (`telling`, `chat`, `responses`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic_core import from_json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from selfroute.errors import SelfrouteError, StoreError
+from selfroute.serve.account import Denied
+from selfroute.serve.account import Scope as BudgetScope
+from selfroute.serve.asking import POLICIES, Ask, ChatRequest, Policy, ask_of, read
+from selfroute.serve.chat import ChatWriter
+from selfroute.serve.config import GatewayConfig
+from selfroute.serve.events import Course
+from selfroute.serve.handoff import Budget, Pair, answer
+from selfroute.serve.refusal import RefusedError
+from selfroute.serve.responses import ResponsesWriter, chat_body
+from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
+
+MAX_DEPTH = 64
+"""A body that is nested deeper is refused."""
+
+BODY_S = 30.0
+"""Seconds that a client has to send its body."""
+
+REQUEST_ID = "x-selfroute-request-id"
+
+_POLICY = "selfroute.policy"
+
+_log = logging.getLogger(__name__)
+
+
+class Key(Protocol):
+    """What the gateway must know of a key; see `keys.Key`."""
+
+    @property
+    def policies(self) -> frozenset[str]:
+        """What may be asked for with it."""
+        ...
+
+    @property
+    def models(self) -> frozenset[str] | None:
+        """Models that it may name; None: all."""
+        ...
+
+    @property
+    def scope(self) -> BudgetScope:
+        """Under which its use is counted."""
+        ...
+
+
+class Keys(Protocol):
+    """Who may ask; see `keys.Keyring`."""
+
+    async def check(self, authorization: str | None) -> Key | None:
+        """The key of an Authorization header, or None when it is not valid."""
+        ...
+
+
+class Arrivals(Budget, Protocol):
+    """A budget that counts requests too; see `budget.Budget`."""
+
+    async def arrive(self, key: BudgetScope | None = None) -> Denied | None:
+        """Count a request, or deny it."""
+        ...
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What the endpoints share. `keys` is None where none are asked for."""
+
+    config: GatewayConfig
+    pair: Pair
+    budget: Arrivals
+    keys: Keys | None = None
+    active: int = 0
+    """Requests under way that count towards `max_concurrent`."""
+    keep_alive_s: float = KEEP_ALIVE_S
+    began: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def models(self) -> dict[str, Policy | None]:
+        """The models by name, each with the policy that it stands for; None: what the request says."""
+        name = self.config.model
+        return {name: None, f"{name}-device": "device-only", f"{name}-cloud": "cloud-only"}
+
+
+def make_app(gateway: Gateway) -> ASGIApp:
+    """The application."""
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", _Endpoint(gateway, _chat), methods=["POST"]),
+            Route("/v1/responses", _Endpoint(gateway, _responses), methods=["POST"]),
+            Route("/v1/models", _Endpoint(gateway, _models), methods=["GET"]),
+            Route("/healthz", _Endpoint(gateway, _healthz, limited=False), methods=["GET"]),
+            Route("/readyz", _Endpoint(gateway, _readyz, limited=False), methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
+    )
+    return _Hosts(app, gateway.config)
+
+
+Respond = Callable[[Gateway, Request, dict[str, str]], Awaitable[ASGIApp]]
+
+
+class _Endpoint:
+    """An endpoint whose refusals have the API's form. A class, so that Starlette leaves the answering to it."""
+
+    def __init__(self, gateway: Gateway, respond: Respond, *, limited: bool = True) -> None:
+        self._gateway, self._respond, self._limited = gateway, respond, limited
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, headers = self._gateway, {REQUEST_ID: uuid.uuid4().hex}
+        if self._limited and gateway.active >= gateway.config.max_concurrent:
+            message = f"{gateway.active} requests are under way, which is the most"
+            await refuse(send, RefusedError(429, message, code="too_many_requests", retry_after_s=1), headers)
+            return
+        gateway.active += self._limited
+        try:
+            response = await self._respond(gateway, Request(scope, receive), headers)
+            await response(scope, receive, send)
+        except RefusedError as refusal:
+            await refuse(send, refusal, headers)
+        except ClientDisconnect:
+            return
+        finally:
+            gateway.active -= self._limited
+
+
+async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    course = Course()
+    key = await _key(gateway, request)
+    body = await _body(gateway, request)
+    asked = read(body)
+    ask = await _ask(gateway, request, key, asked, body, headers[REQUEST_ID])
+    usage = bool((asked.stream_options or {}).get("include_usage"))
+    writer = ChatWriter(ask.id, ask.model, usage=usage)
+    return _telling(gateway, ask, writer, course, stream=bool(asked.stream), headers=headers)
+
+
+async def _responses(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    course = Course()
+    key = await _key(gateway, request)
+    body = await _body(gateway, request)
+    chat = chat_body(body)
+    asked = read(chat)
+    ask = await _ask(gateway, request, key, asked, chat, headers[REQUEST_ID])
+    writer = ResponsesWriter(ask.id, body)
+    return _telling(gateway, ask, writer, course, stream=bool(asked.stream), headers=headers)
+
+
+def _telling(
+    gateway: Gateway, ask: Ask, writer: Writer, course: Course, *, stream: bool, headers: Mapping[str, str]
+) -> ASGIApp:
+    return Telling(
+        lambda tell: answer(ask, gateway.pair, tell, course),
+        writer,
+        course,
+        stream=stream,
+        headers=headers,
+        keep_alive_s=gateway.keep_alive_s,
+    )
+
+
+async def _models(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    key = await _key(gateway, request)
+    names = [name for name in gateway.models if key is None or key.models is None or name in key.models]
+    data = [{"id": name, "object": "model", "created": gateway.began, "owned_by": "selfroute"} for name in names]
+    return JSONResponse({"object": "list", "data": data}, headers=headers)
+
+
+async def _healthz(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    return JSONResponse({"status": "ok"}, headers=headers)
+
+
+async def _readyz(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    try:
+        async with asyncio.timeout(5):
+            await gateway.pair.device.ready()
+    except (SelfrouteError, TimeoutError) as error:
+        # The cause may name places that are nobody's business.
+        _log.warning("not ready: %s", error or "the device does not say so within 5 s")
+        return JSONResponse({"status": "unavailable", "part": "device"}, 503, headers=headers)
+    return JSONResponse({"status": "ok"}, headers=headers)
+
+
+async def _key(gateway: Gateway, request: Request) -> Key | None:
+    if gateway.keys is None:
+        return None
+    try:
+        key = await gateway.keys.check(request.headers.get("authorization"))
+    except StoreError as error:
+        _log.error("keys cannot be checked: %s", error)
+        raise RefusedError(503, "keys cannot be checked now", code="store_unavailable", retry_after_s=5) from error
+    if key is None:
+        raise RefusedError(401, "a valid key is needed: Authorization: Bearer sr-...", code="invalid_api_key")
+    return key
+
+
+async def _body(gateway: Gateway, request: Request) -> Any:
+    """The JSON of a request's body."""
+    limit = gateway.config.max_body_bytes
+    too_large = RefusedError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    if int(length if (length := request.headers.get("content-length", "0")).isdecimal() else 0) > limit:
+        raise too_large
+    read = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in request.stream():
+                read += piece
+                if len(read) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise RefusedError(408, f"the body did not come within {BODY_S:g} s", code="timeout") from None
+    try:
+        value = from_json(bytes(read), allow_inf_nan=False)
+    except ValueError as error:
+        raise RefusedError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+    if _deeper(value, MAX_DEPTH):
+        raise RefusedError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+    return value
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inside = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [member for members in inside for member in members]
+        if not level:
+            return False
+    return True
+
+
+async def _ask(
+    gateway: Gateway, request: Request, key: Key | None, asked: ChatRequest, body: Mapping[str, Any], id: str
+) -> Ask:
+    """What a request asks, if whoever asks may."""
+    if asked.model not in gateway.models or (key and key.models is not None and asked.model not in key.models):
+        known = ", ".join(gateway.models)
+        raise RefusedError(404, f"no model {asked.model!r} (known: {known})", code="model_not_found", param="model")
+    said = asked.selfroute.policy or request.headers.get("x-selfroute-policy")
+    policy = POLICIES.get(gateway.models[asked.model] or said or gateway.config.policy)
+    if policy is None:
+        raise RefusedError(400, f"a policy is one of {', '.join(POLICIES)}", code="invalid_value", param=_POLICY)
+    if said not in (None, policy):
+        message = f"the model {asked.model} is {policy}, and the request says {said}"
+        raise RefusedError(400, message, code="invalid_value", param=_POLICY)
+    if key and policy not in key.policies:
+        raise RefusedError(403, f"this key may not ask for {policy}", code="policy_not_allowed", param=_POLICY)
+    scope = key.scope if key else None
+    try:
+        denied = await gateway.budget.arrive(scope)
+    except StoreError as error:
+        _log.error("requests cannot be counted: %s", error)
+        raise RefusedError(503, "requests cannot be counted now", code="store_unavailable", retry_after_s=5) from error
+    if denied:
+        message = f"too many requests ({denied.limit})"
+        raise RefusedError(429, message, code="rate_limit_exceeded", retry_after_s=denied.retry_after_s)
+    config = gateway.config
+    return ask_of(
+        asked,
+        body,
+        id=id,
+        policy=policy,
+        undecided=config.undecided,
+        handoff=config.handoff,
+        bias=config.bias,
+        honours=gateway.pair.device.honours,
+        key=scope,
+    )
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """What the router refuses, in the API's form."""
+    refusal = RefusedError(error.status_code, f"{request.method} is not served here: {error.detail}", code="not_found")
+    return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+
+
+class _Hosts:
+    """Serves the gateway's own names only: a page of another site, under a name that leads here, asks in vain."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._app = app
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", config.host, *config.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        named = [value for name, value in scope["headers"] if name == b"host"]
+        host = named[0].decode("latin-1").lower() if len(named) == 1 else ""
+        bare = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if bare not in self._hosts:
+            await refuse(
+                send, RefusedError(421, "this host name is not served here (hosts=...)", code="unknown_host"), {}
+            )
+            return
+        await self._app(scope, receive, send)

@@ -1,0 +1,209 @@
+"""What a client asks: a chat completion's request, checked as far as selfroute must understand it.
+
+Fields that it does not know are kept for whichever upstream answers. Those that would change what a call costs, beyond
+what the budget can hold back for it, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+
+from selfroute.serve.account import Scope
+from selfroute.serve.refusal import RefusedError
+from selfroute.types import Handoff, Message
+
+Policy = Literal["auto", "device-only", "cloud-only"]
+"""Who may answer: the device, and the cloud if it asks; the device alone; the cloud alone."""
+
+POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
+
+_PRICED = ("models", "route", "service_tier", "plugins", "web_search_options", "prediction", "audio")
+"""Fields of a provider's that choose another model, tier or a paid tool."""
+
+_PARTS = ("text", "image_url", "input_audio", "refusal")
+"""Parts of a message whose tokens can be bounded."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "logit_bias": (None, {}),
+    "top_p": (None, 1),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "modalities": (None, ["text"]),
+}
+"""Fields that ask for nothing when they have one of these values, and else for what a device may not honour."""
+
+
+class Options(BaseModel):
+    """The request's `selfroute` field: what the gateway's settings are for this request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Policy | None = None
+    undecided: Literal["cloud", "device"] | None = None
+    handoff: Handoff | None = None
+    bias: float | None = Field(None, ge=-100, le=100)
+
+
+class ChatRequest(BaseModel):
+    """The body of a chat completion's request."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    model: str = Field(min_length=1, max_length=200)
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: StrictBool | None = None
+    stream_options: dict[str, Any] | None = None
+    n: Literal[1] | None = None
+    max_tokens: StrictInt | None = Field(None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    seed: StrictInt | None = None
+    stop: str | list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    selfroute: Options = Options()
+
+
+_OURS = {"model", "messages", "stream", "stream_options", "n", "selfroute"}
+_OF_THE_DEVICE = {"max_tokens", "max_completion_tokens", "temperature", "seed", "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, understood.
+
+    Args:
+        id: names the request, everywhere.
+        model: as the client calls it.
+        messages: the client's conversation, as it came.
+        policy: who may answer.
+        undecided: who answers where the device reached no decision.
+        handoff: what the cloud is given.
+        bias: the dial, in nats.
+        fields: the client's other fields, as they came.
+        max_tokens: its limit for the answer, reasoning included.
+        temperature: None where it does not say.
+        seed: "" where it gives none.
+        stop: the answer ends before any of these.
+        beyond: the field that asks for what the device cannot serve, or "".
+        key: whose budget it counts towards, beside the gateway's.
+    """
+
+    id: str
+    model: str
+    messages: tuple[Message, ...]
+    policy: Policy = "auto"
+    undecided: Literal["cloud", "device"] = "cloud"
+    handoff: Handoff = "problem"
+    bias: float = 0.0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: str = ""
+    stop: tuple[str, ...] = ()
+    beyond: str = ""
+    key: Scope | None = None
+
+    @property
+    def device_fields(self) -> dict[str, Any]:
+        """Those that an engine may pass on."""
+        return {name: value for name, value in self.fields.items() if name not in _OF_THE_DEVICE}
+
+
+def read(body: Any) -> ChatRequest:
+    """The request in a body.
+
+    Raises:
+        RefusedError: it is none, or asks for what no upstream of the gateway is asked for; it names the field.
+    """
+    if not isinstance(body, dict):
+        raise RefusedError(400, "the body must be a JSON object", code="invalid_body")
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(map(str, fault["loc"])) or None
+        raise RefusedError(400, f"{param}: {fault['msg']}", code="invalid_value", param=param) from None
+    for name in _PRICED:
+        if body.get(name) is not None:
+            raise _unsupported(name, "it changes what a call costs, and is not passed on")
+    for index, tool in enumerate(request.tools or ()):
+        if tool.get("type") not in ("function", "custom"):
+            raise _unsupported(f"tools.{index}", "only a client's own tools are passed on (type function or custom)")
+    for index, message in enumerate(request.messages):
+        if not isinstance(message.get("role"), str):
+            raise RefusedError(400, "a message needs a role", code="invalid_value", param=f"messages.{index}.role")
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or part.get("type") not in _PARTS:
+                raise _unsupported(f"messages.{index}.content", f"its parts are of type {', '.join(_PARTS)}")
+    return request
+
+
+def _unsupported(param: str, why: str) -> RefusedError:
+    return RefusedError(400, f"{param}: {why}", code="unsupported_value", param=param)
+
+
+def ask_of(
+    request: ChatRequest,
+    body: Mapping[str, Any],
+    *,
+    id: str,
+    policy: Policy,
+    undecided: Literal["cloud", "device"],
+    handoff: Handoff,
+    bias: float,
+    honours: Collection[str],
+    key: Scope | None = None,
+) -> Ask:
+    """What a request asks, its fields as they stand in the body.
+
+    The other arguments are what its `selfroute` field may change, and who asks.
+    """
+    own = request.selfroute
+    fields = {name: value for name, value in body.items() if name not in _OURS}
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    limits = [limit for limit in (request.max_completion_tokens, request.max_tokens) if limit is not None]
+    return Ask(
+        id=id,
+        model=request.model,
+        messages=tuple(request.messages),
+        policy=policy,
+        undecided=own.undecided or undecided,
+        handoff=own.handoff or handoff,
+        bias=bias if own.bias is None else own.bias,
+        fields=fields,
+        max_tokens=min(limits, default=None),
+        temperature=request.temperature,
+        seed="" if request.seed is None else str(request.seed),
+        stop=tuple(s for s in stop if s),
+        beyond=beyond(request.messages, fields, honours),
+        key=key,
+    )
+
+
+def beyond(messages: list[dict[str, Any]], fields: Mapping[str, Any], honours: Collection[str]) -> str:
+    """The first field that asks for what a device cannot serve, or "".
+
+    >>> beyond([{"role": "user", "content": "Hi"}], {"top_p": 0.9}, honours=[])
+    'top_p'
+    """
+    for name, neutral in _NEUTRAL.items():
+        if name in fields and fields[name] not in neutral and name not in honours:
+            return name
+    for index, message in enumerate(messages):
+        if message["role"] not in ("system", "developer", "user", "assistant"):
+            return f"messages.{index}.role"
+        if message.get("tool_calls") or message.get("function_call"):
+            return f"messages.{index}.tool_calls"
+        content = message.get("content")
+        if isinstance(content, list) and not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+            return f"messages.{index}.content"
+    return ""

@@ -1,0 +1,77 @@
+"""What the story of a request tells, piece by piece, and what became of the request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of reasoning, of the device or the cloud."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Something else of the cloud's answer, such as tool calls: further fields of the API's choice, as they came."""
+
+    choice: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Who goes on, and why: the device's `help` call, its `undecided` response or its failure (`device`); a denial."""
+
+    to: Literal["cloud", "device"]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The response is complete."""
+
+    finish_reason: str
+    course: Course
+
+
+Event = Reasoning | Content | Other | Turn | Done
+Tell = Callable[[Event], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Course:
+    """What became of a request so far; see `history.RequestRecord`, which it ends as."""
+
+    route: Literal["device", "cloud", "undecided", ""] = ""
+    score: float | None = None
+    denied: str = ""
+    status: int = 200
+    error: str = ""
+    device_prompt_tokens: int = 0
+    device_completion_tokens: int = 0
+    cloud_prompt_tokens: int = 0
+    cloud_completion_tokens: int = 0
+    cost_usd: float = 0.0
+    first_ms: float | None = None
+    device_ms: float | None = None
+    cloud_ms: float | None = None
+    total_ms: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    at: float = field(default_factory=time.time)
+    said: list[str] = field(default_factory=list)
+    """The answer, where content is logged."""
+
+    def ms(self, since: float | None = None) -> float:
+        """Milliseconds since the request came, or since another moment."""
+        return (time.monotonic() - (self.began if since is None else since)) * 1e3

@@ -1,0 +1,38 @@
+"""Requests that are not answered, as the API says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selfroute.errors import SelfrouteError
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class RefusedError(SelfrouteError):
+    """A request that is not answered.
+
+    Args:
+        status: the HTTP status.
+        message: the cause and the way out, for the client; holds no secret.
+        code: for programs.
+        param: the field of the request that is at fault.
+        retry_after_s: when it may be worth another try.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The API's form of it."""
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

@@ -1,0 +1,371 @@
+"""The gateway over real sockets: what it answers, in which form, and whom it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import pytest
+from tests.serving import (
+    DOWN,
+    UNREACHABLE,
+    FakeKey,
+    FakeKeys,
+    MemoryBudget,
+    MemoryRecorder,
+    ScriptedCloud,
+    ScriptedDevice,
+    said,
+    serving,
+)  # fmt: skip
+
+from selfroute.protocol import HELP_CALL
+from selfroute.serve.account import Limits, Scope
+from selfroute.serve.app import Gateway, make_app
+from selfroute.serve.config import GatewayConfig
+from selfroute.serve.handoff import Pair
+from selfroute.types import CloudChunk
+
+ASKS = said("hard", "\n<unk", HELP_CALL.removeprefix("<unk"))
+ANSWERS = said("2+3=5", "<answer>", "5", "</answer>")
+CHAT = {"model": "selfroute", "messages": [{"role": "user", "content": "2+3?"}]}
+
+
+@dataclass
+class World:
+    """A gateway with what stands around it."""
+
+    device: ScriptedDevice = field(default_factory=lambda: ScriptedDevice(ANSWERS))
+    cloud: ScriptedCloud = field(default_factory=lambda: ScriptedCloud("fi", "ve"))
+    limits: Limits = field(default_factory=Limits)
+    keys: FakeKeys | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    idle_s: float = 0.5
+    keep_alive_s: float = 15.0
+
+    @contextmanager
+    def client(self) -> Iterator[httpx2.Client]:
+        self.url = ""
+        self.budget, self.recorder = MemoryBudget(self.limits), MemoryRecorder()
+        config = GatewayConfig(**self.config)
+        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=self.idle_s)
+        self.gateway = Gateway(config, pair, self.budget, self.keys, keep_alive_s=self.keep_alive_s)
+        with ExitStack() as stack:
+            self.url = stack.enter_context(serving(make_app(self.gateway)))
+            yield stack.enter_context(httpx2.Client(base_url=self.url, timeout=20))
+        assert self.gateway.active == 0
+        assert not self.budget.under_way
+
+
+def post(client: httpx2.Client, headers: Mapping[str, str] | None = None, **changes: Any) -> httpx2.Response:
+    return client.post("/v1/chat/completions", json={**CHAT, **changes}, headers=headers)
+
+
+def events(response: httpx2.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line if line == "[DONE]" else json.loads(line) for line in (line.removeprefix("data: ") for line in lines)]
+
+
+def until(condition: Callable[[], object]) -> None:
+    by = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < by
+        time.sleep(0.005)
+
+
+def test_a_whole_answer() -> None:
+    world = World(ScriptedDevice(ASKS))
+    with world.client() as client:
+        response = post(client)
+    body = response.json()
+    (choice,) = body["choices"]
+    assert choice == {
+        "index": 0, "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "five", "reasoning_content": "hard"},
+    }  # fmt: skip
+    assert body["usage"] == {"prompt_tokens": 30, "completion_tokens": 8, "total_tokens": 38}
+    assert (body["object"], body["model"]) == ("chat.completion", "selfroute")
+    assert body["selfroute"]["route"] == "cloud"
+    assert body["selfroute"]["cost_usd"] == 0.002
+    assert body["selfroute"]["device"]["completion_tokens"] == 3
+    headers = response.headers
+    assert (headers["x-selfroute-route"], headers["x-selfroute-cost-usd"]) == ("cloud", "0.002")
+    assert float(headers["x-selfroute-score"]) == 1.5
+    assert float(headers["x-selfroute-device-ms"]) > 0
+    assert float(headers["x-selfroute-cloud-ms"]) >= 0
+    (record,) = world.recorder.records
+    assert headers["x-selfroute-request-id"] == record.id
+
+
+def test_a_streamed_answer() -> None:
+    world = World(ScriptedDevice(ASKS))
+    with world.client() as client:
+        response = post(client, stream=True, stream_options={"include_usage": True})
+    *chunks, last, usage, done = events(response)
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in (*chunks, last, usage)}) == 1
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas == [
+        {"role": "assistant", "reasoning_content": "hard"}, {}, {"content": "fi"}, {"content": "ve"},
+    ]  # fmt: skip
+    assert chunks[1]["selfroute"] == {"turn": "cloud", "why": "help"}
+    assert last["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    assert last["selfroute"]["route"] == "cloud"
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 38
+
+
+def test_the_cloud_alone_says_so_in_the_streams_headers() -> None:
+    world = World()
+    with world.client() as client:
+        response = post(client, stream=True, model="selfroute-cloud")
+    assert response.headers["x-selfroute-route"] == "cloud"
+    assert not world.device.requests
+
+
+def test_tool_calls_pass_through() -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": '{"a": 2}'}}
+    chunks = [CloudChunk(other={"delta": {"tool_calls": [part]}}) for part in (call, more)]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    world = World(cloud=ScriptedCloud(*chunks))
+    with world.client() as client:
+        whole = post(client, tools=tools, unheard_of={"a": 1}).json()
+        streamed = events(post(client, tools=tools, stream=True))
+    message = whole["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    ]
+    assert [c["choices"][0]["delta"].get("tool_calls") for c in streamed[:2]] == [[call], [more]]
+    assert world.cloud.requests[0].extra == {"tools": tools, "unheard_of": {"a": 1}}
+
+
+def test_a_policy_of_the_requests_own() -> None:
+    world = World(ScriptedDevice(ASKS))
+    with world.client() as client:
+        assert post(client, selfroute={"policy": "cloud-only"}).json()["selfroute"]["route"] == "cloud"
+        assert not world.device.requests
+        post(client, {"x-selfroute-policy": "device-only"}, selfroute={"bias": 2.0})
+        assert (world.device.requests[0].forbid_help, world.device.requests[0].bias) == (True, 2.0)
+        post(client, model="selfroute-device")
+        assert world.device.requests[1].forbid_help
+        assert len(world.cloud.requests) == 1
+
+
+BAD: dict[str, tuple[Any, int, str | None]] = {
+    "no object": ([1], 400, None),
+    "no messages": ({"model": "selfroute"}, 400, "messages"),
+    "empty messages": ({**CHAT, "messages": []}, 400, "messages"),
+    "no role": ({**CHAT, "messages": [{"content": "x"}]}, 400, "messages.0.role"),
+    "no model": ({"messages": CHAT["messages"]}, 400, "model"),
+    "unknown model": ({**CHAT, "model": "gpt-5"}, 404, "model"),
+    "several answers": ({**CHAT, "n": 2}, 400, "n"),
+    "no tokens": ({**CHAT, "max_tokens": 0}, 400, "max_tokens"),
+    "true tokens": ({**CHAT, "max_tokens": True}, 400, "max_tokens"),
+    "hot": ({**CHAT, "temperature": 3}, 400, "temperature"),
+    "a paid tier": ({**CHAT, "service_tier": "priority"}, 400, "service_tier"),
+    "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
+    "no tools": ({**CHAT, "tools": 7}, 400, "tools"),
+    "a file": ({**CHAT, "messages": [{"role": "user", "content": [{"type": "file"}]}]}, 400, "messages.0.content"),
+    "an unknown option": ({**CHAT, "selfroute": {"polcy": "auto"}}, 400, "selfroute.polcy"),
+    "an unknown policy": ({**CHAT, "selfroute": {"policy": "any"}}, 400, "selfroute.policy"),
+    "two policies": ({**CHAT, "model": "selfroute-device", "selfroute": {"policy": "auto"}}, 400, "selfroute.policy"),
+    "beyond the device alone": ({**CHAT, "model": "selfroute-device", "logprobs": True}, 400, "logprobs"),
+}
+
+
+def test_requests_that_cannot_be_answered() -> None:
+    world = World()
+    with world.client() as client:
+        for name, (body, status, param) in BAD.items():
+            response = client.post("/v1/chat/completions", json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (status, param), name
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["message"]
+    assert not world.device.requests
+    assert not world.cloud.requests
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b'{"a": NaN}', 400),
+        (b"\xff\xfe", 400),
+        (b'{"model": "\\ud800"}', 400),
+        (b"[" * 100_000, 400),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, 400),
+        (b" " * 5000, 413),
+    ],
+)
+def test_bodies_that_are_none(body: bytes, status: int) -> None:
+    with World(config={"max_body_bytes": 200_000 if body.startswith(b"[") else 4096}).client() as client:
+        response = client.post("/v1/chat/completions", content=body)
+        assert response.status_code == status
+        assert response.json()["error"]["code"] in ("invalid_json", "body_too_large")
+        pieces = client.post("/v1/chat/completions", content=iter([body[:2500], body[2500:]]))
+        assert pieces.status_code == status
+
+
+def test_other_paths_and_methods() -> None:
+    with World().client() as client:
+        for response in (client.get("/v1/chat/completions"), client.get("/v1/nothing"), client.post("/healthz")):
+            assert response.status_code in (404, 405)
+            assert response.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
+
+
+def test_models_and_health() -> None:
+    world = World()
+    with world.client() as client:
+        models = client.get("/v1/models").json()
+        assert [m["id"] for m in models["data"]] == ["selfroute", "selfroute-device", "selfroute-cloud"]
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert client.get("/readyz").status_code == 200
+        world.device.failure = DOWN
+        assert client.get("/readyz").status_code == 503
+        assert "engine" not in client.get("/readyz").text
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "[::2]:80"])
+def test_a_host_name_that_is_not_ours(host: str) -> None:
+    with World().client() as client:
+        assert client.get("/healthz", headers={"host": host}).status_code in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1:1", "[::1]:80", "gateway.example.org"])
+def test_host_names_that_are_ours(host: str) -> None:
+    with World(config={"hosts": ["gateway.example.org"]}).client() as client:
+        assert client.get("/healthz", headers={"host": host}).status_code == 200
+
+
+def test_keys() -> None:
+    scope = Scope("key:k2", Limits())
+    keys = FakeKeys(
+        {
+            "Bearer all": FakeKey(),
+            "Bearer some": FakeKey(frozenset({"device-only"}), frozenset({"selfroute-device"}), scope),
+        }
+    )
+    world = World(keys=keys, config={"keys": True})
+    with world.client() as client:
+        for headers in ({}, {"authorization": "Bearer no"}):
+            refused = post(client, headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert client.get("/v1/models", headers=headers).status_code == 401
+        assert post(client, {"authorization": "Bearer all"}).status_code == 200
+        some = {"authorization": "Bearer some"}
+        assert [m["id"] for m in client.get("/v1/models", headers=some).json()["data"]] == ["selfroute-device"]
+        assert post(client, some).status_code == 404
+        assert post(client, some, model="selfroute-device").status_code == 200
+        assert world.recorder.records[-1].key_id == "k2"
+        assert client.get("/healthz").status_code == 200
+        keys.down = True
+        assert post(client, some).status_code == 503
+
+
+def test_a_key_that_may_not_ask_for_a_policy() -> None:
+    keys = FakeKeys({"Bearer some": FakeKey(frozenset({"device-only"}))})
+    with World(keys=keys, config={"keys": True}).client() as client:
+        refused = post(client, {"authorization": "Bearer some"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "policy_not_allowed")
+
+
+def test_too_many_requests_a_minute() -> None:
+    with World(limits=Limits(requests_per_minute=1)).client() as client:
+        assert post(client).status_code == 200
+        refused = post(client)
+        assert refused.status_code == 429
+        assert 0 < int(refused.headers["retry-after"]) <= 63
+
+
+def test_too_many_requests_at_a_time() -> None:
+    world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1}, idle_s=60)
+    with world.client() as client, ExitStack() as stack:
+        first = stack.enter_context(client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
+        assert next(first.iter_raw()).startswith(b"data: ")
+        refused = post(client)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert client.get("/healthz").status_code == 200
+
+
+def test_an_error_before_the_first_byte_has_a_status_of_its_own() -> None:
+    world = World(ScriptedDevice([DOWN]), ScriptedCloud(UNREACHABLE))
+    with world.client() as client:
+        for stream in (False, True):
+            response = post(client, stream=stream)
+            assert response.status_code == 502
+            assert response.json()["error"]["code"] == "cloud_unavailable"
+            assert "x-selfroute-request-id" in response.headers
+
+
+def test_an_error_in_the_middle_of_a_stream() -> None:
+    world = World(ScriptedDevice(ASKS), ScriptedCloud("fi", UNREACHABLE))
+    with world.client() as client:
+        *_, before, error = events(post(client, stream=True))
+        assert before["choices"][0]["delta"] == {"content": "fi"}
+        assert error["error"]["code"] == "cloud_broke_off"
+        assert post(client).status_code == 502
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_stops_the_device(stream: bool) -> None:
+    world = World(ScriptedDevice(["2+", None]), idle_s=60)
+    with world.client() as client:
+        body = json.dumps({**CHAT, "stream": stream}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
+            connection.sendall(head.encode() + body)
+            until(lambda: world.device.waiting.is_set())
+        until(lambda: world.recorder.records)
+        assert world.device.stopped == 1
+    assert world.recorder.records[0].error == "client_gone"
+
+
+def test_a_silent_stream_is_kept_alive() -> None:
+    world = World(ScriptedDevice(ANSWERS, pause_s=0.12), keep_alive_s=0.05)
+    with world.client() as client:
+        text = post(client, stream=True).text
+    assert text.startswith(": keep-alive\n\n")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_what_a_model_says_cannot_make_an_event() -> None:
+    evil = 'x\r\ndata: {"a": 1}\r\n\r\n\u2028event: e\x00'
+    world = World(ScriptedDevice(said(evil + "y<answer>5</answer>")))
+    with world.client() as client:
+        first, *_ = events(post(client, stream=True))
+    assert first["choices"][0]["delta"]["reasoning_content"] == evil + "y"
+
+
+def test_many_streams_at_a_time_lose_and_mix_nothing() -> None:
+    pieces = [f"{number} " for number in range(20)]
+    world = World(ScriptedDevice(said(*pieces, "<answer>5</answer>"), pause_s=0.001))
+
+    async def ask(client: httpx2.AsyncClient, number: int) -> str:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True, "user": str(number)})
+        *chunks, _ = events(response)
+        (name,) = {chunk["id"] for chunk in chunks}
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(d.get("reasoning_content", "") for d in deltas) == "".join(pieces).strip()
+        assert [d["content"] for d in deltas if "content" in d] == ["5"]
+        return name
+
+    async def all_of_them() -> list[str]:
+        async with httpx2.AsyncClient(base_url=world.url, timeout=60) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(64)))
+
+    with world.client():
+        assert len(set(asyncio.run(all_of_them()))) == 64
+    assert len(world.recorder.records) == 64

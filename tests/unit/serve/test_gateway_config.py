@@ -1,0 +1,65 @@
+"""The gateway's config: what is refused before anything is opened."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from selfroute import api
+from selfroute.cloud.client import OpenAICloud
+from selfroute.config import Choice
+from selfroute.errors import ConfigError
+from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
+from selfroute.serve.server import listening
+
+
+def test_no_config_is_the_shipped_model_on_this_machine_alone() -> None:
+    config = api.load_gateway_config()
+    assert (config.device.name, config.cloud.name, config.host, config.keys) == ("live", "oracle", "127.0.0.1", False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gateway.example.org"])
+def test_other_machines_are_served_with_keys_only(host: str) -> None:
+    with pytest.raises(ConfigError, match="selfroute keys new"):
+        api.load_gateway_config(None, [f"host={host}"])
+    assert api.load_gateway_config(None, [f"host={host}", "keys=true"]).host == host
+
+
+@pytest.mark.parametrize(
+    "change", ["hosts=['a/b']", "hosts=['A.org']", "model=a b", "port=70000", "drain_s=-1", "prot=1"]
+)
+def test_settings_that_cannot_be(change: str) -> None:
+    with pytest.raises(ConfigError):
+        api.load_gateway_config(None, [change])
+
+
+def test_a_device_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="no such choice: 'lvie'"):
+        make_device(Choice(name="lvie"))
+
+
+def test_a_cloud_that_somebody_waits_for() -> None:
+    cloud = make_serving_cloud(Choice(name="openai", base_url="http://127.0.0.1:9/v1", model="gpt-4.1", max_retries=7))
+    assert isinstance(cloud, OpenAICloud)
+    assert (cloud.config.max_retries, cloud.config.breaker_waits) == (7, False)
+
+
+def test_a_port_that_is_taken() -> None:
+    with (
+        listening("127.0.0.1", 0) as first,
+        pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1 port .*in use"),
+        listening("127.0.0.1", first.getsockname()[1]),
+    ):
+        pass
+
+
+def test_no_packet_waits_for_an_acknowledgement() -> None:
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_at_most_25_settings() -> None:
+    assert len(GatewayConfig.model_fields) <= 25

@@ -1,0 +1,177 @@
+"""The queue in front of the store: it never waits, writes in batches, drains, and says what it drops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from selfroute.errors import StoreError
+from selfroute.serve import history
+from selfroute.serve.history import RequestRecord
+from selfroute.serve.recorder import Recorder
+from selfroute.serve.store import Store
+
+RECORD = RequestRecord(id="r", at=1.8e9, request="the question", response="the answer")
+
+
+class Dropped:
+    def __init__(self) -> None:
+        self.count = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        self.count += amount
+
+
+class Watched(Store):
+    """Another store; its writes are counted, wait for a gate, and fail as often as they are told."""
+
+    def __init__(self, store: Store, failures: int = 0) -> None:
+        self.store, self.failures, self.writes = store, failures, 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def write(self, work: Any) -> Any:
+        self.writes += 1
+        await self.gate.wait()
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("the store x failed: disk full")
+        return await self.store.write(work)
+
+
+def records(number: int) -> list[RequestRecord]:
+    return [replace(RECORD, id=f"r{i:05d}") for i in range(number)]
+
+
+def written(store: Store) -> list[RequestRecord]:
+    with store.begin(write=False) as connection:
+        return history.latest(connection, 100_000)
+
+
+async def drained(recorder: Recorder, running: asyncio.Task[None]) -> None:
+    recorder.close()
+    async with asyncio.timeout(10):
+        await running
+
+
+def test_records_are_written_in_batches_and_all_of_them_on_closing(store: Store) -> None:
+    async def run() -> None:
+        watched, dropped = Watched(store), Dropped()
+        recorder = Recorder(watched, dropped, batch=100, interval_s=0.001)
+        running = asyncio.create_task(recorder.run())
+        for record in records(1000):
+            recorder.record(record)
+        async with asyncio.timeout(10):
+            while watched.writes < 10:
+                await asyncio.sleep(0.001)
+        recorder.record(replace(RECORD, id="last"))
+        await drained(recorder, running)
+        assert (watched.writes, dropped.count) == (11, 0)
+
+    asyncio.run(run())
+    assert len(written(store)) == 1001
+
+
+def test_closing_does_not_wait_for_an_interval(store: Store) -> None:
+    async def run() -> None:
+        recorder = Recorder(store, Dropped(), interval_s=3600)
+        running = asyncio.create_task(recorder.run())
+        recorder.record(RECORD)
+        await asyncio.sleep(0)
+        await drained(recorder, running)
+
+    asyncio.run(run())
+    assert len(written(store)) == 1
+
+
+def test_content_is_kept_only_where_that_was_asked_for(store: Store) -> None:
+    async def run(content: bool) -> None:
+        recorder = Recorder(store, Dropped(), content=content)
+        running = asyncio.create_task(recorder.run())
+        recorder.record(replace(RECORD, id=str(content)))
+        await drained(recorder, running)
+
+    asyncio.run(run(True))
+    asyncio.run(run(False))
+    kept = {r.id: (r.request, r.response) for r in written(store)}
+    assert kept == {"True": ("the question", "the answer"), "False": (None, None)}
+
+
+def test_a_full_queue_drops_what_comes_and_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        watched, dropped = Watched(store), Dropped()
+        watched.gate.clear()
+        recorder = Recorder(watched, dropped, capacity=10, batch=1, interval_s=0.001)
+        running = asyncio.create_task(recorder.run())
+        recorder.record(replace(RECORD, id="under way"))
+        async with asyncio.timeout(10):
+            while not watched.writes:
+                await asyncio.sleep(0.001)
+        for record in records(13):
+            recorder.record(record)
+        assert dropped.count == 3
+        watched.gate.set()
+        await drained(recorder, running)
+        assert dropped.count == 3
+
+    asyncio.run(run())
+    assert len(written(store)) == 11
+    assert "3 request records were dropped: the store is slower" in caplog.text
+
+
+def test_a_store_that_fails_for_a_while_loses_nothing(store: Store) -> None:
+    async def run() -> None:
+        watched, dropped = Watched(store, failures=3), Dropped()
+        recorder = Recorder(watched, dropped, interval_s=0.001)
+        running = asyncio.create_task(recorder.run())
+        recorder.record(RECORD)
+        async with asyncio.timeout(10):
+            while watched.writes < 4:
+                await asyncio.sleep(0.001)
+        await drained(recorder, running)
+        assert dropped.count == 0
+
+    asyncio.run(run())
+    assert len(written(store)) == 1
+
+
+def test_a_store_that_stays_down_costs_the_batch_and_not_the_next(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async def run() -> None:
+        watched, dropped = Watched(store, failures=3), Dropped()
+        recorder = Recorder(watched, dropped, interval_s=0.001, tries=3)
+        running = asyncio.create_task(recorder.run())
+        for record in records(2):
+            recorder.record(record)
+        async with asyncio.timeout(10):
+            while dropped.count < 2:
+                await asyncio.sleep(0.001)
+        recorder.record(replace(RECORD, id="next"))
+        await drained(recorder, running)
+        assert dropped.count == 2
+
+    asyncio.run(run())
+    assert [r.id for r in written(store)] == ["next"]
+    assert "2 request records were dropped: the store x failed: disk full" in caplog.text
+    assert "the answer" not in caplog.text
+
+
+def test_closing_while_the_store_is_down_ends(store: Store) -> None:
+    async def run() -> None:
+        watched, dropped = Watched(store, failures=1000), Dropped()
+        recorder = Recorder(watched, dropped, batch=10, interval_s=0.001)
+        running = asyncio.create_task(recorder.run())
+        for record in records(25):
+            recorder.record(record)
+        await drained(recorder, running)
+        assert dropped.count == 25
+        assert watched.writes <= 4
+
+    asyncio.run(run())

@@ -1,0 +1,73 @@
+"""A gateway as a config names it, with the store, the budget and the keys that it runs with."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import httpx2
+
+from selfroute.config import Choice
+from selfroute.serve import keys
+from selfroute.serve.account import Limits
+from selfroute.serve.app import make_app
+from selfroute.serve.config import GatewayConfig
+from selfroute.serve.server import opened
+from selfroute.serve.store import Store
+from selfroute.tasks.countdown import Countdown, CountdownConfig
+
+
+def test_keys_budget_and_records_are_those_of_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sqlite"
+    config = GatewayConfig(
+        device=Choice(name="tests.serving:NamedDevice", asks=True),
+        cloud=Choice(name="oracle", accuracy=1.0),
+        budget=Limits(calls_per_minute=2),
+        store=str(path),
+        keys=True,
+    )
+    store = Store(config.store)
+    with store.begin() as connection:
+        token, key = keys.new(connection, "one call", Limits(calls_per_minute=1), policies=["auto"])
+        other, _ = keys.new(connection, "no limits of its own")
+    store.close()
+    question = Countdown(CountdownConfig()).load("test")[0].question
+    body = {"model": "selfroute", "messages": [{"role": "user", "content": question}]}
+
+    async def main() -> list[tuple[str, str | None]]:
+        async with opened(config) as gateway:
+            http = httpx2.ASGITransport(app=make_app(gateway))
+            async with httpx2.AsyncClient(transport=http, base_url="http://localhost/v1") as client:
+                assert (await client.post("/chat/completions", json=body)).status_code == 401
+                found = []
+                for shown in (token, token, other, other):
+                    headers = {"authorization": f"Bearer {shown}"}
+                    answered = (await client.post("/chat/completions", json=body, headers=headers)).json()["selfroute"]
+                    found.append((answered["route"], answered["denied"]))
+                refused = await client.post(
+                    "/chat/completions",
+                    json={**body, "model": "selfroute-cloud"},
+                    headers={"authorization": f"Bearer {token}"},
+                )
+                assert refused.status_code == 403
+                return found
+
+    denied = ("device", "calls_per_minute")
+    assert asyncio.run(main()) == [("cloud", None), denied, ("cloud", None), denied]
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute(
+            "SELECT route, denied, status, key_id = ?, cost_nano > 0 FROM requests ORDER BY at", (key.id,)
+        )
+        assert rows.fetchall() == [
+            ("cloud", "", 200, 1, 1),
+            ("device", "calls_per_minute", 200, 1, 0),
+            ("cloud", "", 200, 0, 1),
+            ("device", "calls_per_minute", 200, 0, 0),
+        ]
+        (spent, held), costs = (
+            connection.execute("SELECT spent_nano, held_nano FROM accounts WHERE scope = 'gateway'").fetchone(),
+            connection.execute("SELECT SUM(cost_nano) FROM requests").fetchone()[0],
+        )
+        assert (spent, held) == (costs, 0)
+        assert connection.execute("SELECT COUNT(*) FROM reservations").fetchone() == (0,)
