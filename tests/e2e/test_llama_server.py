@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -231,3 +233,36 @@ def test_the_exported_model_is_evaluated_beside_the_one_in_process(run: Path, se
     assert 0.2 <= sum(o.route == "cloud" for o in dialled) / len(dialled) <= 0.8
     card = (api.export(run, "gguf", out=run / "again").parent / "README.md").read_text()
     assert "selfroute evaluate run --budget 0.5 --engine URL (run-step-000001-f16)" in card
+
+
+def test_it_stands_behind_the_gateway(server: str, problems: list[Problem], tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "selfroute", "serve", "port=0", "device.name=http", f"device.base_url={server}/v1"),
+        f"store={tmp_path / 'gateway.sqlite'}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+            with httpx2.Client(base_url=url, timeout=60) as http:
+                for bias, policy, route in (
+                    (100, "auto", "cloud"),
+                    (-100, "auto", "device"),
+                    (100, "device-only", "device"),
+                ):
+                    body = {
+                        "model": "selfroute",
+                        "messages": [{"role": "user", "content": problems[1].question}],
+                        "temperature": 0,
+                        "selfroute": {"bias": bias, "policy": policy},
+                    }
+                    reply = http.post(f"{url}/chat/completions", json=body)
+                    assert reply.status_code == 200, reply.text
+                    message = reply.json()["choices"][0]["message"]
+                    assert reply.headers["X-Selfroute-Route"] == route
+                    assert message["reasoning_content"]
+                    assert message["content"]
+                    assert "<" not in message["reasoning_content"] + message["content"]
+                    assert float(reply.headers["X-Selfroute-Score"]) < 50
+        finally:
+            process.terminate()
