@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -22,10 +25,11 @@ from selfroute.errors import ContextError
 from selfroute.evaluate.remote import Remote
 from selfroute.evaluate.run import read_outcomes
 from selfroute.protocol import ANSWER_OPEN, HELP_CALL, HELP_OPEN, chat, parse
+from selfroute.records import write_json
 from selfroute.tasks import make_task
 from selfroute.types import DeviceChunk, DeviceRequest, Problem
 from tests.commands import selfroute
-from tests.exported import run_of_the_shipped_model
+from tests.exported import CHECKPOINT, run_of_the_shipped_model
 from tests.llama_server import llama_server
 
 T = TypeVar("T")
@@ -36,7 +40,7 @@ GREEDY = Sampling(temperature=0, max_tokens=240)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "run"
-    return run_of_the_shipped_model(path, task={"name": "countdown", "test": 30, "calibration": 60})
+    return run_of_the_shipped_model(path, task={"name": "countdown", "test": 20})
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +229,44 @@ def test_the_exported_model_is_evaluated_beside_the_one_in_process(run: Path, se
     assert all(o.device_tokens > 5 for o in there)
     assert all(o.score is not None for o in there if o.route != "undecided")
     assert all(o.device_solve_share is not None for o in there if o.route == "cloud")
-    selfroute("calibrate", run, "--budget", "0.5")
-    selfroute("evaluate", run, "--budget", "0.5", "--engine", f"{server}/v1")
-    dialled = read_outcomes(run / "evaluations" / "budget-0.5@run-step-000001-f16" / "records.jsonl")
-    assert 0.2 <= sum(o.route == "cloud" for o in dialled) / len(dialled) <= 0.8
+    # The dial as `calibrate` would leave it, at the median of l: half of them ask.
+    middle = statistics.median(o.score for o in there if o.score is not None)
+    write_json(run / "calibration.json", {"checkpoint": CHECKPOINT, "budgets": {"0.5": {"bias": -middle}}})
+    dialled = api.evaluate(run, budget=0.5, engine=HTTPConfig(base_url=f"{server}/v1"))
+    assert 0.3 <= sum(o.route == "cloud" for o in dialled) / len(dialled) <= 0.7
+    assert [o.problem for o in dialled] == [o.problem for o in here]
     card = (api.export(run, "gguf", out=run / "again").parent / "README.md").read_text()
     assert "selfroute evaluate run --budget 0.5 --engine URL (run-step-000001-f16)" in card
+
+
+def test_it_stands_behind_the_gateway(server: str, problems: list[Problem], tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "selfroute", "serve", "port=0", "device.name=http", f"device.base_url={server}/v1"),
+        f"store={tmp_path / 'gateway.sqlite'}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+            with httpx2.Client(base_url=url, timeout=60) as http:
+                for bias, policy, route in (
+                    (100, "auto", "cloud"),
+                    (-100, "auto", "device"),
+                    (100, "device-only", "device"),
+                ):
+                    body = {
+                        "model": "selfroute",
+                        "messages": [{"role": "user", "content": problems[1].question}],
+                        "temperature": 0,
+                        "selfroute": {"bias": bias, "policy": policy},
+                    }
+                    reply = http.post(f"{url}/chat/completions", json=body)
+                    assert reply.status_code == 200, reply.text
+                    message = reply.json()["choices"][0]["message"]
+                    assert reply.headers["X-Selfroute-Route"] == route
+                    assert message["reasoning_content"]
+                    assert message["content"]
+                    assert "<" not in message["reasoning_content"] + message["content"]
+                    assert float(reply.headers["X-Selfroute-Score"]) < 50
+        finally:
+            process.terminate()
