@@ -1,8 +1,9 @@
-"""`selfroute tasks`: what tasks there are, their problems, and whether they judge as they should."""
+"""`selfroute tasks`: what tasks there are, their problems, whether they judge as they should; and one of your own."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 NEAR_SHOWN = 5
 """Near-duplicates that `check` prints."""
 
-app = typer.Typer(invoke_without_command=True, help="List tasks, show their problems, check their verifiers.")
+app = typer.Typer(
+    invoke_without_command=True, help="List tasks, show their problems, check their verifiers, begin your own."
+)
 
-Name = Annotated[str, typer.Argument(help="A task, such as countdown or maths, or package.module:Class.")]
+Name = Annotated[
+    str, typer.Argument(help="A task, such as countdown or maths, package.module:Class, or a config for its task.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Argument(help="Its settings, such as dataset=math-500 path=FILE.", metavar="[KEY=VALUE]..."),
@@ -110,6 +115,28 @@ def check(
     typer.echo(f"all {len(problems)} problems pass")
 
 
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="What to call it, such as my_task.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("."),
+) -> None:
+    """Begin a task of your own: a config, some rows, a verifier and its test, which work as they are."""
+    from selfroute.tasks.starter import write_starter
+
+    for file in write_starter(name, out):
+        typer.echo(f"wrote {file}")
+    commands = [
+        f"pytest test_{name}.py",
+        f"selfroute tasks show {name}.toml",
+        f"selfroute tasks check {name}.toml",
+        f"selfroute train {name}.toml --dry-run",
+        f"selfroute train {name}.toml steps=2 --out runs/{name}",
+    ]
+    if out.resolve() != Path.cwd():
+        commands.insert(0, f"cd {shlex.quote(str(out))}")
+    typer.echo("\nnext:\n" + "\n".join(f"  {command}" for command in commands))
+
+
 def _agreement(task: Judge, out: Path) -> None:
     """Judge the labelled answers of all splits, and print how far the grades agree, what does not, and the cost."""
     from selfroute.cloud.memory import open_judge, spent_by_phase
@@ -143,12 +170,16 @@ def _agreement(task: Judge, out: Path) -> None:
 
 
 def _task(name: str, settings: list[str] | None) -> Task:
-    from selfroute.config import Choice, override
+    from selfroute.config import Choice, names, override, read
     from selfroute.tasks import make_task
 
     # As for the other commands, `task.` may stand before a setting.
     own = [setting.removeprefix("task.") for setting in settings or []]
-    return make_task(Choice(**override({"name": name}, own)))
+    is_config = name in names() or name.endswith(".toml")
+    task = read(name).get("task") if is_config else {"name": name}
+    if not isinstance(task, dict) or "name" not in task:
+        raise TaskError(f"{name} names no task: it needs a [task] table with a name")
+    return make_task(Choice(**override(task, own)))
 
 
 def _split(name: str) -> Split:

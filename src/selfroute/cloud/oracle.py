@@ -100,7 +100,10 @@ class Oracle:
     def _text(self, question: str) -> str:
         solved = next((found for answer in SOLVERS if (found := answer(question))), None)
         if solved is None:
-            raise CloudError(f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}")
+            raise CloudError(
+                f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}: name a real "
+                "one, such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
+            )
         digest = hashlib.sha256(f"{self.config.seed}/{solved.key}".encode()).digest()
         right = int.from_bytes(digest[:8], "big") / 2**64 < self.config.accuracy
         return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"

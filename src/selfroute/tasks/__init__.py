@@ -19,6 +19,7 @@ TASKS = {
     "code": "selfroute.tasks.code:Code",
     "gym": "selfroute.tasks.gym:Gym",
     "judge": "selfroute.tasks.judge:Judge",
+    "custom": "selfroute.tasks.custom:Custom",
 }
 
 T = TypeVar("T")

@@ -129,7 +129,7 @@ class MultipleChoice:
             raise TaskError(
                 'need a question with its options on lines of their own, such as "Which is red?\\nA. grass\\nB. blood"'
             )
-        return _problem(question, options, None)
+        return choice_problem(question, options, None)
 
     def variants(self, problem: Problem, count: int) -> list[str]:
         """The same question and options with another request around them."""
@@ -150,10 +150,10 @@ class MultipleChoice:
         options, right = read
         seed, moving = self.config.shuffle_seed, not any(map(_ABOUT_OTHERS.search, options))
         if seed is None or not moving:
-            return _problem(question.strip(), options, right)
+            return choice_problem(question.strip(), options, right)
         order = list(range(len(options)))
         random.Random(f"{seed}/{_hash(question, options)}").shuffle(order)
-        return _problem(question.strip(), [options[n] for n in order], order.index(right))
+        return choice_problem(question.strip(), [options[n] for n in order], order.index(right))
 
 
 def _options_of(row: Mapping[str, Any]) -> tuple[list[str], int] | str:
@@ -171,7 +171,7 @@ def _options_of(row: Mapping[str, Any]) -> tuple[list[str], int] | str:
             f"(question, choices, answerKey); it has {', '.join(map(str, row)) or 'none'}"
         )
     options = row[name]
-    if not _are_options(options):
+    if not are_options(options):
         return f"{name} must be a list of 2 to {len(LETTERS)} texts, not {str(options)[:60]!r}"
     answer = row["answer"]
     places = [str(n) for n in range(len(options))] if name == "choices" else []
@@ -181,20 +181,21 @@ def _options_of(row: Mapping[str, Any]) -> tuple[list[str], int] | str:
     right = known.index(str(answer).strip()) % len(options)
     if name == "options" and row.get("answer_index") not in (None, right):
         return f"answer is {answer!r}, and answer_index {str(row['answer_index'])[:60]!r}"
-    return _texts(options), right
+    return one_line(options), right
 
 
 def _arc(choices: object, key: object) -> tuple[list[str], int] | str:
     texts = choices.get("text") if isinstance(choices, Mapping) else None
     labels = choices.get("label") if isinstance(choices, Mapping) else None
-    if not _are_options(texts) or not isinstance(labels, list) or len(labels) != len(texts):
+    if not are_options(texts) or not isinstance(labels, list) or len(labels) != len(texts):
         return f"choices must hold text and label, lists of 2 to {len(LETTERS)}, not {str(choices)[:60]!r}"
     if labels.count(key) != 1:
         return f"answerKey must be one of {', '.join(map(str, labels))}, not {str(key)[:60]!r}"
-    return _texts(texts), labels.index(key)
+    return one_line(texts), labels.index(key)
 
 
-def _are_options(value: object) -> TypeGuard[list[object]]:
+def are_options(value: object) -> TypeGuard[list[object]]:
+    """Whether a value is a list of 2 to 26 texts or numbers."""
     return (
         isinstance(value, list)
         and 2 <= len(value) <= len(LETTERS)
@@ -202,11 +203,13 @@ def _are_options(value: object) -> TypeGuard[list[object]]:
     )
 
 
-def _texts(options: Sequence[object]) -> list[str]:
+def one_line(options: Sequence[object]) -> list[str]:
+    """Options as text, each on one line."""
     return [" ".join(str(option).split()) for option in options]
 
 
-def _problem(question: str, options: Sequence[str], right: int | None) -> Problem:
+def choice_problem(question: str, options: Sequence[str], right: int | None) -> Problem:
+    """The problem of a question and its options; `right` is the place of the right one, None where it is not known."""
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return Problem(
         f"choice-{_hash(question, options):016x}",

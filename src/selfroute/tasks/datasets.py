@@ -109,6 +109,7 @@ class Loader:
         self.name, self.about, self.config, self.problem_of = name, about, config, problem_of
         self.instead, self.only = instead, only
         self.sources: list[dict[str, Any]] = []
+        self.places: dict[str, str] = {}
 
     def load(self, split: Split) -> list[Problem]:
         """The problems of a split, as many as the config asks for, in an order that a hash of each decides.
@@ -166,7 +167,8 @@ class Loader:
         return {split: sorted(found, key=lambda p: p.id) for split, found in splits.items()}
 
     def _parts(self) -> dict[str, dict[str, Problem]]:
-        """The problems of each part by id; of the same problem twice, the first. `sources` gets what was read.
+        """The problems of each part by id; of the same problem twice, the first. `sources` gets what was read,
+        and `places` where each problem stands, such as `test.jsonl:7`.
 
         Raises:
             TaskError: rows are bad; all are named.
@@ -184,6 +186,7 @@ class Loader:
                     faults.append(f"{row.place}: {found}")
                 elif found:
                     problems.setdefault(found.id, found)
+                    self.places.setdefault(found.id, row.place)
             if not files and sizes[part] and count != sizes[part]:
                 _warn(f"the hub's {self.name} has {count} {part} rows, not {sizes[part]}")
         refuse(faults)

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from selfroute.errors import TaskError
 
@@ -24,6 +25,9 @@ START_S = 120.0
 
 RECYCLE_AFTER = 2000
 """Calls after which a worker is replaced: the caches of what it runs may grow without end."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +45,11 @@ class Pool:
         path: the function, `package.module:name`.
         size: most workers.
         memory_bytes: address space that a worker may take.
+        folders: where the function's module may be, beside where this process finds modules.
     """
 
-    def __init__(self, path: str, *, size: int, memory_bytes: int = 2 * 2**30) -> None:
-        self.path, self.size, self.memory_bytes = path, size, memory_bytes
+    def __init__(self, path: str, *, size: int, memory_bytes: int = 2 * 2**30, folders: Sequence[str] = ()) -> None:
+        self.path, self.size, self.memory_bytes, self.folders = path, size, memory_bytes, tuple(folders)
         self._empty()
         atexit.register(self.close)
 
@@ -55,6 +60,14 @@ class Pool:
         self._idle: list[_Worker] = []
         self._live: set[_Worker] = set()
 
+    def start(self) -> None:
+        """Have a worker that has imported the function: one that cannot be imported is found out before it is needed.
+
+        Raises:
+            TaskError: no worker can be started.
+        """
+        self._use(_Worker.start)
+
     def call(self, *arguments: Any, limit_s: float) -> Done:
         """What the function makes of the arguments, in at most `limit_s` seconds.
 
@@ -64,17 +77,19 @@ class Pool:
         Raises:
             TaskError: no worker can be started.
         """
+        return self._use(lambda worker: worker.call(arguments, limit_s))
+
+    def _use(self, use: Callable[[_Worker], T]) -> T:
         if self._process != os.getpid():
             # In a fork they are the parent's: talking to them would mix up replies.
             self._empty()
         with self._free:
             worker = self._take()
             try:
-                done = worker.call(arguments, limit_s)
+                return use(worker)
             finally:
                 # After a Ctrl-C too: a late reply must not answer the next call.
                 self._give_back(worker)
-        return done
 
     def close(self) -> None:
         """Kill all workers; a later call starts anew."""
@@ -97,7 +112,7 @@ class Pool:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-            worker = _Worker(self.path, self.memory_bytes)
+            worker = _Worker(self.path, self.memory_bytes, self.folders)
             self._live.add(worker)
             return worker
 
@@ -113,7 +128,7 @@ class Pool:
 class _Worker:
     """A process and the line to it; `usable` says whether it may be called again."""
 
-    def __init__(self, path: str, memory_bytes: int) -> None:
+    def __init__(self, path: str, memory_bytes: int, folders: Sequence[str]) -> None:
         self.path, self.calls, self.ready, self.usable = path, 0, False, False
         ours, theirs = socket.socketpair()
         with theirs:
@@ -126,15 +141,14 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 # What the parent can import, its workers can.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, *folders])},
                 start_new_session=True,
             )
         self.line = Connection(ours.detach())
 
     def call(self, arguments: tuple[Any, ...], limit_s: float) -> Done:
+        self.start()
         self.usable = False
-        if not self.ready:
-            self._start()
         self.calls += 1
         try:
             self.line.send_bytes(json.dumps([limit_s, arguments]).encode())
@@ -149,7 +163,10 @@ class _Worker:
         self.usable = self.calls < RECYCLE_AFTER
         return Done(reply["result"])
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Wait until it has imported the function, where it has not yet."""
+        if self.ready:
+            return
         try:
             if not self.line.poll(START_S):
                 raise TaskError(f"a worker for {self.path} did not start within {START_S:.0f} s")
@@ -158,7 +175,7 @@ class _Worker:
             raise TaskError(f"a worker for {self.path} died at its start: is there memory left?") from error
         if "error" in reply:
             raise TaskError(f"a worker for {self.path} cannot start: {reply['error']}")
-        self.ready = True
+        self.ready = self.usable = True
 
     def kill(self) -> None:
         self.process.kill()

@@ -30,12 +30,12 @@ def main(fd: int, path: str, memory_bytes: int) -> None:
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:
-            _say(line, {"error": f"{type(error).__name__}: {error}"})
+            _say(line, json.dumps({"error": f"{type(error).__name__}: {error}"}))
             return
         # Where a system keeps no such limit, that on time holds all the same.
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        _say(line, {})
+        _say(line, "{}")
         while True:
             try:
                 limit_s, arguments = json.loads(line.recv_bytes())
@@ -44,16 +44,17 @@ def main(fd: int, path: str, memory_bytes: int) -> None:
             # A watchdog that needs no interpreter lock: a worker that hangs must not outlive a pool that was killed.
             faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True, file=nowhere)
             try:
-                reply = {"result": function(*arguments)}
+                # A result that JSON cannot hold is an error of the function, too.
+                reply = json.dumps({"result": function(*arguments)})
             except Exception as error:
-                reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+                reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:200]}"})
             faulthandler.cancel_dump_traceback_later()
             _say(line, reply)
 
 
-def _say(line: Connection, reply: object) -> None:
+def _say(line: Connection, reply: str) -> None:
     with suppress(OSError):
-        line.send_bytes(json.dumps(reply).encode())
+        line.send_bytes(reply.encode())
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _cloud_serves_the_task(self) -> TrainConfig:
         served = SERVES.get(self.cloud.name, ())
-        if served and self.task.name in TASKS and self.task.name not in served:
+        # What a user's own questions ask shows when they are asked.
+        own = self.task.name == "custom" or self.task.name not in TASKS
+        if served and not own and self.task.name not in served:
             raise ValueError(
                 f"the cloud {self.cloud.name!r} has exact solvers for {' and '.join(served)} alone, none for "
                 f"{self.task.name}: name a real one, such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
