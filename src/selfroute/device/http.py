@@ -217,7 +217,9 @@ class HTTPEngine:
             "stream_options": {"include_usage": True},
         }
         if request.seed:
-            body["seed"] = number(f"{request.seed}/{turn}" if turn else request.seed)
+            # What goes on draws anew: an engine begins its stream again with each call.
+            name = f"{request.seed}/on" if request.prefix else request.seed
+            body["seed"] = number(f"{name}/{turn}" if turn else name)
         if self.config.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": self.config.top_logprobs}
         if dialect.template:

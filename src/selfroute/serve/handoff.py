@@ -229,7 +229,7 @@ class _Story:
             max_tokens=max(1, limit),
             temperature=1.0 if ask.temperature is None else ask.temperature,
             # Going on is not drawing the same numbers again.
-            seed=f"{ask.seed or ask.id}/on" if prefix else ask.seed or ask.id,
+            seed=ask.seed or ask.id,
             decide=pair.decide,
             bias=ask.bias,
             prefix=prefix,

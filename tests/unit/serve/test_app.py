@@ -173,6 +173,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "no tokens": ({**CHAT, "max_tokens": 0}, 400, "max_tokens"),
     "true tokens": ({**CHAT, "max_tokens": True}, 400, "max_tokens"),
     "hot": ({**CHAT, "temperature": 3}, 400, "temperature"),
+    "top_p in words": ({**CHAT, "top_p": "most"}, 400, "top_p"),
     "a paid tier": ({**CHAT, "service_tier": "priority"}, 400, "service_tier"),
     "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
     "no tools": ({**CHAT, "tools": 7}, 400, "tools"),
