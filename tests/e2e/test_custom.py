@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from selfroute.errors import TaskError
+from selfroute.evaluate.run import read_outcomes
 from selfroute.tasks.starter import write_starter
 from tests.commands import selfroute
 
@@ -27,8 +27,11 @@ def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, m
     assert '"verifier": "mine:verify"' in selfroute("train", "mine.toml", "--dry-run")
     selfroute("train", "mine.toml", "steps=2", "problems_per_step=4", "num_responses=2")
     selfroute("evaluate", "runs/mine")
-    outcomes = [json.loads(line) for line in Path("runs/mine/evaluate/after/records.jsonl").read_text().splitlines()]
+    [records] = Path("runs/mine").rglob("records.jsonl")
+    outcomes = read_outcomes(records)
     assert len(outcomes) == 6
+    # The starter's own words.
+    assert all(outcome.cloud_reason.startswith("it is ") for outcome in outcomes)
 
 
 def test_a_new_task_goes_into_a_folder_and_over_no_file(tmp_path: Path) -> None:
