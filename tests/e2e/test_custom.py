@@ -16,6 +16,7 @@ from tests.commands import selfroute
 
 def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert "custom path=FILE" in selfroute("tasks")
     said = selfroute("tasks", "new", "mine")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.jsonl", "mine.py", "mine.toml", "test_mine.py"]
     assert "  selfroute train mine.toml steps=2 --out runs/mine" in said.splitlines()
