@@ -27,7 +27,7 @@ from selfroute.tasks import make_task, verdicts
 from selfroute.tasks.check import check
 from selfroute.tasks.columns import Columns, RowError, cells
 from selfroute.tasks.custom import Custom, CustomConfig
-from selfroute.tasks.verifiers import Exact, Number, made
+from selfroute.tasks.verifiers import Exact, Number, Regex, made
 from selfroute.types import Problem, Verdict
 
 QA = {"question": "q", "answer": "a"}
@@ -243,15 +243,12 @@ def test_a_pattern_that_would_take_for_ever_is_cut_off(tmp_path: Path) -> None:
     assert one.verify("ab", problem).correct
 
 
-BOUNDED = settings(max_examples=150, deadline=2000)
-
-
-@BOUNDED
+@settings(max_examples=150, deadline=None)
 @given(st.text() | st.text("0123456789.,eE-+%/\\{}^frac boxed", max_size=400))
 def test_verifiers_take_any_text(answer: str) -> None:
-    for kind, gold in ((Exact, "x"), (Number, "12.5%")):
-        config = CustomConfig(path="x", verifier="exact", columns=Columns(**QA), tolerance=0.1)
-        verifier, problem = kind(config), made("What?", {"answers": (gold,)})
+    problem = made("What?", {"answers": ("12.5%",), "pattern": "[0-9.%]+"})
+    config = CustomConfig(path="x", verifier="exact", columns=Columns(**QA), tolerance=0.1)
+    for verifier in (Exact(config), Number(config), Regex(config)):
         assert isinstance(verifier.verify(answer, problem), Verdict)
         assert isinstance(verifier.canonical(answer), str)
 
@@ -261,12 +258,14 @@ def test_verifiers_take_any_text(answer: str) -> None:
 )
 def test_hostile_answers_are_wrong_at_once(answer: str) -> None:
     config = CustomConfig(path="x", verifier="number", columns=Columns(**QA))
-    problem = made("What?", {"answers": ("1",)})
+    problem = made("What?", {"answers": ("1",), "pattern": "(x+x+)+y"})
+    # The start of a worker does not count.
+    Regex(config).verify("", problem)
     started = time.monotonic()
-    for verifier in (Exact(config), Number(config)):
+    for verifier in (Exact(config), Number(config), Regex(config)):
         assert not verifier.verify(answer, problem).correct
         verifier.canonical(answer)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
 
 
 FUNCTIONS = """
