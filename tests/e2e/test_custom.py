@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from selfroute.errors import TaskError
+from selfroute.evaluate.run import read_outcomes
 from selfroute.tasks.starter import write_starter
 from tests.commands import selfroute
 
 
 def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert "custom path=FILE" in selfroute("tasks")
     said = selfroute("tasks", "new", "mine")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.jsonl", "mine.py", "mine.toml", "test_mine.py"]
     assert "  selfroute train mine.toml steps=2 --out runs/mine" in said.splitlines()
@@ -27,8 +28,11 @@ def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, m
     assert '"verifier": "mine:verify"' in selfroute("train", "mine.toml", "--dry-run")
     selfroute("train", "mine.toml", "steps=2", "problems_per_step=4", "num_responses=2")
     selfroute("evaluate", "runs/mine")
-    outcomes = [json.loads(line) for line in Path("runs/mine/evaluate/after/records.jsonl").read_text().splitlines()]
+    [records] = Path("runs/mine").rglob("records.jsonl")
+    outcomes = read_outcomes(records)
     assert len(outcomes) == 6
+    # The starter's own words.
+    assert all(outcome.cloud_reason.startswith("it is ") for outcome in outcomes)
 
 
 def test_a_new_task_goes_into_a_folder_and_over_no_file(tmp_path: Path) -> None:

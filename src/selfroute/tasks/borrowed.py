@@ -48,7 +48,30 @@ class Option:
         if not are_options(options):
             raise RowError(f"{name} must be a list of 2 to {len(LETTERS)} texts, not {show(options)}")
         shown = one_line(options)
-        return choice_problem(cells["question"], shown, _right(cells["answer"], shown, name_of(columns, "answer")))
+        said = " ".join(text(cells["answer"], name_of(columns, "answer")).split())
+        return choice_problem(cells["question"], shown, self._right(said, shown))
+
+    def _right(self, said: str, options: Sequence[str]) -> int:
+        """The place of the right option, given by its text, its letter, or its place from 0."""
+        letters = LETTERS[: len(options)]
+        found = {
+            # One that is there twice is the same answer by either letter.
+            "text": options.index(said) if said in options else None,
+            "letter": letters.index(said) if len(said) == 1 and said in letters else None,
+            "place": int(said) if said in map(str, range(len(options))) else None,
+        }
+        wanted = self.config.answer_is
+        places = {place for how, place in found.items() if place is not None and wanted in (None, how)}
+        column = name_of(self.config.columns, "answer")
+        if len(places) > 1:
+            raise RowError(
+                f"{column} is {said!r}, which is one option's text and another one's place or letter: say which with "
+                "task.answer_is, text, letter or place"
+            )
+        if not places:
+            one = f"an option's {wanted}" if wanted else "an option's text, its letter or its place from 0"
+            raise RowError(f"{column} must be {one}, not {said[:60]!r}")
+        return places.pop()
 
 
 class Program:
@@ -83,7 +106,7 @@ class Program:
             names["input_output"] = "cases"
             values: dict[str, Any] = {
                 "question": cells["question"],
-                "input_output": structure(cells["cases"], columns.cases),
+                "input_output": cells["cases"],
                 "solutions": [solution] if solution else [],
             }
         else:
@@ -97,24 +120,3 @@ class Program:
         for theirs, ours in names.items():
             found = str(found).replace(f"`{theirs}`", name_of(columns, ours))
         raise RowError(found)
-
-
-def _right(answer: object, options: Sequence[str], column: str) -> int:
-    """The place of the right option: its text, its letter, or a number counted from 0.
-
-    Raises:
-        RowError: it is none of these, or two of them that differ.
-    """
-    said = " ".join(text(answer, column).split())
-    places = {n for n, option in enumerate(options) if option == said}
-    # An option that is there twice is the same answer by either letter.
-    places = {min(places)} if places else set()
-    if len(said) == 1 and said in LETTERS[: len(options)]:
-        places.add(LETTERS.index(said))
-    if said in map(str, range(len(options))):
-        places.add(int(said))
-    if len(places) != 1:
-        one = f"an option's text, its letter (A to {LETTERS[len(options) - 1]}) or its place from 0"
-        what = f"and is two of them that differ: {said!r}" if places else f"not {said[:60]!r}"
-        raise RowError(f"{column} must be {one}, {what}")
-    return places.pop()

@@ -54,6 +54,9 @@ class CustomConfig(DataConfig):
     """`exact`, `number`, `choice`, `regex`, `maths`, `code`, or `package.module:function`, a function of your own."""
     ignore: tuple[Literal["case", "space"], ...] = ("case", "space")
     """`exact`: what makes no difference: capitals; the number of spaces and line breaks, and any at the ends."""
+    answer_is: Literal["text", "letter", "place"] | None = None
+    """`choice`: what the column `answer` has of the right option (its place counts from 0); None for any of them, where
+    only one fits."""
     tolerance: float = Field(0.0, ge=0, lt=1)
     """`number`, and decimal fractions in `code`: how far an answer may be off, absolutely or relatively."""
     pattern: str | None = None

@@ -38,6 +38,8 @@ def act(what: str, amount: float = 0) -> object:
             os.kill(os.getpid(), number)
     elif what == "print":
         print("noise")
+    elif what == "unsayable":
+        return object()
     return os.getpid()
 
 
@@ -70,6 +72,25 @@ def test_nothing_starts_before_the_first_call_and_a_worker_is_kept(pool: Pool) -
     assert pool.call("pid", limit_s=5).result not in (first.result, None)
 
 
+def test_a_worker_may_start_before_it_is_needed(pool: Pool) -> None:
+    pool.start()
+    [early] = pool.process_ids
+    pool.start()
+    assert pool.call("pid", limit_s=5).result == early
+    with pytest.raises(TaskError, match="No module named 'no'"):
+        Pool("no.such:thing", size=1).start()
+
+
+def test_a_function_may_be_in_a_folder_that_this_process_does_not_look_into(tmp_path: Path) -> None:
+    (tmp_path / "apart_from_us.py").write_text("def double(n): return 2 * n")
+    # What is found elsewhere comes first.
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    pool = Pool("apart_from_us:double", size=1, folders=(str(tmp_path),))
+    assert pool.call(4, limit_s=5) == Done(8)
+    pool.close()
+    assert str(tmp_path) not in sys.path
+
+
 @pytest.mark.parametrize("what", ["sleep", "spin"])
 def test_a_late_worker_is_killed_and_costs_its_own_call_alone(pool: Pool, what: str) -> None:
     late = pool.call("pid", limit_s=5).result
@@ -86,6 +107,7 @@ def test_a_late_worker_is_killed_and_costs_its_own_call_alone(pool: Pool, what: 
         ("raise", 0, "undecided: ValueError: as told"),
         ("nest", 0, "undecided: RecursionError"),
         ("memory", 2**32, "undecided: MemoryError"),
+        ("unsayable", 0, "undecided: TypeError: Object of type object is not JSON serializable"),
         ("die", 0, "undecided: the worker died of it"),
     ],
 )
