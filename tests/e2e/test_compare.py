@@ -85,6 +85,7 @@ def test_again_it_pays_for_nothing_and_reports_the_same(compared: tuple[Path, st
     assert {name: (cwd / "out" / name).read_bytes() for name in kept} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = (
         *("compare", "compare-countdown", "--quick", "--out", "out", "seeds=[0]", 'methods=["gapg_decision"]'),
@@ -106,6 +107,7 @@ def test_ctrl_c_keeps_the_step_and_the_same_command_goes_on(tmp_path: Path) -> N
     assert (tmp_path / "out/countdown-3/rows/gapg_decision/seed-0.json").is_file()
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     command = (
         *("compare", "compare-countdown", "--quick", "--out", "out", "--jobs", "2", "seeds=[0]"),

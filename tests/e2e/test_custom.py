@@ -14,6 +14,7 @@ from selfroute.tasks.starter import write_starter
 from tests.commands import selfroute
 
 
+@pytest.mark.slow
 def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "custom path=FILE" in selfroute("tasks")

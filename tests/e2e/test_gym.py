@@ -24,6 +24,7 @@ class Adder(Oracle):
         return f"{ANSWER_OPEN}{sum(int(sign + number) for sign, number in terms)}{ANSWER_CLOSE}"
 
 
+@pytest.mark.slow
 def test_two_steps_and_an_evaluation(tmp_path: Path) -> None:
     config = api.load_train_config(
         "countdown-tiny",

@@ -67,6 +67,7 @@ def state(out: Path) -> dict[str, Any]:
     return {"steps": steps, "sequence": read_json(out / "sequence.json")}
 
 
+@pytest.mark.slow
 def test_two_tasks_one_after_the_other_killed_and_resumed(tmp_path: Path) -> None:
     config, whole, cut = tmp_path / "two.toml", tmp_path / "whole", tmp_path / "cut"
     config.write_text(CONFIG)

@@ -46,6 +46,7 @@ def test_a_part_goes_through_json_and_back() -> None:
     assert validate(CompareConfig, whole.stored(), "test") == whole
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
     settings = config(["device_only", OURS, "gapg"])
     seen: list[str] = []
@@ -61,6 +62,7 @@ def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
     assert stamps(tmp_path / "two") == before
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_and_what_is_finished_stays(tmp_path: Path) -> None:
     down = tmp_path / "down"
     flaky = {"name": f"{FlakyOracle.__module__}:FlakyOracle", "broken": str(down)}
@@ -76,6 +78,7 @@ def test_a_part_that_fails_is_named_and_what_is_finished_stays(tmp_path: Path) -
     assert row_info(tmp_path / "bed", OURS, 0) is not None
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_every_worker_and_nothing_new_begins(tmp_path: Path) -> None:
     settings = config([OURS, "gapg", "grpo", "dr_grpo"], train={"steps": 5000, "checkpoint_every": 10000})
     begun: set[str] = set()

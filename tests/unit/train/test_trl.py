@@ -52,11 +52,11 @@ EARLY = {
 @pytest.mark.parametrize(
     ("processes", "weight", "more"),
     [
-        (1, 0.0, {}),
+        pytest.param(1, 0.0, {}, marks=pytest.mark.slow),
         (1, 3.0, {}),
         pytest.param(2, 0.0, {}, marks=pytest.mark.slow),
         (2, 3.0, {}),
-        (1, 3.0, EARLY),
+        pytest.param(1, 3.0, EARLY, marks=pytest.mark.slow),
         pytest.param(2, 3.0, EARLY, marks=pytest.mark.slow),
     ],
 )
