@@ -14,9 +14,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.train-ready
 	$(BIN)/selfroute demo --out "$(OUT)"
 
-# One thread a test process: two of two threads that share two cores wait for each other.
+# One thread a test process: two of two threads that share two cores wait for each other. A file in one process makes its
+# fixtures once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "slow and not gpu"

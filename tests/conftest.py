@@ -38,11 +38,3 @@ def sandbox() -> Sandbox:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a costly fixture go to one process, which makes it once."""
-    for item in items:
-        for name in {"trained", "finished", "compared", "alone", "postgres"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))

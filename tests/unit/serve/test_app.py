@@ -295,7 +295,9 @@ def test_too_many_requests_at_a_time() -> None:
     world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1}, idle_s=60)
     with world.client() as client, ExitStack() as stack:
         first = stack.enter_context(client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
-        assert next(first.iter_raw()).startswith(b"data: ")
+        # Kept: an iterator that is let go closes the connection.
+        pieces = first.iter_raw()
+        assert next(pieces).startswith(b"data: ")
         refused = post(client)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert client.get("/healthz").status_code == 200
