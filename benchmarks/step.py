@@ -129,8 +129,9 @@ def ours(folder: Path, *, kept: int) -> Callable[[], None]:
         step += 1
         groups = sample(step)
         decisions = [Answer("", well_formed=True)] * RESPONSES
-        judged = [Judged(group, decisions, [g == 0 and p < kept for g in range(RESPONSES)])
-                  for p, group in enumerate(groups)]  # fmt: skip
+        solved = [[g == 0 and p < kept for g in range(RESPONSES)] for p in range(PROBLEMS)]
+        judged = [Judged(group, decisions, correct, [float(c) for c in correct])
+                  for group, correct in zip(groups, solved, strict=True)]  # fmt: skip
         plan = trainer.planner.plan(step, problems, judged)
         assert len(plan.selection.kept) == kept
         rows = trainer.planner.rows(plan)

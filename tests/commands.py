@@ -9,6 +9,7 @@ from selfroute.cli import app
 
 def selfroute(*args: object) -> str:
     """What a command prints; what it raises is raised here."""
-    done = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    # As wide as any table, whatever a library put into the environment.
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output

@@ -293,5 +293,8 @@ Route = Literal["device", "cloud", "undecided"]
 Handoff = Literal["problem", "reasoning"]
 """What the cloud is given of a problem that the device asks about: the problem alone, or the device's reasoning too."""
 
+Policy = Literal["auto", "device-only", "cloud-only"]
+"""Who may answer a gateway's request: the device, and the cloud if it asks; the device alone; the cloud alone."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how many responses are done, and of how many."""

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from selfroute.errors import SelfrouteError, StoreError
 from selfroute.serve.account import Denied
 from selfroute.serve.account import Scope as BudgetScope
-from selfroute.serve.asking import POLICIES, Ask, ChatRequest, Policy, ask_of, read
+from selfroute.serve.asking import POLICIES, Ask, ChatRequest, ask_of, read
 from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
@@ -32,6 +32,7 @@ from selfroute.serve.handoff import Budget, Pair, answer
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
+from selfroute.types import Policy
 
 MAX_DEPTH = 64
 """A body that is nested deeper is refused."""

@@ -14,10 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
-from selfroute.types import Handoff, Message
-
-Policy = Literal["auto", "device-only", "cloud-only"]
-"""Who may answer: the device, and the cloud if it asks; the device alone; the cloud alone."""
+from selfroute.types import Handoff, Message, Policy
 
 POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 

@@ -11,8 +11,7 @@ from selfroute.cloud import make_cloud
 from selfroute.config import Choice, Config, build
 from selfroute.errors import ConfigError
 from selfroute.serve.account import Limits
-from selfroute.serve.asking import Policy
-from selfroute.types import CloudClient, DeviceEngine, Handoff
+from selfroute.types import CloudClient, DeviceEngine, Handoff, Policy
 
 DEVICES = {"live": "selfroute.device.live:LiveEngine", "http": "selfroute.device.http:HTTPEngine"}
 

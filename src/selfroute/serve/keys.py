@@ -19,16 +19,16 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, insert, select, update
 
 from selfroute.serve.account import Limits, Scope
 from selfroute.serve.store import Store
 from selfroute.serve.tables import KEYS
+from selfroute.types import Policy
 
-Policy = Literal["auto", "device-only", "cloud-only"]
-POLICIES: tuple[Policy, ...] = ("auto", "device-only", "cloud-only")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 FRESH_S = 1.0
 """How long a worker may not have heard of a new or a revoked key."""
