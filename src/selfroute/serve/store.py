@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -169,7 +170,7 @@ def _sqlite(url: URL) -> Engine:
         # Transactions begin where `begin` below says so, and not where the driver thinks fit.
         connection.isolation_level = None
         for pragma in _PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}")
+            _set(connection, pragma)
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
@@ -179,6 +180,20 @@ def _sqlite(url: URL) -> Engine:
         driver.execute("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _set(connection: sqlite3.Connection, pragma: str) -> None:
+    """Set a pragma. Of several processes that open a new file, the change to WAL refuses some at once, whatever the
+    time-out, so it is tried again for that long."""
+    by = time.monotonic() + _BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute(f"PRAGMA {pragma}")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > by:
+                raise
+        time.sleep(0.01)
 
 
 def _postgres(url: URL, connections: int) -> Engine:
