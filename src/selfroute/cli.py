@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from selfroute.errors import ConfigError, DataWarning, ReproducibilityWarning, S
 from selfroute.export_command import export
 from selfroute.key_commands import app as keys_app
 from selfroute.records import best_checkpoint, checkpoints, results
+from selfroute.serve_command import serve
 from selfroute.task_commands import app as tasks_app
 from selfroute.terminal import Printer, show_comparison, show_run, show_sequence, stopping
 
@@ -334,32 +334,6 @@ def _plain(text: str) -> str:
 
 
 @app.command()
-def serve(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="A gateway's .toml file, and changes to what --dry-run prints: port=9000, cloud.accuracy=0.7.",
-            metavar="[CONFIG] [KEY=VALUE]...",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
-) -> None:
-    """Serve the pair to any OpenAI client: the device answers, and hands over to the cloud when it asks.
-
-    Without a config: the shipped Countdown model and the oracle cloud, on this machine alone.
-    """
-    from selfroute import api
-
-    given = list(arguments or [])
-    config = api.load_gateway_config(given.pop(0) if given and "=" not in given[0] else None, given)
-    if dry_run:
-        _dry_run(config)
-        return
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    api.serve(config, lambda url: _echo(f"serving {config.model} on {url} (Ctrl-C ends)"))
-
-
-@app.command()
 def warmstart(
     config: Annotated[str, typer.Argument(help="A config that comes with selfroute (countdown-1m), or a .toml file.")],
     overrides: Overrides = None,
@@ -380,6 +354,7 @@ def warmstart(
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(keys_app, name="keys")
 app.command()(export)
+app.command()(serve)
 
 
 def main() -> None:
