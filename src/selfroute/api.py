@@ -1,20 +1,20 @@
-"""The Python API, and what each command does: train, evaluate, calibrate, report, compare, ask, warmstart."""
+"""The Python API, and what each command does: train, evaluate, calibrate, report, ask, warmstart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfroute.config import load as load_config
 from selfroute.config import names, override, resolve, validate
-from selfroute.errors import ConfigError, RunError, SelfrouteError
+from selfroute.errors import ConfigError, RunError
+from selfroute.extras import needs
 from selfroute.records import (
     best_checkpoint,
     checkpoints,
-    lock_run,
     read_json,
     read_records,
     results,
@@ -28,7 +28,6 @@ from selfroute.types import Progress
 
 if TYPE_CHECKING:
     from selfroute.cloud.memory import Cloud
-    from selfroute.compare.config import CompareConfig
     from selfroute.device.base import Sampling
     from selfroute.device.hf import HFEngine
     from selfroute.device.http import HTTPConfig
@@ -44,25 +43,6 @@ CALIBRATION_DRAWS = 4
 
 SOLVE_SAMPLES = 5
 """Extra responses to each asked test problem, help forbidden: does the device solve it in a majority of samples?"""
-
-
-_OPTIONAL = (
-    *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn", "gguf"),
-    *("sqlalchemy", "starlette", "uvicorn"),
-)
-
-
-@contextmanager
-def _needs(extra: str) -> Iterator[None]:
-    """Turn a missing optional dependency into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in _OPTIONAL:
-            raise SelfrouteError(
-                f"this needs {error.name}: pip install 'selfroute[{extra}]' (in a checkout: pip install '.[{extra}]')"
-            ) from error
-        raise
 
 
 def load_train_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -85,7 +65,7 @@ def train(
     among those that share its cloud.sqlite (`selfroute.sequence`).
     """
     resolved = load_train_config(config) if isinstance(config, str) else whole(config)
-    with _needs("train"):
+    with needs("train"):
         from selfroute.evaluate.validation import validation
         from selfroute.train import loop
 
@@ -111,7 +91,7 @@ def memory(config: TrainConfig) -> str:
     Raises:
         DeviceError: the model's config cannot be read.
     """
-    with _needs("train"):
+    with needs("train"):
         from selfroute.device.memory import gigabytes
         from selfroute.train.memory import memory as memory_of
 
@@ -121,7 +101,7 @@ def memory(config: TrainConfig) -> str:
 
 def require_training() -> None:
     """Stop early, naming the install command, where training's dependencies are missing."""
-    with _needs("train"):
+    with needs("train"):
         from selfroute.train import loop  # noqa: F401
 
 
@@ -134,14 +114,14 @@ def load_gateway_config(name: str | None = None, overrides: Sequence[str] = ()) 
 
 def serve(config: GatewayConfig, ready: Callable[[str], None] = print) -> None:
     """Serve the pair until SIGINT or SIGTERM; `ready` is told the base URL once it can be asked."""
-    with _needs("serve"):
+    with needs("serve"):
         from selfroute.serve.server import run
     run(config, ready)
 
 
 def load_warmstart_config(name: str, overrides: Sequence[str] = ()) -> WarmstartConfig:
     """A warm start's config by package name or path, changed by `key=value` overrides."""
-    with _needs("train"):
+    with needs("train"):
         from selfroute.train.warmstart import WarmstartConfig
     config = load_config(WarmstartConfig, name, overrides)
     return config.model_copy(update={"task": resolve(config.task, TASKS, "task")})
@@ -155,7 +135,7 @@ def warmstart(
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train a small Countdown model from nothing into the model folder `out`."""
-    with _needs("train"):
+    with needs("train"):
         from selfroute.train import warmstart as warm
     command = ""
     if isinstance(config, str):
@@ -197,7 +177,7 @@ def checkpoint_name(run: Path, *, best: bool = False) -> str:
 
 def _engine(run: Path, config: TrainConfig, checkpoint: str | None) -> HFEngine:
     """The device model of a run: a checkpoint by name, or (None) the model that it started from."""
-    with _needs("local"):
+    with needs("local"):
         from selfroute.device.hf import HFEngine
     model = str(run / "checkpoints" / checkpoint) if checkpoint else config.device.model
     return HFEngine.load(config.device.model_copy(update={"model": model}))
@@ -298,7 +278,7 @@ def export(
     run = Path(run)
     settings = run_config(run).model_dump(mode="json")
     checkpoint = checkpoint_name(run, best=best)
-    with _needs("export"):
+    with needs("export"):
         from selfroute.export import folder
 
         where = Path(out) if out else None
@@ -396,43 +376,6 @@ def load(run: str | Path, *, budget: float | None = None, best: bool = False) ->
     sampling = config.evaluation if budget is None else turned(config.evaluation, path, budget, best=best)
     engine = _engine(path, config, checkpoint_name(path, best=best))
     return Pair(config, engine, _cloud(config, path / "cloud.sqlite"), sampling)
-
-
-def load_compare_config(name: str, overrides: Sequence[str] = ()) -> CompareConfig:
-    """A comparison's config by package name or path, changed by `key=value` overrides."""
-    from selfroute.compare.config import CompareConfig
-
-    return load_config(CompareConfig, name, overrides)
-
-
-def compare(
-    config: str | CompareConfig,
-    out: str | Path,
-    *,
-    jobs: int = 1,
-    progress: Progress = lambda what, done, total: None,
-) -> list[dict[str, Any]]:
-    """Run what is missing of a comparison, in `jobs` processes, and write its report into `out`.
-
-    Returns the rows of compare.json.
-    """
-    resolved = load_compare_config(config) if isinstance(config, str) else config
-    with _needs("compare"):
-        from selfroute.compare import run
-    run.compare(resolved, Path(out), jobs=jobs, progress=progress)
-    return compare_report(out, progress=progress)
-
-
-def compare_report(out: str | Path, *, progress: Progress = lambda what, done, total: None) -> list[dict[str, Any]]:
-    """Write a comparison's compare.json, report.html, CSV and figures from its finished rows; returns the rows.
-
-    Raises:
-        RunError: no row is finished yet.
-    """
-    from selfroute.compare.report import write_report
-
-    with lock_run(Path(out)):
-        return write_report(Path(out), progress=progress)
 
 
 def report(run: str | Path, *, best: bool = False) -> dict[str, Any]:

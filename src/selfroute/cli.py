@@ -251,15 +251,15 @@ def compare(
     that are already in --out are kept: after Ctrl-C or a crash, or with one more method or seed, the same command pays
     only for what is missing.
     """
-    from selfroute import api
+    from selfroute import comparison
     from selfroute.compare.config import QUICK
 
-    resolved = api.load_compare_config(config, (*(QUICK if quick else ()), *(overrides or ())))
+    resolved = comparison.load_config(config, (*(QUICK if quick else ()), *(overrides or ())))
     if dry_run:
         _dry_run(resolved)
         return
     with stopping(out, "again", holds=resolved.testbed):
-        rows = api.compare(resolved, out, jobs=jobs, progress=Printer().progress)
+        rows = comparison.compare(resolved, out, jobs=jobs, progress=Printer().progress)
     show_comparison(rows)
     _echo(f"page: {out / 'report.html'}")
 
@@ -270,13 +270,13 @@ def report(run: Run, best: Best = False) -> None:
 
     Of a sequence's folder: its tables and its numbers.
     """
-    from selfroute import api, sequence
+    from selfroute import api, comparison, sequence
 
     if not best and (run / "sequence.json").exists():
         show_sequence(sequence.report(run))
         return
     if not best and not (run / "run.json").exists() and any(run.glob("*/testbed.json")):
-        show_comparison(api.compare_report(run, progress=Printer().progress))
+        show_comparison(comparison.report(run, progress=Printer().progress))
     else:
         show_run(api.report(run, best=best))
     _echo(f"page: {results(run, best=best) / 'report.html'}")

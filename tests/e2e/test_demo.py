@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfroute import measures
-from selfroute.api import load_compare_config, load_train_config, load_warmstart_config
+from selfroute import comparison, measures
+from selfroute.api import load_train_config, load_warmstart_config
 from selfroute.cloud import make_cloud
 from selfroute.cloud.memory import Cloud
 from selfroute.device.base import DeviceConfig, Sampling
@@ -104,7 +104,7 @@ def test_the_shipped_weights_are_those_that_their_provenance_names(name: str) ->
 
 def test_the_informed_model_knows_something_of_when_to_ask() -> None:
     """Its help calls follow failure, and far from always: 30 % after a failed search, 3 % after a success."""
-    training = load_compare_config("compare-countdown-informed").train
+    training = comparison.load_config("compare-countdown-informed").train
     task, engine = make_task(training.task), HFEngine.load(training.device)
     outcomes = evaluate_alone(engine, task.load("calibration"), training.evaluation)
     asked = {hit: [a for h, a in outcomes if h == hit] for hit in (True, False)}
@@ -127,7 +127,7 @@ def evaluate_alone(engine: HFEngine, problems: list[Problem], sampling: Sampling
 def test_the_warm_start_gives_the_shipped_accuracy(name: str, tmp_path: Path) -> None:
     assert set(TESTBEDS) == set(shipped_models())
     on_all_cores("warmstart", name, "--out", "model", cwd=tmp_path, timeout=6000)
-    config = load_compare_config(TESTBEDS[name]).train
+    config = comparison.load_config(TESTBEDS[name]).train
     # Four draws a problem: on another processor the weights differ, and one draw alone is off by a point or two.
     fresh, shipped = (
         [sampled(model, config, tmp_path, seed) for seed in range(4)] for model in (str(tmp_path / "model"), name)

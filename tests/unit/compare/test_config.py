@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from selfroute.api import load_compare_config
 from selfroute.compare.config import QUICK, CompareConfig, brief, label
 from selfroute.compare.methods import BOUNDS, METHODS, OURS, ROUTERS, TASK_TUNED, TRAINED
+from selfroute.comparison import load_config
 from selfroute.config import Choice, names, validate
 from selfroute.errors import ConfigError
 
@@ -13,7 +13,7 @@ COMPARISONS = [name for name in names() if name.startswith(("compare-", "ablate-
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_shipped_comparison_is_whole(name: str) -> None:
-    config = load_compare_config(name)
+    config = load_config(name)
     trained = config.trained
     assert len(trained) == len(set(trained)) > 0
     for method in trained:
@@ -22,18 +22,18 @@ def test_every_shipped_comparison_is_whole(name: str) -> None:
         assert training.budget == {"rho=0.1": 0.091, "rho=1": 0.5}.get(method, 0.3)
         assert training.task.settings["seed"] == 1, "the test problems must not be those that settings were tuned on"
         assert training.sampling.max_tokens == training.evaluation.max_tokens
-    load_compare_config(name, QUICK)
+    load_config(name, QUICK)
 
 
 def test_the_main_comparison_has_every_row() -> None:
-    config = load_compare_config("compare-countdown")
+    config = load_config("compare-countdown")
     assert config.methods == tuple(METHODS)
     assert len(config.seeds) >= 3
     assert {*BOUNDS, *TRAINED, *ROUTERS} == set(METHODS)
 
 
 def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
-    config = load_compare_config("compare-countdown")
+    config = load_config("compare-countdown")
     ours = config.training(OURS, lr=1e-4, seed=0).model_dump()
     for method in TRAINED:
         other = config.training(method, lr=1e-4, seed=0).model_dump()
@@ -54,7 +54,7 @@ def test_methods_differ_from_ours_in_what_they_say_alone() -> None:
 
 
 def test_routers_bring_the_model_that_they_stand_on() -> None:
-    base = load_compare_config("compare-countdown")
+    base = load_config("compare-countdown")
     assert base.model_copy(update={"methods": ("probe",)}).trained == [TASK_TUNED]
     assert base.model_copy(update={"methods": ("decision_votes", "device_only")}).trained == [OURS]
     assert base.model_copy(update={"methods": ("cloud_only",)}).trained == []
