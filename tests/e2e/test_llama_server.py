@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import httpx2
 import pytest
+from benchmarks.llama_server import llama_server
+from benchmarks.page import ROOT, quantised
 
 from selfroute import api
 from selfroute.config import Choice
@@ -25,12 +27,11 @@ from selfroute.errors import ContextError
 from selfroute.evaluate.remote import Remote
 from selfroute.evaluate.run import read_outcomes
 from selfroute.protocol import ANSWER_OPEN, HELP_CALL, HELP_OPEN, chat, parse
-from selfroute.records import write_json
+from selfroute.records import read_json, write_json
 from selfroute.tasks import make_task
 from selfroute.types import DeviceChunk, DeviceRequest, Problem
 from tests.commands import selfroute
 from tests.exported import CHECKPOINT, run_of_the_shipped_model
-from tests.llama_server import llama_server
 
 T = TypeVar("T")
 
@@ -125,6 +126,25 @@ def test_it_answers_as_the_model_does_in_process_on_200_problems(
 ) -> None:
     assert len(problems) == 200
     assert agreement(server, engine, problems) >= 0.95
+
+
+@pytest.mark.slow
+def test_a_model_before_and_after_quantisation(tmp_path: Path) -> None:
+    run = run_of_the_shipped_model(tmp_path / "run", task={"name": "countdown", "test": 20, "calibration": 20})
+    api.calibrate(run, 0.3)
+    file = tmp_path / "quantisation.json"
+    subprocess.run([sys.executable, ROOT / "benchmarks/quantisation.py", run, "--out", file], check=True)
+    found = read_json(file)
+    assert list(found["rows"]) == ["in process", "F16", "Q8_0", "Q4_0"]
+    assert [row.split(" | ")[0] for row in quantised(found).splitlines()[-4:]] == [
+        f"| {name}" for name in found["rows"]
+    ]
+    own, dialled = (found["rows"]["F16"][key]["call_rate"]["value"] for key in ("own_odds", "at_budget"))
+    records = [
+        read_outcomes(run / "evaluations" / f"{name}@run-{CHECKPOINT}-f16" / "records.jsonl")
+        for name in ("after", "budget-0.3")
+    ]
+    assert [own, dialled] == [sum(o.route == "cloud" for o in outcomes) / 20 for outcomes in records]
 
 
 def test_its_odds_are_those_of_the_model(server: str, engine: HFEngine, problems: list[Problem]) -> None:

@@ -1,20 +1,12 @@
-"""The committed results are what the committed rows say."""
+"""The committed results page is what the committed results say."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
-
-from selfroute.compare.report import write_report
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.page import ROOT, page
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_results_page_follows_from_the_committed_rows(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "benchmarks/results/compare", tmp_path / "compare")
-    write_report(tmp_path / "compare")
-    assert (tmp_path / "compare/results.md").read_text() == (ROOT / "docs/results.md").read_text()
+def test_the_results_page_follows_from_the_committed_results() -> None:
+    assert page() == (ROOT / "docs/results.md").read_text()

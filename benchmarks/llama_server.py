@@ -29,7 +29,7 @@ sys.stdin.read()
 def llama_server(model: Path) -> Iterator[str]:
     """Serves a GGUF; gives the URL, without the API's `/v1`."""
     command = [sys.executable, "-c", _SERVE, str(model)]
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: S603
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
