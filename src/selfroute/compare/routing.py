@@ -93,7 +93,7 @@ def fit_routers(
         if method in LEARN:
             router.fit(learn, learn_correct)
         routed = router.route(held)
-        scores = [_score(router, r) for r in routed]
+        scores = [_score(router, a.problem.id, r) for a, r in zip(held, routed, strict=True)]
         info["calibration"] = threshold_for(scores, config.train.budget)
         wrong = [not correct for correct in _correct(task, held, [r.response for r in routed])]
         clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
@@ -147,7 +147,7 @@ def route_test(
     asked = [
         a.problem
         for n, a in enumerate(attempts)
-        if any(_score(f.router, routed[f.method][n]) > f.info["calibration"]["threshold"] for f in fitted)
+        if any(_score(f.router, a.problem.id, routed[f.method][n]) > f.info["calibration"]["threshold"] for f in fitted)
     ]
     sampling = config.train.evaluation
     shares = solve_shares(engine, task, asked, sampling, f"{seed}/test", config.num_samples - 1, progress)
@@ -204,5 +204,5 @@ def _seen_undecided(router: Router, routed: Routed) -> bool:
     return not router.prompt_only and undecided(routed.response)
 
 
-def _score(router: Router, routed: Routed) -> float:
-    return ordering(routed.score, _seen_undecided(router, routed))
+def _score(router: Router, problem: str, routed: Routed) -> float:
+    return ordering(problem, routed.score, _seen_undecided(router, routed))

@@ -14,6 +14,7 @@ rows can be moved, committed and added to.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -62,9 +63,16 @@ ASK_FIRST = 1e3
 """The score of a response without a readable answer, above any other; its negative is below any other."""
 
 
-def ordering(score: float | None, undecided: bool) -> float:
-    """A score that orders all responses, those without one too."""
-    return ASK_FIRST if undecided else -ASK_FIRST if score is None else score
+def ordering(problem: str, score: float | None, undecided: bool) -> float:
+    """A score that orders all responses, those without one too.
+
+    Among those, the problem's name decides, which is chance: where more of them are first than a budget can pay for, a
+    threshold takes as many as it can, and not none.
+    """
+    if score is not None and not undecided:
+        return score
+    chance = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6]) / 2**48
+    return (ASK_FIRST if undecided else -ASK_FIRST) + chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Row:
 
     def columns(self, threshold: float | None) -> Columns:
         """Arrays for the measures; asked is what lies above the threshold, or (None) the method's own decision."""
-        score = np.array([ordering(r.score, r.undecided) for r in self.records])
+        score = np.array([ordering(r.problem, r.score, r.undecided) for r in self.records])
         if threshold is None:
             asked = np.array([float(bool(r.asked)) for r in self.records])
         else:

@@ -192,7 +192,7 @@ class Matrix:
             asked = [
                 problems[o.problem]
                 for o in outcomes
-                if o.route == "cloud" or ordering(o.score, o.route == "undecided") > threshold
+                if o.route == "cloud" or ordering(o.problem, o.score, o.route == "undecided") > threshold
             ]
             samples = self.config.num_samples - 1
             stream = f"{config.seed}/test"
@@ -299,7 +299,7 @@ class Matrix:
         found = calibration_responses(
             engine, self.task, sampling=sampling, seed=config.seed, draws=1, progress=progress
         )
-        scores = [ordering(r.score, undecided(r)) for _, r in found]
+        scores = [ordering(problem, r.score, undecided(r)) for problem, r in found]
         return {
             "calibration": threshold_for(scores, self.config.train.budget),
             "fit": {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from selfroute.compare.routing import threshold_for
 from selfroute.compare.rows import (
     ASK_FIRST,
     Record,
@@ -71,9 +72,19 @@ def test_other_files_beside_rows_are_left_alone(tmp_path: Path) -> None:
     assert (seeds_of(tmp_path, "gapg"), list(methods_of(tmp_path))) == ([0], ["gapg"])
 
 
+def test_of_more_responses_without_an_answer_than_the_budget_pays_for_some_are_asked() -> None:
+    for prefix in "ab":
+        scores = [ordering(f"{prefix}{n}", None, undecided=n % 2 == 0) for n in range(1000)]
+        assert len(set(scores)) == 1000
+        found = threshold_for(scores, 0.3)
+        assert found["call_rate"] == pytest.approx(0.285, abs=0.001)
+        others = [ordering(f"test-{prefix}{n}", 0.5, undecided=n % 2 == 0) for n in range(1000)]
+        assert 0.24 < sum(score > found["threshold"] for score in others) / 1000 < 0.34
+
+
 def test_a_response_without_an_answer_is_asked_first_and_an_unusual_one_last(tmp_path: Path) -> None:
-    assert ordering(None, True) == ASK_FIRST == -ordering(None, False)
-    assert ordering(2.0, True) == ASK_FIRST
+    assert ordering("a", None, False) < -ASK_FIRST + 1 < ordering("a", 0.9, False) == 0.9 < ASK_FIRST
+    assert ASK_FIRST < ordering("a", None, True) == ordering("a", 2.0, True) < ASK_FIRST + 1
     records = [
         replace(RECORD, problem="a", score=0.9, asked=False),
         replace(RECORD, problem="b", score=None, undecided=True, asked=False),
