@@ -48,7 +48,7 @@ SOLVE_SAMPLES = 5
 
 _OPTIONAL = (
     *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn", "gguf"),
-    *("sqlalchemy", "starlette", "uvicorn"),
+    *("prometheus_client", "sqlalchemy", "starlette", "uvicorn"),
 )
 
 

@@ -48,10 +48,10 @@ class RequestRecord:
     """One request, as the dashboard and the accounts want it.
 
     `at` is when it arrived (seconds since 1970), `key_id` the virtual key's ("" without keys), `policy` what was asked
-    for, `route` where the answer came from, `score` l at the decision point, `denied` the limit that a help call met,
-    `status` the HTTP status and `error` its code, if it failed. Times count from the arrival, `first_ms` to the first
-    byte of the answer; None where there was no such part. `request` and `response` are texts, and None unless content
-    is logged.
+    for, `decision` what the device decided ("" where it was not asked, or failed), `route` where the answer came from,
+    `score` l at the decision point, `denied` the limit that a help call met, `status` the HTTP status and `error` its
+    code, if it failed. Times count from the arrival, `first_ms` to the first byte of the answer; None where there was
+    no such part. `request` and `response` are texts, and None unless content is logged.
     """
 
     id: str
@@ -59,6 +59,7 @@ class RequestRecord:
     key_id: str = ""
     model: str = ""
     policy: str = "auto"
+    decision: Literal["answer", "help", "undecided", ""] = ""
     route: Literal["device", "cloud", "undecided", ""] = ""
     score: float | None = None
     denied: str = ""
@@ -98,6 +99,15 @@ class Percentiles:
     p50: float | None
     p90: float | None
     p99: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The cloud, as requests found it: how many asked it and how many in vain, and when it last answered one."""
+
+    asked: int
+    failed: int
+    answered_at: float | None
 
 
 def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
@@ -150,6 +160,16 @@ def denials(connection: Connection, since: float, key_id: str | None = None) -> 
     query = _of_key(select(REQUESTS.c.denied, number), key_id).where(_DENIED, REQUESTS.c.at >= since)
     rows = connection.execute(query.group_by(REQUESTS.c.denied).order_by(desc(number), REQUESTS.c.denied))
     return {row.denied: row.number for row in rows}
+
+
+def health(connection: Connection, since: float, key_id: str | None = None) -> Health:
+    """How the cloud did in the newest `SAMPLE` requests since then, those that asked it."""
+    columns = REQUESTS.c.at, REQUESTS.c.route, REQUESTS.c.status, REQUESTS.c.denied
+    query = _of_key(select(*columns), key_id).where(REQUESTS.c.at >= since).order_by(desc(REQUESTS.c.at)).limit(SAMPLE)
+    asked = [row for row in connection.execute(query) if row.route == "cloud" or row.denied == "cloud"]
+    failed = [row.denied == "cloud" or row.status == 429 or row.status >= 500 for row in asked]
+    answered_at = next((row.at for row, bad in zip(asked, failed, strict=True) if not bad), None)
+    return Health(len(asked), sum(failed), answered_at)
 
 
 def latest(

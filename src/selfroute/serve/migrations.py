@@ -51,6 +51,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             expires_at DOUBLE PRECISION, revoked_at DOUBLE PRECISION)
         """,
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN decision TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN admin INTEGER NOT NULL DEFAULT 0",
+        # A page of one key's requests, and counts of denials, are read from an index alone.
+        "CREATE INDEX requests_key ON requests (key_id, at)",
+        "DROP INDEX requests_denied",
+        "CREATE INDEX requests_denied ON requests (at, denied, key_id) WHERE denied <> ''",
+        "CREATE TABLE sessions (hash TEXT PRIMARY KEY, key_id TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL)",
+    ),
 )
 
 _LOCK = 5_370_117

@@ -41,6 +41,7 @@ REQUESTS = Table(
     Column("total_ms", Double),
     Column("request", Text),
     Column("response", Text),
+    Column("decision", Text),
 )
 
 USAGE = Table(
@@ -96,4 +97,14 @@ KEYS = Table(
     Column("created_at", Double),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("admin", Integer),
 )
+
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("hash", Text, primary_key=True),
+    Column("key_id", Text),
+    Column("expires_at", Double),
+)
+"""Browsers that signed in with a key; see `sessions`."""

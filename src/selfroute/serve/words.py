@@ -1,0 +1,123 @@
+"""Numbers and words of ours as the dashboard says them to people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from selfroute.serve.history import RequestRecord
+
+NONE = "–"
+
+LIMITS: Mapping[str, str] = {
+    "share": "share of requests",
+    "usd_per_day": "USD a day",
+    "calls_per_minute": "calls a minute",
+    "requests_per_minute": "requests a minute",
+    "store": "the store could not be asked",
+    "cloud": "the cloud failed",
+}
+"""What kept a help call from being answered."""
+
+DECISIONS: Mapping[str, str] = {"answer": "answers", "help": "asks", "undecided": "none", "": NONE}
+
+_STOPPED = 499
+
+
+def usd(value: float) -> str:
+    """Money, with as many digits as it takes to see it.
+
+    >>> [usd(v) for v in (0, 0.0000123, 0.0456, 12.3)]
+    ['0', '0.0000123', '0.0456', '12.30']
+    """
+    if value == 0:
+        return "0"
+    if value >= 1:
+        return f"{value:,.2f}"
+    return f"{value:.3g}" if value >= 0.001 else f"{value:.7f}".rstrip("0").rstrip(".") or "0"
+
+
+def ms(value: float | None) -> str:
+    """A time.
+
+    >>> [ms(v) for v in (None, 0.84, 45.2, 812, 2345, 75000)]
+    ['–', '0.8 ms', '45 ms', '812 ms', '2.3 s', '75 s']
+    """
+    if value is None:
+        return NONE
+    if value < 1000:
+        return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"
+    return f"{value / 1e3:.1f} s" if value < 60_000 else f"{value / 1e3:.0f} s"
+
+
+def percent(share: float | None) -> str:
+    """A share.
+
+    >>> [percent(v) for v in (None, 0, 0.304, 1)]
+    ['–', '0 %', '30.4 %', '100 %']
+    """
+    return NONE if share is None else f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def count(value: float) -> str:
+    """A number of things.
+
+    >>> [count(v) for v in (0, 12, 1234, 1234567)]
+    ['0', '12', '1,234', '1.23 M']
+    """
+    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def score(value: float | None) -> str:
+    """l at the decision point, in nats.
+
+    >>> [score(v) for v in (None, 1.5, -0.25)]
+    ['–', '+1.50', '−0.25']
+    """
+    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def ago(seconds: float) -> str:
+    """How long ago something was.
+
+    >>> [ago(v) for v in (0.2, 42, 600)]
+    ['just now', '42 s ago', '10 min ago']
+    """
+    if seconds < 2:
+        return "just now"
+    return f"{seconds:.0f} s ago" if seconds < 100 else f"{seconds / 60:.0f} min ago"
+
+
+def clock(at: float, form: str = "%H:%M:%S") -> str:
+    """A moment, by UTC as the budget's days are."""
+    return datetime.fromtimestamp(at, UTC).strftime(form)
+
+
+def outcome(record: RequestRecord) -> tuple[str, str]:
+    """Who answered a request, in a word or two, and which kind that is."""
+    if record.status == _STOPPED:
+        return "stopped by client", "stopped"
+    if record.status >= 400:
+        return f"failed ({record.status})", "failed"
+    if record.denied:
+        return "device, denied", "denied"
+    return {
+        "device": ("device", "device"),
+        "cloud": ("cloud", "cloud"),
+        "undecided": ("device, undecided", "stopped"),
+        "": (NONE, "stopped"),
+    }[record.route]
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "usd": usd,
+    "ms": ms,
+    "percent": percent,
+    "count": count,
+    "score": score,
+    "ago": ago,
+    "clock": clock,
+    "outcome": outcome,
+}
+"""What the pages' templates may call."""
