@@ -57,7 +57,7 @@ class Page:
         by = time.monotonic() + WAIT_S
         while True:
             try:
-                if self.js(expression):
+                if self.js(f"Boolean({expression})"):
                     return
             except RuntimeError:
                 # The page went away under the question.

@@ -69,6 +69,13 @@ class World:
         finally:
             self.store.close()
 
+    @contextmanager
+    def visited(self, page: Page) -> Iterator[str]:
+        """The page is left before the gateway is."""
+        with self.serving() as url:
+            yield url
+            page.call("Page.navigate", url="about:blank")
+
     def write(self, *records: RequestRecord) -> None:
         with self.store.begin() as connection:
             history.add(connection, records)
@@ -91,7 +98,7 @@ def page(browser: Page) -> Iterator[Page]:
     assert browser.js("window.owned") is None
     browser.scripts(on=True)
     browser.open("about:blank")
-    assert all(url.startswith(("http://127.0.0.1:", "about:")) for url in browser.asked)
+    assert all(url.startswith("http://127.0.0.1:") for url in browser.asked if url.startswith(("http", "ws")))
 
 
 def record(number: int, **changes: Any) -> RequestRecord:
@@ -118,7 +125,7 @@ def test_the_dashboard_renders_and_keeps_itself_up_to_date(tmp_path: Path, page:
     world.write(
         *(record(n) for n in range(1, 30)), record(40, route="cloud", decision="help", cost_usd=0.25, cloud_ms=900.0)
     )
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}/dashboard")
         assert "device 29" in text(page, "#routes").replace("\n", " ")
         blue = page.js("getComputedStyle(document.querySelector('#routes rect.device')).fill")
@@ -157,7 +164,7 @@ def test_without_scripts_the_page_is_whole_and_loads_itself_again(tmp_path: Path
     world = World(tmp_path)
     world.write(record(1))
     page.scripts(on=False)
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.call("Page.navigate", url=f"{url}/dashboard")
         until(lambda: any("page.css" in asked for asked in page.asked))
         until(lambda: sum(asked.endswith("/dashboard") for asked in page.asked) >= 2)
@@ -173,7 +180,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path: Path, page: Page,
         *(record(n) for n in range(1, 20)), record(40, model=long, error=long, status=500, request=long, response=long)
     )
     page.size(360, 740, dark=dark)
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}{path}")
         assert page.js("document.documentElement.scrollWidth") == 360
         small = page.js(
@@ -224,7 +231,7 @@ def tabbed(page: Page, most: int = 60) -> list[str]:
 def test_everything_can_be_reached_by_keyboard(tmp_path: Path, page: Page) -> None:
     world = World(tmp_path)
     world.write(*(record(n) for n in range(1, 4)))
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}/dashboard")
         page.js("document.querySelector('#pause').click()")
         reached = tabbed(page)
@@ -248,11 +255,11 @@ def ask(page: Page, prompt: str = "2+3?") -> None:
 def test_the_playground_shows_the_hand_off_as_it_happens(tmp_path: Path, page: Page) -> None:
     world = World(tmp_path)
     world.device.scripts = [[*ASKS[:1], None]]
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}/dashboard/playground")
         ask(page)
         # The reasoning is there while the device still writes.
-        page.until("document.querySelector('.turn.device.writing .reasoning')?.textContent === 'thinking '")
+        page.until("document.querySelector('.turn.device.writing .reasoning')?.textContent === 'thinking'")
         assert page.js("document.querySelector('#go').disabled")
         page.js("document.querySelector('#stop').click()")
         page.until("document.querySelector('.event.stopped')")
@@ -285,7 +292,7 @@ def test_the_playground_shows_the_hand_off_as_it_happens(tmp_path: Path, page: P
 def test_the_playground_shows_denials_answers_and_refusals(tmp_path: Path, page: Page) -> None:
     world = World(tmp_path, limits=Limits(calls_per_minute=0))
     world.device.scripts = [ASKS, ANSWERS, ANSWERS]
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}/dashboard/playground")
         ask(page)
         page.until("!document.querySelector('#facts').hidden")
@@ -313,7 +320,7 @@ def test_signing_in_and_out(tmp_path: Path, page: Page) -> None:
     with world.store.begin() as connection:
         token, key = keys.new(connection, HOSTILE[:100], admin=True)
     world.write(record(1, key_id=key.id))
-    with world.serving() as url:
+    with world.visited(page) as url:
         page.open(f"{url}/dashboard")
         assert page.js("location.pathname") == "/dashboard/sign-in"
         assert page.js("document.activeElement.id") == "key"
@@ -338,7 +345,7 @@ fetch("URL/v1/chat/completions", {method: "POST", mode: "no-cors", credentials: 
 
 def test_a_foreign_page_can_neither_frame_nor_ask(tmp_path: Path, page: Page) -> None:
     world = World(tmp_path)
-    with world.serving() as url:
+    with world.visited(page) as url:
 
         async def evil(request: Request) -> HTMLResponse:
             return HTMLResponse(FOREIGN.replace("URL", url))

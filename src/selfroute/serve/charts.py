@@ -17,6 +17,8 @@ WIDTH, HEIGHT = 1000.0, 160.0
 _GAP = 0.18
 """Of a step's width, what is left free between bars."""
 
+_ROUND = (1.0, 1.2, 1.4, 1.6, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0, 10.0)
+
 Steps = Sequence[tuple[float, Totals]]
 
 
@@ -54,25 +56,29 @@ def on_device(totals: Totals) -> int:
     return max(0, totals.requests - totals.calls - totals.denied)
 
 
-def rate(steps: Steps) -> str:
-    """The call rate as the path of a stepped line, from 0 to 1; it breaks where nothing was asked."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A stepped line as an SVG path, and the height of a limit (None: there is none), under a scale that ends at
+    `top`."""
+
+    top: float
+    path: str
+    limit: float | None
+
+
+def rate(steps: Steps, limit: float | None) -> Line:
+    """The call rate, and its budget; the line breaks where nothing was asked."""
+    rates = [totals.calls / totals.requests if totals.requests else None for _, totals in steps]
+    highest = max([0.1, limit or 0.0, *(share for share in rates if share)])
+    top = min(1.0, nice(1.05 * highest))
     width = WIDTH / max(1, len(steps))
     path, joined = [], False
-    for i, (_, totals) in enumerate(steps):
-        if totals.requests:
-            y = height_of(min(1.0, totals.calls / totals.requests))
+    for i, share in enumerate(rates):
+        if share is not None:
+            y = HEIGHT * (1 - min(1.0, share / top))
             path.append(f"{'V' if joined else f'M{i * width:.1f} '}{y:.1f}H{(i + 1) * width:.1f}")
-        joined = totals.requests > 0
-    return "".join(path)
-
-
-def height_of(share: float) -> float:
-    """Where a share of the canvas's height stands, from its top.
-
-    >>> height_of(0.25)
-    120.0
-    """
-    return HEIGHT * (1 - share)
+        joined = share is not None
+    return Line(top, "".join(path), None if limit is None else round(HEIGHT * (1 - limit / top), 1))
 
 
 def _bars(steps: Steps, kinds: Mapping[str, Callable[[Totals], float]], least: float = 4.0) -> Bars:
@@ -92,15 +98,15 @@ def _bars(steps: Steps, kinds: Mapping[str, Callable[[Totals], float]], least: f
 
 
 def nice(value: float) -> float:
-    """The next round number: one digit and noughts, even but for 1, so that its half is round too.
+    """The next round number whose half is round too.
 
-    >>> [nice(v) for v in (0, 3, 51, 120)]
-    [1.0, 4.0, 60.0, 200.0]
+    >>> [nice(v) for v in (0, 4, 51, 120)]
+    [1.0, 4.0, 60.0, 120.0]
     """
     if value <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))
-    return next(m * unit for m in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0) if m * unit >= value * (1 - 1e-9))
+    return next(m * unit for m in _ROUND if m * unit >= value * (1 - 1e-9))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -28,14 +29,22 @@ _STOPPED = 499
 def usd(value: float) -> str:
     """Money, with as many digits as it takes to see it.
 
-    >>> [usd(v) for v in (0, 0.0000123, 0.0456, 12.3)]
-    ['0', '0.0000123', '0.0456', '12.30']
+    >>> [usd(v) for v in (0, 0.0000123, 0.0456, 0.5, 12.3)]
+    ['0', '0.0000123', '0.0456', '0.500', '12.30']
     """
-    if value == 0:
+    # Nothing is counted below a nano-USD.
+    if value < 1e-9:
         return "0"
-    if value >= 1:
-        return f"{value:,.2f}"
-    return f"{value:.3g}" if value >= 0.001 else f"{value:.7f}".rstrip("0").rstrip(".") or "0"
+    return f"{value:,.{2 if value >= 1 else min(9, 2 - math.floor(math.log10(value)))}f}"
+
+
+def mark(value: float) -> str:
+    """A number on an axis.
+
+    >>> [mark(v) for v in (0.00006, 1.2, 1200)]
+    ['0.00006', '1.2', '1,200']
+    """
+    return f"{value:,.9f}".rstrip("0").rstrip(".")
 
 
 def ms(value: float | None) -> str:
@@ -112,6 +121,7 @@ def outcome(record: RequestRecord) -> tuple[str, str]:
 
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "usd": usd,
+    "mark": mark,
     "ms": ms,
     "percent": percent,
     "count": count,

@@ -20,8 +20,8 @@ def test_bars_stack_from_the_bottom_and_never_pass_the_top() -> None:
 
 def test_money_has_a_scale_of_its_own() -> None:
     chart = charts.costs([(0.0, Totals(cost_usd=0.0003)), (60.0, Totals(cost_usd=0.0001))])
-    assert chart.top == pytest.approx(0.0004)
-    assert [bar.parts[0][2] for bar in chart.bars] == pytest.approx([120.0, 40.0])
+    assert chart.top == pytest.approx(0.0003)
+    assert [bar.parts[0][2] for bar in chart.bars] == pytest.approx([160.0, 53.33])
     assert charts.costs([(0.0, Totals())]).top == 1
 
 
@@ -30,8 +30,12 @@ def test_the_rates_line_is_stepped_and_breaks_where_nothing_was_asked() -> None:
         (float(i), Totals(requests=requests, calls=calls))
         for i, (requests, calls) in enumerate([(4, 1), (4, 2), (0, 0), (2, 2), (0, 0)])
     ]
-    assert charts.rate(steps) == "M0.0 120.0H200.0V80.0H400.0M600.0 0.0H800.0"
-    assert charts.rate([(0.0, Totals())]) == ""
+    line = charts.rate(steps, 0.5)
+    assert line.path == "M0.0 120.0H200.0V80.0H400.0M600.0 0.0H800.0"
+    assert (line.top, line.limit) == (1.0, 80.0)
+    line = charts.rate([(0.0, Totals(requests=10, calls=1))], None)
+    assert line == charts.Line(pytest.approx(0.12), "M0.0 26.7H1000.0", None)
+    assert charts.rate([(0.0, Totals())], 0.0).path == ""
 
 
 def test_latencies_share_a_logarithmic_scale() -> None:

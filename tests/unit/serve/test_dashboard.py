@@ -119,7 +119,7 @@ def test_what_the_store_has_is_what_the_page_shows(site: Site) -> None:
     with site.client() as client:
         html = client.get("/dashboard").text
     assert tile(html, "calls") == "Call rate 3.3 % budget 25 % · 13.3 % used 1 of 30 requests in 60 min"
-    assert tile(html, "cost").startswith("Cost today 0.5 USD limit 2.00 USD · 25 % used")
+    assert tile(html, "cost").startswith("Cost today 0.500 USD limit 2.00 USD · 25 % used")
     assert tile(html, "cloud").startswith("Cloud Unsteady 1 of 4 calls failed in 5 min")
     assert card(html, "routes").startswith("Where answers came from device 6 device, denied 1 cloud 4 failed 1")
     assert card(html, "denials") == "Calls denied 1 in all share of requests 1"
@@ -229,7 +229,11 @@ def test_hostile_content_is_text_and_loads_and_runs_nothing(site: Site) -> None:
             path: client.get(path)
             for path in (
                 *("/dashboard", "/dashboard/live", "/dashboard/requests/r1", "/dashboard/requests/r2"),
-                *("/dashboard/playground", f"/dashboard/requests/{HOSTILE.replace('/', '')}", f"/dashboard?span={HOSTILE}"),
+                *(
+                    "/dashboard/playground",
+                    f"/dashboard/requests/{HOSTILE.replace('/', '')}",
+                    f"/dashboard?span={HOSTILE}",
+                ),
                 f"/dashboard?before={HOSTILE}",
             )
         }
@@ -322,7 +326,7 @@ def test_a_key_sees_its_own_requests_and_an_admins_all(site: Site) -> None:
         assert "phone" not in html
         assert 'id="keys"' not in html
         assert tile(html, "calls").startswith("Call rate 2.5 % budget 50 %")
-        assert tile(html, "cost").startswith("Cost today 0.25 USD limit 1.00 USD")
+        assert tile(html, "cost").startswith("Cost today 0.250 USD limit 1.00 USD")
         assert card(html, "routes").startswith("Where answers came from device 2 device, denied 0 cloud 0")
         assert client.get("/dashboard/requests/r0").status_code == 200
         assert client.get("/dashboard/requests/r10").status_code == 404
@@ -333,7 +337,7 @@ def test_a_key_sees_its_own_requests_and_an_admins_all(site: Site) -> None:
         html = client.get("/dashboard").text
         assert len(re.findall(r'<tr id="r-(\w+)"', html)) == 5
         assert tile(html, "calls").startswith("Call rate 2.5 % budget 25 %")
-        assert re.search(r"phone \w{8} 40 2.5 % – 0.5 – laptop \w{8} 40 2.5 % 50 % 0.25 1.00", card(html, "keys"))
+        assert re.search(r"phone \w{8} 40 2.5 % – 0.500 – laptop \w{8} 40 2.5 % 50 % 0.250 1.00", card(html, "keys"))
         assert client.get("/dashboard/requests/r10").status_code == 200
     assert other not in html
 

@@ -69,7 +69,7 @@ async function refresh() {
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       if (!paused) {
         children(live, page.body);
-        say(`live · ${new Date().toISOString().slice(11, 19)} UTC`, false);
+        say(`live · ${new Date().toISOString().slice(11, 19)}`, false);
       }
     } catch {
       say("The gateway does not answer; trying again", true);
