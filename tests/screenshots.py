@@ -17,8 +17,6 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 from PIL import Image
-from tests.browser import Page, chromium
-from tests.serving import MemoryRecorder, ScriptedCloud, ScriptedDevice, Step, said, serving
 
 from selfroute.protocol import HELP_CALL
 from selfroute.serve import history, keys
@@ -32,6 +30,8 @@ from selfroute.serve.keys import Key, Keyring
 from selfroute.serve.sessions import Sessions
 from selfroute.serve.store import Store
 from selfroute.types import Bill, CloudChunk, CloudRequest
+from tests.browser import Page, chromium
+from tests.serving import MemoryRecorder, ScriptedCloud, ScriptedDevice, Step, said, serving
 
 LIMITS = Limits(share=0.3, usd_per_day=2.0, calls_per_minute=30)
 SEARCH = "1:20-6=14,14-2=12?\n2:20+6=26,26+2=28?\n3:20+6=26,26-2=24?\n4:20-2=18,18-6=12?\n5:6+2=8,20+8=28?\n"
@@ -109,9 +109,8 @@ def main(out: Path) -> None:
         pieces = [SEARCH[i : i + 4] for i in range(0, len(SEARCH), 4)]
         script: list[Step] = said(*pieces, HELP_CALL, score=6.85)
         config = GatewayConfig(budget=LIMITS, keys=True)
-        pair = Pair(
-            ScriptedDevice(script, pause_s=0.01), Slow("(6/", "2)+20", usd=0.0011), Budget(store, LIMITS), MemoryRecorder()
-        )  # fmt: skip
+        device, cloud = ScriptedDevice(script, pause_s=0.01), Slow("(6/", "2)+20", usd=0.0011)
+        pair = Pair(device, cloud, Budget(store, LIMITS), MemoryRecorder())
         ring = Keyring(store)
         gateway = Gateway(config, pair, pair.budget, ring, Sessions(store, ring), store)  # type: ignore[arg-type]
         with serving(make_app(gateway)) as url:
@@ -121,8 +120,10 @@ def main(out: Path) -> None:
             page.press("Enter")
             page.until("location.pathname === '/dashboard'")
             for name, width, height, dark in (
-                ("dashboard", 1280, 1620, False), ("dashboard-dark", 1280, 1620, True), ("dashboard-phone", 360, 1500, False),
-            ):  # fmt: skip
+                ("dashboard", 1280, 1620, False),
+                ("dashboard-dark", 1280, 1620, True),
+                ("dashboard-phone", 360, 1500, False),
+            ):
                 page.size(width, height, dark=dark, scale=1 if width > 500 else 1.5)
                 page.open(f"{url}/dashboard?span=24h")
                 page.until("document.querySelector('#state').textContent.startsWith('live')")

@@ -14,8 +14,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
-from tests.browser import Page, chromium
-from tests.serving import ScriptedCloud, ScriptedDevice, said, serving
 
 from selfroute.protocol import HELP_CALL
 from selfroute.serve import history, keys
@@ -28,6 +26,8 @@ from selfroute.serve.history import RequestRecord
 from selfroute.serve.keys import Keyring
 from selfroute.serve.sessions import Sessions
 from selfroute.serve.store import Store
+from tests.browser import Page, chromium
+from tests.serving import ScriptedCloud, ScriptedDevice, said, serving
 
 HOSTILE = "</pre><script>window.owned = 1</script><img src=/evil onerror='window.owned = 2'>"
 ASKS = said("thinking ", f"{HOSTILE} ", "hard\n", HELP_CALL, score=2.25)
@@ -195,12 +195,15 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path: Path, page: Page,
 CONTRAST = """
 (() => {
   const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
-  const light = (c) => parse(c).slice(0, 3).map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const weights = [0.2126, 0.7152, 0.0722];
+  const light = (c) => weights.reduce((sum, weight, i) => sum + weight * linear(parse(c)[i] / 255), 0);
   const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-    const p = parse(c); if (c.startsWith("rgb") && (p.length < 4 || p[3] === 1)) return c; } return "rgb(255,255,255)"; };
-  return [...document.querySelectorAll("body *")].filter((e) => !e.closest("svg") && e.checkVisibility() && !e.disabled &&
-      [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+    const p = parse(c);
+    if (c.startsWith("rgb") && (p.length < 4 || p[3] === 1)) return c; } return "rgb(255,255,255)"; };
+  const said = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  return [...document.querySelectorAll("body *")]
+    .filter((e) => !e.closest("svg") && e.checkVisibility() && !e.disabled && said(e))
     .map((e) => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
       return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 120)]; })
     .filter(([ratio]) => ratio < 4.5);
@@ -270,7 +273,7 @@ def test_the_playground_shows_the_hand_off_as_it_happens(tmp_path: Path, page: P
 
         world.device.scripts = [ASKS]
         page.js(
-            "document.querySelector('#bias').value = 1.5; document.querySelector('#bias').dispatchEvent(new Event('input'))"
+            "const dial = document.querySelector('#bias'); dial.value = 1.5; dial.dispatchEvent(new Event('input'))"
         )
         ask(page)
         page.until("!document.querySelector('#facts').hidden")
@@ -339,7 +342,8 @@ def test_signing_in_and_out(tmp_path: Path, page: Page) -> None:
 
 FOREIGN = """<!doctype html><title>evil</title><iframe src="URL/dashboard"></iframe><script>
 const body = '{"model": "selfroute", "messages": [{"role": "user", "content": "?"}]}';
-fetch("URL/v1/chat/completions", {method: "POST", mode: "no-cors", credentials: "include", body}).finally(() => window.sent = true);
+fetch("URL/v1/chat/completions", {method: "POST", mode: "no-cors", credentials: "include", body})
+  .finally(() => window.sent = true);
 </script>"""
 
 

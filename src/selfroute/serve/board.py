@@ -88,6 +88,7 @@ def read(connection: Connection, span: Span, limits: Limits, key: Scope | None =
     ]
     step_s = span.step_minutes * 60
     since = (now - span.seconds) // step_s * step_s + step_s
+    steps = filled(dict(history.timeline(connection, since, span.step_minutes, key_id)), since, now, step_s)
     last = history.find(connection, before) if before else None
     if last and key_id not in (None, last.key_id):
         last = None
@@ -98,8 +99,8 @@ def read(connection: Connection, span: Span, limits: Limits, key: Scope | None =
         of=owners[0],
         owners=tuple(sorted(owners[1:], key=lambda o: (-o.usage.spent_usd, -o.usage.requests, o.name))),
         names={k.id: k.name for k in known.values()},
-        totals=history.totals(connection, since, key_id),
-        steps=filled(dict(history.timeline(connection, since, span.step_minutes, key_id)), since, now, step_s),
+        totals=sum((totals for _, totals in steps), Totals()),
+        steps=steps,
         latencies=history.latencies(connection, since, key_id),
         denials=history.denials(connection, since, key_id),
         health=history.health(connection, now - HEALTH_S, key_id),

@@ -57,7 +57,12 @@ USAGE = Table(
     Column("device_tokens", BigInteger),
     Column("cloud_tokens", BigInteger),
 )
-"""Sums of requests by the minute (since 1970) and key: what pages of days are drawn from."""
+"""Sums of requests by the minute (since 1970) and key: what pages of hours are drawn from."""
+
+USAGE_HOURS = Table(
+    "usage_hours", METADATA, *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in USAGE.c)
+)
+"""The same by the hour, for pages of weeks; its `minute` is the hour's first."""
 
 ACCOUNTS = Table(
     "accounts",

@@ -355,7 +355,7 @@ def test_a_revoked_key_ends_its_sessions(site: Site) -> None:
 
 def test_the_playground_asks_under_the_session_and_what_it_may(site: Site) -> None:
     site.keyed = True
-    token, key = site.make_key("laptop", policies=["device-only"], models=["selfroute", "selfroute-device"])
+    token, _ = site.make_key("laptop", policies=["device-only"], models=["selfroute", "selfroute-device"])
     with site.client() as client:
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 401
         sign_in(client, token)
