@@ -25,7 +25,7 @@ from typing import Any
 
 from selfroute.serve import board, history, keys
 from selfroute.serve.account import Limits, Scope
-from selfroute.serve.budget import everybodys
+from selfroute.serve.budget import usage_of_all
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.store import Store
 
@@ -87,7 +87,7 @@ def measure(store: Store, number: int) -> dict[str, Any]:
         "all": spans(None),
         "one_key": spans(owners[1].scope),
         "rare_key": spans(owners[0].scope),
-        "metrics": median_ms(store, lambda connection: everybodys(connection, LIMITS)),
+        "metrics": median_ms(store, lambda connection: usage_of_all(connection, LIMITS)),
     }
 
 

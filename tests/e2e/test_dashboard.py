@@ -29,6 +29,8 @@ from selfroute.serve.store import Store
 from tests.browser import Page, chromium
 from tests.serving import ScriptedCloud, ScriptedDevice, said, serving
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</pre><script>window.owned = 1</script><img src=/evil onerror='window.owned = 2'>"
 ASKS = said("thinking ", f"{HOSTILE} ", "hard\n", HELP_CALL, score=2.25)
 ANSWERS = said("2+3=5", f"<answer>5 {HOSTILE}</answer>", score=-3.5)

@@ -27,7 +27,7 @@ from selfroute.serve.access import Key, Keys, Sessions, key_of
 from selfroute.serve.account import Denied
 from selfroute.serve.account import Scope as BudgetScope
 from selfroute.serve.asking import POLICIES, Ask, ChatRequest, ask_of, read
-from selfroute.serve.budget import Usage, everybodys
+from selfroute.serve.budget import Usage, usage_of_all
 from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
@@ -199,7 +199,7 @@ async def _metrics(gateway: Gateway, request: Request, headers: dict[str, str]) 
     usage: list[tuple[BudgetScope, Usage]] = []
     if gateway.store:
         try:
-            usage = await gateway.store.read(lambda c: everybodys(c, gateway.config.budget))
+            usage = await gateway.store.read(lambda c: usage_of_all(c, gateway.config.budget))
         except StoreError as error:
             # What this process counts is worth telling all the more.
             _log.error("the budget cannot be read: %s", error)

@@ -273,7 +273,7 @@ def usages(connection: Connection, scopes: Sequence[Scope], now: float) -> list[
     return found
 
 
-def everybodys(connection: Connection, limits: Limits) -> list[tuple[Scope, Usage]]:
+def usage_of_all(connection: Connection, limits: Limits) -> list[tuple[Scope, Usage]]:
     """What the gateway, under these limits, and each valid key has used."""
     now = time.time()
     scopes = [Scope(GATEWAY, limits), *(key.scope for key in keys.everything(connection) if key.valid(now))]

@@ -28,7 +28,7 @@ from selfroute.protocol import HELP_CALL
 from selfroute.serve import keys
 from selfroute.serve.account import Limits
 from selfroute.serve.app import Gateway, make_app
-from selfroute.serve.budget import Budget, everybodys
+from selfroute.serve.budget import Budget, usage_of_all
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.handoff import Pair
 from selfroute.serve.history import RequestRecord
@@ -155,7 +155,7 @@ def test_the_budget_is_told_as_the_store_has_it(store: Store) -> None:
 
     asyncio.run(use())
     with store.begin(write=False) as connection:
-        usage = everybodys(connection, limits)
+        usage = usage_of_all(connection, limits)
     text = Metrics().page(usage).decode()
     found = samples(text)
     assert found["budget_used", "share", "gateway"] == pytest.approx(0.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, create_engine, inspect, text
 from tests.store_worker import at_once
 
 from selfroute.errors import ConfigError, StoreError
@@ -63,6 +63,22 @@ def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
         assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [
             *range(1, len(longer) + 1)
         ]
+
+
+def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:
+    if "://" not in url:
+        Path(url).parent.mkdir()
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:") if "://" in url else f"sqlite:///{url}")
+    with engine.begin() as connection:
+        migrate(connection, MIGRATIONS[:1])
+        for minute in (59, 60, 119):
+            connection.execute(text(f"INSERT INTO usage VALUES ({minute}, 'k', 1, 0, 0, 0, 5, 0, 0)"))
+    engine.dispose()
+    store = Store(url)
+    with store.begin(write=False) as connection:
+        rows = connection.execute(text("SELECT minute, requests, cost_nano FROM usage_hours ORDER BY minute")).all()
+    store.close()
+    assert [tuple(row) for row in rows] == [(0, 1, 5), (60, 2, 10)]
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
