@@ -322,4 +322,4 @@ class _Hosts:
         if not origins:
             return True
         page = origins[0].decode("latin-1").lower().partition("://")[2]
-        return len(origins) == 1 and page != "" and (page == host or page.partition(":")[0] in self._named)
+        return len(origins) == 1 and (page == host or page in self._named)

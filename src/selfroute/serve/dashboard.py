@@ -8,6 +8,7 @@ that ask, which `app` refuses.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
@@ -51,7 +52,7 @@ _SAFE: Mapping[str, str] = {
     "cache-control": "no-store",
 }
 
-_MOST_FORM_BYTES = 4096
+_MOST_FORM_BYTES, _FORM_S = 4096, 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -181,12 +182,16 @@ class _Pages:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """The fields of a small form; what is larger, or no form, has none."""
+    """The fields of a small form; what is larger, too slow, or no form, has none."""
     read = bytearray()
-    async for piece in request.stream():
-        read += piece
-        if len(read) > _MOST_FORM_BYTES:
-            return {}
+    try:
+        async with asyncio.timeout(_FORM_S):
+            async for piece in request.stream():
+                read += piece
+                if len(read) > _MOST_FORM_BYTES:
+                    return {}
+    except (TimeoutError, ClientDisconnect):
+        return {}
     return dict(parse_qsl(read.decode("ascii", "replace")))
 
 

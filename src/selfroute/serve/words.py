@@ -106,15 +106,15 @@ def clock(at: float, form: str = "%H:%M:%S") -> str:
 def outcome(record: RequestRecord) -> tuple[str, str]:
     """Who answered a request, in a word or two, and which kind that is."""
     if record.status == _STOPPED:
-        return "stopped by client", "stopped"
+        return "stopped", "stopped"
     if record.status >= 400:
-        return f"failed ({record.status})", "failed"
+        return f"failed {record.status}", "failed"
     if record.denied:
-        return "device, denied", "denied"
+        return "denied", "denied"
     return {
         "device": ("device", "device"),
         "cloud": ("cloud", "cloud"),
-        "undecided": ("device, undecided", "stopped"),
+        "undecided": ("undecided", "stopped"),
         "": (NONE, "stopped"),
     }[record.route]
 

@@ -84,7 +84,7 @@ class Answer {
 
   report(r, id) {
     const route = { device: "device", cloud: "cloud" }[r.route] || "stopped";
-    const chip = element("span", `chip ${r.denied ? "denied" : route}`, r.denied ? "device, denied" : r.route || "nobody");
+    const chip = element("span", `chip ${r.denied ? "denied" : route}`, r.denied ? "denied" : r.route || "nobody");
     const detail = element("a", "", "in the records");
     detail.href = `/dashboard/requests/${encodeURIComponent(id)}`;
     const rows = [
