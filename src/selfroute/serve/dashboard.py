@@ -24,6 +24,7 @@ from selfroute.errors import StoreError
 from selfroute.serve import board, charts, history, words
 from selfroute.serve.access import COOKIE, Key, key_of
 from selfroute.serve.asking import POLICIES
+from selfroute.serve.metrics import resting
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.sessions import LASTS_S
 from selfroute.serve.store import Store
@@ -118,8 +119,8 @@ class _Pages:
         own = None if key is None or key.admin else key.scope
         limits = self._gateway.config.budget
         found = await self._store.read(lambda c: board.read(c, board.SPANS[span], limits, own, before=before))
-        resting = bool(getattr(self._gateway.pair.cloud, "resting", False))
-        return {"board": found, "chosen": span, "before": before, "resting": resting}
+        cloud = words.cloud(found.health, resting(self._gateway.pair.cloud))
+        return {"board": found, "chosen": span, "before": before, "cloud": cloud}
 
     async def request(self, request: Request, key: Key | None) -> Response:
         """One request, with what was asked and answered if that was kept."""

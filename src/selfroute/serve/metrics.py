@@ -97,8 +97,8 @@ class Metrics:
         self._refused.labels(str(refusal.status), refusal.code).inc()
 
     def watch(self, cloud: CloudClient) -> None:
-        """Note whether the cloud is left alone; one that has no circuit breaker never is."""
-        self._resting.set(bool(getattr(cloud, "resting", False)))
+        """Note whether the cloud is left alone."""
+        self._resting.set(resting(cloud))
 
     def page(self, usage: Iterable[tuple[Scope, Usage]] = ()) -> bytes:
         """The metrics in Prometheus's text form."""
@@ -109,6 +109,11 @@ class Metrics:
         budget = CollectorRegistry()
         budget.register(_Budget(list(usage)))
         return generate_latest(told) + generate_latest(budget)
+
+
+def resting(cloud: CloudClient) -> bool:
+    """Whether a cloud is left alone for a while; one that has no circuit breaker never is."""
+    return bool(getattr(cloud, "resting", False))
 
 
 class Counted:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from selfroute.serve.history import RequestRecord
+from selfroute.serve.history import Health, RequestRecord
 
 NONE = "–"
 
@@ -101,6 +101,23 @@ def ago(seconds: float) -> str:
 def clock(at: float, form: str = "%H:%M:%S") -> str:
     """A moment, by UTC as the budget's days are."""
     return datetime.fromtimestamp(at, UTC).strftime(form)
+
+
+def cloud(health: Health, resting: bool) -> tuple[str, str]:
+    """How the cloud is, in a word or two, and how that is to be taken.
+
+    >>> [cloud(Health(10, failed, None), False) for failed in (0, 1, 5)]
+    [('Answering', 'good'), ('Unsteady', 'warn'), ('Failing', 'bad')]
+    >>> cloud(Health(0, 0, None), False), cloud(Health(10, 0, None), True)
+    (('Not asked', 'idle'), ('Left alone', 'bad'))
+    """
+    if resting:
+        return "Left alone", "bad"
+    if not health.asked:
+        return "Not asked", "idle"
+    if not health.failed:
+        return "Answering", "good"
+    return ("Unsteady", "warn") if 2 * health.failed < health.asked else ("Failing", "bad")
 
 
 def outcome(record: RequestRecord) -> tuple[str, str]:
