@@ -200,6 +200,7 @@ class FakeKey:
     policies: frozenset[str] = frozenset(POLICIES)
     models: frozenset[str] | None = None
     scope: Scope = field(default_factory=lambda: Scope("key:k1", Limits()))
+    admin: bool = False
 
 
 @dataclass

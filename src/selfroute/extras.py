@@ -9,7 +9,7 @@ from selfroute.errors import SelfrouteError
 
 _OPTIONAL = (
     *("peft", "psutil", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "sklearn", "gguf"),
-    *("sqlalchemy", "starlette", "uvicorn"),
+    *("prometheus_client", "sqlalchemy", "starlette", "uvicorn"),
 )
 
 

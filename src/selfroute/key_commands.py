@@ -43,6 +43,9 @@ def new(
     model: Annotated[
         list[str] | None, typer.Option(help="A model that it may use; may be repeated. [default: all]")
     ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="May read /metrics, and everybody's requests on the dashboard.")
+    ] = False,
     days: Annotated[float | None, typer.Option(min=0, help="How long it is valid. [default: for ever]")] = None,
     store: StoreOption = None,
 ) -> None:
@@ -72,7 +75,9 @@ def new(
                 raise ConfigError(f"a name is 1 to 100 printable characters, not {text[:100]!r}")
         expires_at = None if days is None else time.time() + days * 86_400
         with opened.begin() as connection:
-            token, key = keys.new(connection, name, limits, policies=chosen, models=model, expires_at=expires_at)
+            token, key = keys.new(
+                connection, name, limits, policies=chosen, models=model, admin=admin, expires_at=expires_at
+            )
     typer.echo(f"key {key.id} of {name}, shown this once (revoke it: selfroute keys revoke {key.id}):", err=True)
     typer.echo(token)
 
@@ -121,7 +126,7 @@ def _cells(key: Key) -> tuple[str, ...]:
     return (
         key.id,
         f"{key.prefix}...",
-        key.name,
+        f"{key.name} (admin)" if key.admin else key.name,
         ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in limits.items()) or "none",
         ", ".join(sorted(key.policies)),
         "all" if key.models is None else ", ".join(sorted(key.models)),

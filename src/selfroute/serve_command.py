@@ -31,4 +31,8 @@ def serve(
         typer.echo(json.dumps(config.model_dump(mode="json"), indent=2))
         return
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    api.serve(config, lambda url: typer.echo(f"serving {config.model} on {url} (Ctrl-C ends)"))
+
+    def ready(url: str) -> None:
+        typer.echo(f"serving {config.model} on {url} (Ctrl-C ends), dashboard on {url.removesuffix('/v1')}/dashboard")
+
+    api.serve(config, ready)

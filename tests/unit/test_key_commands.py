@@ -64,6 +64,15 @@ def test_a_key_without_limits_may_do_everything(store: str) -> None:
     key = check(store, selfroute("keys", "new", "x").splitlines()[-1])
     assert key
     assert (key.limits, key.models, len(key.policies), key.expires_at) == (Limits(), None, 3, None)
+    # But for what others do.
+    assert not key.admin
+
+
+def test_an_admins_key_is_made_and_listed_as_such(store: str) -> None:
+    key = check(store, selfroute("keys", "new", "operations", "--admin").splitlines()[-1])
+    assert key
+    assert key.admin
+    assert "operations (admin)" in selfroute("keys", "list")
 
 
 def test_a_store_without_keys_is_named(store: str) -> None:

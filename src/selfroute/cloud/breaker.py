@@ -30,6 +30,11 @@ class Breaker:
         self._trying = False
         self._changed = asyncio.Condition()
 
+    @property
+    def open(self) -> bool:
+        """Whether the provider is left alone, but for one request that tries."""
+        return self._failures >= self._limit
+
     @asynccontextmanager
     async def attempt(self) -> AsyncIterator[Attempt]:
         """Wait until the provider may be asked. The caller sets the outcome.
@@ -56,7 +61,7 @@ class Breaker:
     async def _admitted(self) -> bool:
         """Wait; True for the request that tries whether the provider is up again."""
         seen = self._failed_tries
-        while self._failures >= self._limit:
+        while self.open:
             left_s = self._closed_until - time.monotonic()
             if not self._trying and left_s <= 0:
                 self._trying = True

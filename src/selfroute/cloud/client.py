@@ -84,6 +84,11 @@ class OpenAICloud:
     def abandoned_usd(self) -> float:
         return self._line.spending.abandoned_usd()
 
+    @property
+    def resting(self) -> bool:
+        """Whether it has failed so often that it is left alone for a while."""
+        return self._breaker.open
+
     async def aclose(self) -> None:
         await self._line.http.aclose()
 

@@ -22,15 +22,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from selfroute.errors import SelfrouteError, StoreError
+from selfroute.serve import dashboard
+from selfroute.serve.access import Key, Keys, Sessions, key_of
 from selfroute.serve.account import Denied
 from selfroute.serve.account import Scope as BudgetScope
 from selfroute.serve.asking import POLICIES, Ask, ChatRequest, ask_of, read
+from selfroute.serve.budget import Usage, usage_of_all
 from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
 from selfroute.serve.handoff import Budget, Pair, answer
+from selfroute.serve.metrics import CONTENT_TYPE, Metrics
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.responses import ResponsesWriter, chat_body
+from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
 from selfroute.types import Policy
 
@@ -47,33 +52,6 @@ _POLICY = "selfroute.policy"
 _log = logging.getLogger(__name__)
 
 
-class Key(Protocol):
-    """What the gateway must know of a key; see `keys.Key`."""
-
-    @property
-    def policies(self) -> frozenset[str]:
-        """What may be asked for with it."""
-        ...
-
-    @property
-    def models(self) -> frozenset[str] | None:
-        """Models that it may name; None: all."""
-        ...
-
-    @property
-    def scope(self) -> BudgetScope:
-        """Under which its use is counted."""
-        ...
-
-
-class Keys(Protocol):
-    """Who may ask; see `keys.Keyring`."""
-
-    async def check(self, authorization: str | None) -> Key | None:
-        """The key of an Authorization header, or None when it is not valid."""
-        ...
-
-
 class Arrivals(Budget, Protocol):
     """A budget that counts requests too; see `budget.Budget`."""
 
@@ -84,12 +62,17 @@ class Arrivals(Budget, Protocol):
 
 @dataclass(slots=True)
 class Gateway:
-    """What the endpoints share. `keys` is None where none are asked for."""
+    """What the endpoints and the dashboard share. `keys` is None where none are asked for."""
 
     config: GatewayConfig
     pair: Pair
     budget: Arrivals
     keys: Keys | None = None
+    sessions: Sessions | None = None
+    """Browsers that signed in with a key."""
+    store: Store | None = None
+    """Where the dashboard reads; None: there is no dashboard."""
+    metrics: Metrics = field(default_factory=Metrics)
     active: int = 0
     """Requests under way that count towards `max_concurrent`."""
     keep_alive_s: float = KEEP_ALIVE_S
@@ -111,6 +94,8 @@ def make_app(gateway: Gateway) -> ASGIApp:
             Route("/v1/models", _Endpoint(gateway, _models), methods=["GET"]),
             Route("/healthz", _Endpoint(gateway, _healthz, limited=False), methods=["GET"]),
             Route("/readyz", _Endpoint(gateway, _readyz, limited=False), methods=["GET"]),
+            Route("/metrics", _Endpoint(gateway, _metrics, limited=False), methods=["GET"]),
+            *(dashboard.routes(gateway, gateway.store) if gateway.store else ()),
         ],
         exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
     )
@@ -130,18 +115,23 @@ class _Endpoint:
         gateway, headers = self._gateway, {REQUEST_ID: uuid.uuid4().hex}
         if self._limited and gateway.active >= gateway.config.max_concurrent:
             message = f"{gateway.active} requests are under way, which is the most"
-            await refuse(send, RefusedError(429, message, code="too_many_requests", retry_after_s=1), headers)
+            refusal = RefusedError(429, message, code="too_many_requests", retry_after_s=1)
+            gateway.metrics.refuse(refusal)
+            await refuse(send, refusal, headers)
             return
         gateway.active += self._limited
+        gateway.metrics.in_flight.inc(self._limited)
         try:
             response = await self._respond(gateway, Request(scope, receive), headers)
             await response(scope, receive, send)
         except RefusedError as refusal:
+            gateway.metrics.refuse(refusal)
             await refuse(send, refusal, headers)
         except ClientDisconnect:
             return
         finally:
             gateway.active -= self._limited
+            gateway.metrics.in_flight.dec(self._limited)
 
 
 async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
@@ -201,17 +191,23 @@ async def _readyz(gateway: Gateway, request: Request, headers: dict[str, str]) -
     return JSONResponse({"status": "ok"}, headers=headers)
 
 
+async def _metrics(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    key = await _key(gateway, request)
+    if key and not key.admin:
+        raise RefusedError(403, "metrics take a key made with --admin", code="admin_only")
+    gateway.metrics.watch(gateway.pair.cloud)
+    usage: list[tuple[BudgetScope, Usage]] = []
+    if gateway.store:
+        try:
+            usage = await gateway.store.read(lambda c: usage_of_all(c, gateway.config.budget))
+        except StoreError as error:
+            # What this process counts is worth telling all the more.
+            _log.error("the budget cannot be read: %s", error)
+    return Response(gateway.metrics.page(usage), headers={**headers, "content-type": CONTENT_TYPE})
+
+
 async def _key(gateway: Gateway, request: Request) -> Key | None:
-    if gateway.keys is None:
-        return None
-    try:
-        key = await gateway.keys.check(request.headers.get("authorization"))
-    except StoreError as error:
-        _log.error("keys cannot be checked: %s", error)
-        raise RefusedError(503, "keys cannot be checked now", code="store_unavailable", retry_after_s=5) from error
-    if key is None:
-        raise RefusedError(401, "a valid key is needed: Authorization: Bearer sr-...", code="invalid_api_key")
-    return key
+    return await key_of(request, gateway.keys, gateway.sessions)
 
 
 async def _body(gateway: Gateway, request: Request) -> Any:
@@ -294,10 +290,12 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 class _Hosts:
-    """Serves the gateway's own names only: a page of another site, under a name that leads here, asks in vain."""
+    """Serves the gateway's own names and pages only: a page of another site, under a name that leads here or in its
+    own, asks in vain."""
 
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._app = app
+        self._named = set(config.hosts)
         self._hosts = {"localhost", "127.0.0.1", "[::1]", config.host, *config.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -312,4 +310,16 @@ class _Hosts:
                 send, RefusedError(421, "this host name is not served here (hosts=...)", code="unknown_host"), {}
             )
             return
+        if not self._own(scope, host):
+            message = "pages of other sites may not ask here (Origin)"
+            await refuse(send, RefusedError(403, message, code="foreign_origin"), {})
+            return
         await self._app(scope, receive, send)
+
+    def _own(self, scope: Scope, host: str) -> bool:
+        """Whether a request is of no page, or of one of this gateway's; a proxy may have changed the Host header."""
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        if not origins:
+            return True
+        page = origins[0].decode("latin-1").lower().partition("://")[2]
+        return len(origins) == 1 and (page == host or page in self._named)

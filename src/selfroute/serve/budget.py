@@ -22,10 +22,12 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, or_, select, update
 
 from selfroute.errors import StoreError
+from selfroute.serve import keys
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, Window, nano
 from selfroute.serve.store import Store
 from selfroute.serve.tables import ACCOUNTS, RESERVATIONS, upsert
@@ -61,6 +63,15 @@ class Usage:
     calls_minute: int
     spent_usd: float
     held_usd: float
+
+    def meters(self, limits: Limits) -> dict[str, tuple[float, float | None]]:
+        """What is used of each limit, and the limit itself (None: there is none), by the limit's name."""
+        return {
+            "share": (self.calls / max(self.requests, limits.min_requests), limits.share),
+            "usd_per_day": (self.spent_usd + self.held_usd, limits.usd_per_day),
+            "calls_per_minute": (self.calls_minute, limits.calls_per_minute),
+            "requests_per_minute": (self.requests_minute, limits.requests_per_minute),
+        }
 
 
 class Budget:
@@ -196,15 +207,8 @@ class Budget:
         Raises:
             StoreError: the store failed.
         """
-        scope = key or self._gateway
-
-        def work(connection: Connection) -> Account:
-            return _accounts(connection, scope.name, lock=False).get(scope.name, Account())
-
-        account = await self._store.read(work)
-        now = self._clock()
-        account = account.on(max(account.day, int(now // DAY_S)), scope.limits.window_s)
-        return Usage(*account.window.totals(now), *account.minute.totals(now), account.spent / 1e9, account.held / 1e9)
+        [usage] = await self._store.read(lambda c: usages(c, [key or self._gateway], self._clock()))
+        return usage
 
     async def run(self, flush_s: float = FLUSH_S) -> None:
         """Flush and sweep until the task is cancelled; flushes once more then."""
@@ -256,6 +260,26 @@ class Budget:
         return await self._store.write(work)
 
 
+def usages(connection: Connection, scopes: Sequence[Scope], now: float) -> list[Usage]:
+    """What each of these has used."""
+    rows = connection.execute(select(ACCOUNTS).where(ACCOUNTS.c.scope.in_([scope.name for scope in scopes])))
+    accounts = {row.scope: _account(row) for row in rows}
+    found = []
+    for scope in scopes:
+        account = accounts.get(scope.name, Account())
+        account = account.on(max(account.day, int(now // DAY_S)), scope.limits.window_s)
+        counts = *account.window.totals(now), *account.minute.totals(now)
+        found.append(Usage(*counts, account.spent / 1e9, account.held / 1e9))
+    return found
+
+
+def usage_of_all(connection: Connection, limits: Limits) -> list[tuple[Scope, Usage]]:
+    """What the gateway, under these limits, and each valid key has used."""
+    now = time.time()
+    scopes = [Scope(GATEWAY, limits), *(key.scope for key in keys.everything(connection) if key.valid(now))]
+    return list(zip(scopes, usages(connection, scopes, now), strict=True))
+
+
 def _first(refusals: Iterable[Denied | None]) -> Denied | None:
     return next((refused for refused in refusals if refused), None)
 
@@ -277,16 +301,17 @@ _EXPIRED = select(RESERVATIONS).where(RESERVATIONS.c.expires_at <= bindparam("no
 def _accounts(connection: Connection, key: str, *, lock: bool) -> dict[str, Account]:
     """The gateway's account and a key's, where they are there; locked in this order, so nobody waits in a circle."""
     rows = connection.execute(_LOCK if lock else _READ, {"scope": key})
-    return {
-        row.scope: Account(
-            row.day,
-            row.spent_nano,
-            row.held_nano,
-            Window(60, _slots(row.minute_counts)),
-            Window(row.window_s, _slots(row.window_counts)),
-        )
-        for row in rows
-    }
+    return {row.scope: _account(row) for row in rows}
+
+
+def _account(row: Row[Any]) -> Account:
+    return Account(
+        row.day,
+        row.spent_nano,
+        row.held_nano,
+        Window(60, _slots(row.minute_counts)),
+        Window(row.window_s, _slots(row.window_counts)),
+    )
 
 
 def _save(connection: Connection, scopes: Sequence[Scope], accounts: Sequence[Account]) -> None:

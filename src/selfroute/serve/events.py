@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from selfroute.types import Answer, HelpCall, Undecided
+
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
@@ -49,10 +51,18 @@ Event = Reasoning | Content | Other | Turn | Done
 Tell = Callable[[Event], Awaitable[None]]
 
 
+DECISIONS: Mapping[type, Literal["answer", "help", "undecided"]] = {
+    Answer: "answer",
+    HelpCall: "help",
+    Undecided: "undecided",
+}
+
+
 @dataclass(slots=True)
 class Course:
     """What became of a request so far; see `history.RequestRecord`, which it ends as."""
 
+    decision: Literal["answer", "help", "undecided", ""] = ""
     route: Literal["device", "cloud", "undecided", ""] = ""
     score: float | None = None
     denied: str = ""

@@ -26,7 +26,7 @@ from selfroute.errors import CloudError, ContextError, DeviceError, StoreError
 from selfroute.protocol import handed_over, offered, reasoning_of
 from selfroute.serve.account import Denied, Scope
 from selfroute.serve.asking import Ask
-from selfroute.serve.events import Content, Course, Done, Event, Other, Reasoning, Tell, Turn
+from selfroute.serve.events import DECISIONS, Content, Course, Done, Event, Other, Reasoning, Tell, Turn
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.stream import Ending, Reader, resumed, without_tags
@@ -38,7 +38,6 @@ from selfroute.types import (
     DeviceChunk,
     DeviceEngine,
     DeviceRequest,
-    HelpCall,
 )
 
 ATTEMPTS = 2
@@ -144,15 +143,15 @@ class _Story:
         except DeviceError as error:
             _log.warning("request %s: %s", ask.id, error)
             return await self._without_device("", str(error))
-        why = "help" if isinstance(ending.decision, HelpCall) else "undecided"
-        stays = isinstance(ending.decision, Answer) or (why == "undecided" and ask.undecided == "device")
+        self.course.decision = decision = DECISIONS[type(ending.decision)]
+        stays = decision == "answer" or (decision == "undecided" and ask.undecided == "device")
         if stays or ask.policy == "device-only":
             return await self._conclude(ending, finished)
-        self.course.denied = await self._hand_over(ending, why)
+        self.course.denied = await self._hand_over(ending, decision)
         if not self.course.denied:
             return None
         await self._say(Turn("device", self.course.denied))
-        if why == "help":
+        if decision == "help":
             ending, finished = await self._without_help(ending)
         return await self._conclude(ending, finished)
 
@@ -387,6 +386,7 @@ def _record(ask: Ask, pair: Pair, course: Course) -> RequestRecord:
 
 
 _RECORDED = (
-    *("route", "score", "denied", "status", "error", "cost_usd", "first_ms", "device_ms", "cloud_ms", "total_ms"),
+    *("decision", "route", "score", "denied", "status", "error"),
+    *("cost_usd", "first_ms", "device_ms", "cloud_ms", "total_ms"),
     *("device_prompt_tokens", "device_completion_tokens", "cloud_prompt_tokens", "cloud_completion_tokens"),
 )

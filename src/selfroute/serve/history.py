@@ -1,7 +1,7 @@
 """What became of each request: written in batches, read by the dashboard, deleted when its time is up.
 
-Every function takes the connection of a transaction (see `store`). Sums over hours and days come from the table
-`usage`, one row a minute and key, so that a page of a month costs what it shows and not what was served. Clients name
+Every function takes the connection of a transaction (see `store`). Sums come from the tables `usage` and `usage_hours`,
+one row a minute or hour and key, so that a page of a month costs what it shows and not what was served. Clients name
 models and write texts, so whatever a database would refuse is made fit first: one bad record must not stop a batch.
 """
 
@@ -19,6 +19,7 @@ from sqlalchemy import (
     Insert,
     Row,
     Select,
+    Table,
     bindparam,
     delete,
     desc,
@@ -31,7 +32,7 @@ from sqlalchemy import (
 
 from selfroute.serve.account import nano
 from selfroute.serve.store import Store
-from selfroute.serve.tables import REQUESTS, USAGE, upsert
+from selfroute.serve.tables import REQUESTS, USAGE, USAGE_HOURS, upsert
 
 SAMPLE = 2000
 """Percentiles are of this many requests, the newest, at most."""
@@ -48,10 +49,10 @@ class RequestRecord:
     """One request, as the dashboard and the accounts want it.
 
     `at` is when it arrived (seconds since 1970), `key_id` the virtual key's ("" without keys), `policy` what was asked
-    for, `route` where the answer came from, `score` l at the decision point, `denied` the limit that a help call met,
-    `status` the HTTP status and `error` its code, if it failed. Times count from the arrival, `first_ms` to the first
-    byte of the answer; None where there was no such part. `request` and `response` are texts, and None unless content
-    is logged.
+    for, `decision` what the device decided ("" where it was not asked, or failed), `route` where the answer came from,
+    `score` l at the decision point, `denied` the limit that a help call met, `status` the HTTP status and `error` its
+    code, if it failed. Times count from the arrival, `first_ms` to the first byte of the answer; None where there was
+    no such part. `request` and `response` are texts, and None unless content is logged.
     """
 
     id: str
@@ -59,6 +60,7 @@ class RequestRecord:
     key_id: str = ""
     model: str = ""
     policy: str = "auto"
+    decision: Literal["answer", "help", "undecided", ""] = ""
     route: Literal["device", "cloud", "undecided", ""] = ""
     score: float | None = None
     denied: str = ""
@@ -89,6 +91,10 @@ class Totals:
     device_tokens: int = 0
     cloud_tokens: int = 0
 
+    def __add__(self, other: Totals) -> Totals:
+        """Both together."""
+        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Totals)))
+
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
@@ -100,6 +106,15 @@ class Percentiles:
     p99: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The cloud, as requests found it: how many asked it and how many in vain, and when it last answered one."""
+
+    asked: int
+    failed: int
+    answered_at: float | None
+
+
 def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
     """Write records and their sums; those whose id is there already are left as they are."""
     rows = {row["id"]: row for row in map(_row, records)}
@@ -108,28 +123,32 @@ def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
     if not rows:
         return
     connection.execute(_INSERT, list(rows.values()))
-    sums: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in rows.values():
-        minute = int(row["at"] // 60)
-        total = sums.setdefault((minute, row["key_id"]), dict.fromkeys(_SUMMED, 0))
-        for name, value in _summed(row).items():
-            total[name] += value
-    # In one order, so that two replicas do not wait for each other in a circle.
-    ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
-    connection.execute(_adding(connection.dialect.name), ordered)
-
-
-def totals(connection: Connection, since: float, key_id: str | None = None) -> Totals:
-    """Sums from the minute of `since` on, of all keys or one."""
-    return _totals(connection.execute(_sums(since, key_id)).one())
+    for table, minutes in _SUMS:
+        sums: dict[tuple[int, str], dict[str, Any]] = {}
+        for row in rows.values():
+            first = int(row["at"] // (60 * minutes)) * minutes
+            total = sums.setdefault((first, row["key_id"]), dict.fromkeys(_SUMMED, 0))
+            for name, value in _summed(row).items():
+                total[name] += value
+        # In one order, so that two replicas do not wait for each other in a circle.
+        ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
+        connection.execute(_adding(connection.dialect.name, table), ordered)
 
 
 def timeline(
     connection: Connection, since: float, step_minutes: int, key_id: str | None = None
 ) -> list[tuple[float, Totals]]:
-    """Sums by steps, each with its beginning (seconds since 1970), the oldest first; steps of nothing are left out."""
-    step = (USAGE.c.minute - USAGE.c.minute % step_minutes).label("step")
-    query = _sums(since, key_id).add_columns(step).group_by("step").order_by("step")
+    """Sums by steps, each with its beginning (seconds since 1970), the oldest first; steps of nothing are left out.
+
+    The first step may begin before `since`, by a minute, or an hour where steps are of whole hours.
+    """
+    table, minutes = _SUMS[step_minutes % 60 == 0]
+    step = (table.c.minute - table.c.minute % step_minutes).label("step")
+    query: Select[Any] = select(*(func.sum(table.c[name]).label(name) for name in _SUMMED), step)
+    query = query.where(table.c.minute >= int(since // (60 * minutes)) * minutes)
+    if key_id is not None:
+        query = query.where(table.c.key_id == key_id)
+    query = query.group_by("step").order_by("step")
     return [(row.step * 60.0, _totals(row)) for row in connection.execute(query)]
 
 
@@ -150,6 +169,16 @@ def denials(connection: Connection, since: float, key_id: str | None = None) -> 
     query = _of_key(select(REQUESTS.c.denied, number), key_id).where(_DENIED, REQUESTS.c.at >= since)
     rows = connection.execute(query.group_by(REQUESTS.c.denied).order_by(desc(number), REQUESTS.c.denied))
     return {row.denied: row.number for row in rows}
+
+
+def health(connection: Connection, since: float, key_id: str | None = None) -> Health:
+    """How the cloud did in the newest `SAMPLE` requests since then, those that asked it."""
+    columns = REQUESTS.c.at, REQUESTS.c.route, REQUESTS.c.status, REQUESTS.c.denied
+    query = _of_key(select(*columns), key_id).where(REQUESTS.c.at >= since).order_by(desc(REQUESTS.c.at)).limit(SAMPLE)
+    asked = [row for row in connection.execute(query) if row.route == "cloud" or row.denied == "cloud"]
+    failed = [row.denied == "cloud" or row.status == 429 or row.status >= 500 for row in asked]
+    answered_at = next((row.at for row, bad in zip(asked, failed, strict=True) if not bad), None)
+    return Health(len(asked), sum(failed), answered_at)
 
 
 def latest(
@@ -187,9 +216,17 @@ async def forget(store: Store, older_than_s: float, *, batch: int = 1000, now: f
         forgotten += deleted
         if deleted < batch:
             break
-    await store.write(lambda c: c.execute(delete(USAGE).where(USAGE.c.minute < int(before // 60))))
+    await store.write(lambda c: _forget_sums(c, before))
     return forgotten
 
+
+def _forget_sums(connection: Connection, before: float) -> None:
+    for table, minutes in _SUMS:
+        connection.execute(delete(table).where(table.c.minute < int(before // (60 * minutes)) * minutes))
+
+
+_SUMS = (USAGE, 1), (USAGE_HOURS, 60)
+"""Tables of sums, and the minutes of their rows."""
 
 # A literal, as the index has it.
 _DENIED = REQUESTS.c.denied != literal_column("''")
@@ -200,9 +237,9 @@ _INSERT = insert(REQUESTS)
 
 
 @cache
-def _adding(dialect: str) -> Insert:
-    adding = upsert(dialect, USAGE)
-    added = {name: USAGE.c[name] + adding.excluded[name] for name in _SUMMED}
+def _adding(dialect: str, table: Table) -> Insert:
+    adding = upsert(dialect, table)
+    added = {name: table.c[name] + adding.excluded[name] for name in _SUMMED}
     return adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added)
 
 
@@ -216,12 +253,6 @@ def _summed(row: dict[str, Any]) -> dict[str, int]:
         "device_tokens": row["device_prompt_tokens"] + row["device_completion_tokens"],
         "cloud_tokens": row["cloud_prompt_tokens"] + row["cloud_completion_tokens"],
     }
-
-
-def _sums(since: float, key_id: str | None) -> Select[Any]:
-    query = select(*(func.coalesce(func.sum(USAGE.c[name]), 0).label(name) for name in _SUMMED))
-    query = query.where(USAGE.c.minute >= int(since // 60))
-    return query if key_id is None else query.where(USAGE.c.key_id == key_id)
 
 
 def _totals(row: Row[Any]) -> Totals:

@@ -40,7 +40,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A valid key: its id and name, its limits, and what may be asked for with it (`models` None: all)."""
+    """A valid key: its id and name, its limits, and what may be asked for with it (`models` None: all).
+
+    An `admin`'s shows the metrics, and on the dashboard everybody's requests; any other its own alone.
+    """
 
     id: str
     prefix: str
@@ -51,6 +54,7 @@ class Key:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    admin: bool = False
 
     @property
     def scope(self) -> Scope:
@@ -69,6 +73,7 @@ def new(
     *,
     policies: Collection[Policy] = POLICIES,
     models: Collection[str] | None = None,
+    admin: bool = False,
     expires_at: float | None = None,
 ) -> tuple[str, Key]:
     """Make a key; the token is nowhere kept, so this is the one time that it can be shown."""
@@ -84,6 +89,7 @@ def new(
         "created_at": time.time(),
         "expires_at": expires_at,
         "revoked_at": None,
+        "admin": int(admin),
     }
     connection.execute(insert(KEYS), row)
     return token, _key(connection.execute(select(KEYS).where(KEYS.c.id == row["id"])).one())
@@ -124,6 +130,15 @@ class Keyring:
         shown = _hash(token)
         key = self._keys.get(shown)
         return key if key and key.valid(self._clock()) else None
+
+    async def find(self, key_id: str) -> Key | None:
+        """The valid key of an id, as a session has it; never of anything that shows the right to it.
+
+        Raises:
+            StoreError: as from `check`.
+        """
+        await self._refresh()
+        return next((k for k in self._keys.values() if k.id == key_id and k.valid(self._clock())), None)
 
     async def _refresh(self) -> None:
         if time.monotonic() - self._read_at < self._fresh_s:
@@ -168,4 +183,5 @@ def _key(row: Row[Any]) -> Key:
         row.created_at,
         row.expires_at,
         row.revoked_at,
+        bool(row.admin),
     )

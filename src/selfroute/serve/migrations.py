@@ -51,6 +51,27 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             expires_at DOUBLE PRECISION, revoked_at DOUBLE PRECISION)
         """,
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN decision TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN admin INTEGER NOT NULL DEFAULT 0",
+        # A page of one key's requests, and counts of denials, are read from an index alone.
+        "CREATE INDEX requests_key ON requests (key_id, at)",
+        "DROP INDEX requests_denied",
+        "CREATE INDEX requests_denied ON requests (at, denied, key_id) WHERE denied <> ''",
+        """
+        CREATE TABLE usage_hours (
+            minute BIGINT NOT NULL, key_id TEXT NOT NULL, requests BIGINT NOT NULL, calls BIGINT NOT NULL,
+            denied BIGINT NOT NULL, errors BIGINT NOT NULL, cost_nano BIGINT NOT NULL, device_tokens BIGINT NOT NULL,
+            cloud_tokens BIGINT NOT NULL, PRIMARY KEY (minute, key_id))
+        """,
+        """
+        INSERT INTO usage_hours
+        SELECT minute / 60 * 60 AS first, key_id, SUM(requests), SUM(calls), SUM(denied), SUM(errors),
+            SUM(cost_nano), SUM(device_tokens), SUM(cloud_tokens)
+        FROM usage GROUP BY first, key_id
+        """,
+        "CREATE TABLE sessions (hash TEXT PRIMARY KEY, key_id TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL)",
+    ),
 )
 
 _LOCK = 5_370_117

@@ -18,7 +18,9 @@ from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
 from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
+from selfroute.serve.metrics import Counted, Metrics
 from selfroute.serve.recorder import Recorder
+from selfroute.serve.sessions import Sessions
 from selfroute.serve.store import Store
 
 HOLD_S = 3600.0
@@ -27,17 +29,6 @@ HOLD_S = 3600.0
 FORGET_S = 3600.0
 
 _log = logging.getLogger(__name__)
-
-
-class Dropped:
-    """Counts records that the store never got."""
-
-    def __init__(self) -> None:
-        self.count = 0.0
-
-    def inc(self, amount: float = 1) -> None:
-        """Count so many more."""
-        self.count += amount
 
 
 @asynccontextmanager
@@ -57,7 +48,8 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         cloud = make_serving_cloud(config.cloud)
         stack.push_async_callback(cloud.aclose)
         budget = Budget(store, config.budget, hold_s=HOLD_S)
-        recorder = Recorder(store, Dropped(), content=config.log_content)
+        metrics = Metrics()
+        recorder = Recorder(store, metrics.dropped, content=config.log_content)
         for work in (budget.run(), _forgetting(store, config.retention_days)):
             stack.push_async_callback(_ended, asyncio.create_task(work))
         writing = asyncio.create_task(recorder.run())
@@ -67,13 +59,15 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
             device,
             cloud,
             budget,
-            recorder,
+            Counted(recorder, metrics, cloud),
             max_tokens=config.max_tokens,
             decide=config.decide,
             idle_s=config.device_idle_s,
             log_content=config.log_content,
         )
-        yield Gateway(config, pair, budget, Keyring(store) if config.keys else None)
+        ring = Keyring(store) if config.keys else None
+        sessions = Sessions(store, ring) if ring else None
+        yield Gateway(config, pair, budget, ring, sessions, store, metrics)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -41,6 +41,7 @@ REQUESTS = Table(
     Column("total_ms", Double),
     Column("request", Text),
     Column("response", Text),
+    Column("decision", Text),
 )
 
 USAGE = Table(
@@ -56,7 +57,12 @@ USAGE = Table(
     Column("device_tokens", BigInteger),
     Column("cloud_tokens", BigInteger),
 )
-"""Sums of requests by the minute (since 1970) and key: what pages of days are drawn from."""
+"""Sums of requests by the minute (since 1970) and key: what pages of hours are drawn from."""
+
+USAGE_HOURS = Table(
+    "usage_hours", METADATA, *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in USAGE.c)
+)
+"""The same by the hour, for pages of weeks; its `minute` is the hour's first."""
 
 ACCOUNTS = Table(
     "accounts",
@@ -96,4 +102,14 @@ KEYS = Table(
     Column("created_at", Double),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("admin", Integer),
 )
+
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("hash", Text, primary_key=True),
+    Column("key_id", Text),
+    Column("expires_at", Double),
+)
+"""Browsers that signed in with a key; see `sessions`."""

@@ -251,6 +251,32 @@ def test_host_names_that_are_ours(host: str) -> None:
         assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:8000", "http://localhost:8000", 200),
+        ("LOCALHOST:8000", "http://LocalHost:8000", 200),
+        ("[::1]:8000", "http://[::1]:8000", 200),
+        ("gateway.example.org", "https://gateway.example.org", 200),
+        # A proxy that asks under another name.
+        ("127.0.0.1:8000", "https://gateway.example.org", 200),
+        ("127.0.0.1:8000", "https://gateway.example.org:8443", 403),
+        ("localhost:8000", "http://localhost:3000", 403),
+        ("localhost:8000", "http://localhost", 403),
+        ("localhost:8000", "https://evil.example", 403),
+        ("localhost:8000", "https://localhost:8000.evil.example", 403),
+        ("localhost:8000", "https://evil.example/localhost:8000", 403),
+        ("localhost:8000", "null", 403),
+        ("localhost:8000", "", 403),
+    ],
+)
+def test_pages_of_other_sites_may_not_ask(host: str, origin: str, status: int) -> None:
+    world = World(config={"hosts": ["gateway.example.org"]})
+    with world.client() as client:
+        assert post(client, {"host": host, "origin": origin}).status_code == status
+    assert len(world.device.requests) == (status == 200)
+
+
 def test_keys() -> None:
     scope = Scope("key:k2", Limits())
     keys = FakeKeys(

@@ -36,6 +36,11 @@ def read(store: Store, query: Any, *args: Any, **kwargs: Any) -> Any:
         return query(connection, *args, **kwargs)
 
 
+def total(store: Store, since: float, key_id: str | None = None, step_minutes: int = 1) -> Totals:
+    steps = read(store, history.timeline, since, step_minutes, key_id)
+    return sum((totals for _, totals in steps), Totals())
+
+
 def test_what_is_written_is_read_the_newest_first_page_by_page(store: Store) -> None:
     write(store, DEVICE, CLOUD)
     write(store, DENIED, FAILED)
@@ -59,10 +64,10 @@ def test_sums_by_the_minute_and_key(store: Store) -> None:
     write(store, DEVICE, CLOUD)
     write(store, DENIED, FAILED)
     everything = Totals(4, calls=1, denied=1, errors=1, cost_usd=0.000123456, device_tokens=200, cloud_tokens=360)
-    assert read(store, history.totals, HOUR) == everything
-    assert read(store, history.totals, HOUR, "k2") == Totals(1, 1, 0, 0, 0.000123456, 60, 360)
-    assert read(store, history.totals, HOUR + 120) == Totals(2, 0, 1, 1, 0.0, 70, 0)
-    assert read(store, history.totals, HOUR + 3600) == Totals()
+    assert total(store, HOUR) == everything
+    assert total(store, HOUR, "k2") == Totals(1, 1, 0, 0, 0.000123456, 60, 360)
+    assert total(store, HOUR + 120) == Totals(2, 0, 1, 1, 0.0, 70, 0)
+    assert total(store, HOUR + 3600) == Totals()
     by_minutes = read(store, history.timeline, HOUR, 1)
     assert [(at - HOUR, t.requests) for at, t in by_minutes] == [(0, 1), (60, 1), (120, 1), (180, 1)]
     by_two = read(store, history.timeline, HOUR, 2)
@@ -70,13 +75,16 @@ def test_sums_by_the_minute_and_key(store: Store) -> None:
         (0, 2, 1, 0, 0),
         (120, 2, 0, 1, 1),
     ]
+    assert total(store, HOUR, step_minutes=60) == everything
+    assert total(store, HOUR + 3599, step_minutes=60) == everything
+    assert total(store, HOUR + 3600, step_minutes=60) == Totals()
     assert read(store, history.timeline, HOUR, 60, "k1") == [(HOUR, Totals(3, 0, 1, 1, 0.0, 140, 0))]
 
 
 def test_a_batch_that_is_written_twice_counts_once(store: Store) -> None:
     write(store, DEVICE, CLOUD)
     write(store, CLOUD, DENIED, DENIED)
-    assert read(store, history.totals, HOUR).requests == 3
+    assert total(store, HOUR).requests == 3
     assert len(read(store, history.latest, 10)) == 3
 
 
@@ -119,7 +127,7 @@ def test_what_no_database_would_take_is_made_fit(store: Store) -> None:
     assert len(kept.model) == 200
     assert (kept.score, kept.total_ms, kept.cloud_completion_tokens) == (None, 0.0, 10**9)
     assert kept.cost_usd == 0
-    assert read(store, history.totals, HOUR).requests == 2
+    assert total(store, HOUR).requests == 2
 
 
 def test_what_is_older_is_forgotten_in_small_steps(store: Store) -> None:
@@ -127,7 +135,9 @@ def test_what_is_older_is_forgotten_in_small_steps(store: Store) -> None:
     forgotten = asyncio.run(history.forget(store, 3600, batch=2, now=HOUR + 3600 + 7 * 60))
     assert forgotten == 7
     assert [r.id for r in read(store, history.latest, 10)] == ["9", "8", "7"]
-    assert read(store, history.totals, 0).requests == 3
+    assert total(store, 0).requests == 3
+    # Of an hour, all or nothing is forgotten.
+    assert total(store, 0, step_minutes=60).requests == 10
     assert asyncio.run(history.forget(store, 3600, now=HOUR)) == 0
 
 

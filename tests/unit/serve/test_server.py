@@ -31,6 +31,7 @@ def test_keys_budget_and_records_are_those_of_the_store(tmp_path: Path) -> None:
     with store.begin() as connection:
         token, key = keys.new(connection, "one call", Limits(calls_per_minute=1), policies=["auto"])
         other, _ = keys.new(connection, "no limits of its own")
+        admin, _ = keys.new(connection, "operations", admin=True)
     store.close()
     question = Countdown(CountdownConfig()).load("test")[0].question
     body = {"model": "selfroute", "messages": [{"role": "user", "content": question}]}
@@ -51,19 +52,33 @@ def test_keys_budget_and_records_are_those_of_the_store(tmp_path: Path) -> None:
                     headers={"authorization": f"Bearer {token}"},
                 )
                 assert refused.status_code == 403
+                told = await client.get("http://localhost/metrics", headers={"authorization": f"Bearer {admin}"})
+                assert told.status_code == 200
+                for line in (
+                    'requests_total{policy="auto",route="cloud",status="200"} 2.0',
+                    'decisions_total{decision="help"} 4.0',
+                    'denials_total{reason="calls_per_minute"} 2.0',
+                    'refused_total{code="policy_not_allowed",status="403"} 1.0',
+                    'budget_used{limit="calls_per_minute",scope="gateway"} 2.0',
+                    f'budget_limit{{limit="calls_per_minute",scope="key:{key.id}"}} 1.0',
+                ):
+                    assert f"\nselfroute_{line}\n" in told.text
+                assert not any(secret in told.text for secret in (token, other, admin))
+                shown = await client.get("http://localhost/dashboard", headers={"authorization": f"Bearer {admin}"})
+                assert "one call" in shown.text
                 return found
 
     denied = ("device", "calls_per_minute")
     assert asyncio.run(main()) == [("cloud", None), denied, ("cloud", None), denied]
     with sqlite3.connect(path) as connection:
         rows = connection.execute(
-            "SELECT route, denied, status, key_id = ?, cost_nano > 0 FROM requests ORDER BY at", (key.id,)
+            "SELECT decision, route, denied, status, key_id = ?, cost_nano > 0 FROM requests ORDER BY at", (key.id,)
         )
         assert rows.fetchall() == [
-            ("cloud", "", 200, 1, 1),
-            ("device", "calls_per_minute", 200, 1, 0),
-            ("cloud", "", 200, 0, 1),
-            ("device", "calls_per_minute", 200, 0, 0),
+            ("help", "cloud", "", 200, 1, 1),
+            ("help", "device", "calls_per_minute", 200, 1, 0),
+            ("help", "cloud", "", 200, 0, 1),
+            ("help", "device", "calls_per_minute", 200, 0, 0),
         ]
         (spent, held), costs = (
             connection.execute("SELECT spent_nano, held_nano FROM accounts WHERE scope = 'gateway'").fetchone(),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, create_engine, inspect, text
 from tests.store_worker import at_once
 
 from selfroute.errors import ConfigError, StoreError
@@ -25,7 +25,11 @@ def names(connection: Connection) -> list[str]:
 
 def insert(connection: Connection, name: str) -> None:
     connection.execute(
-        text("INSERT INTO keys VALUES (:name, :name, '', :name, '{}', '[]', 'null', 0, NULL, NULL)"), {"name": name}
+        text(
+            "INSERT INTO keys (id, hash, prefix, name, limits, policies, models, created_at) "
+            "VALUES (:name, :name, '', :name, '{}', '[]', 'null', 0)"
+        ),
+        {"name": name},
     )
 
 
@@ -56,7 +60,25 @@ def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
         insert(connection, "a")
         migrate(connection, longer)
         assert connection.execute(text("SELECT note FROM keys")).scalar() == "a"
-        assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [1, 2]
+        assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [
+            *range(1, len(longer) + 1)
+        ]
+
+
+def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:
+    if "://" not in url:
+        Path(url).parent.mkdir()
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:") if "://" in url else f"sqlite:///{url}")
+    with engine.begin() as connection:
+        migrate(connection, MIGRATIONS[:1])
+        for minute in (59, 60, 119):
+            connection.execute(text(f"INSERT INTO usage VALUES ({minute}, 'k', 1, 0, 0, 0, 5, 0, 0)"))
+    engine.dispose()
+    store = Store(url)
+    with store.begin(write=False) as connection:
+        rows = connection.execute(text("SELECT minute, requests, cost_nano FROM usage_hours ORDER BY minute")).all()
+    store.close()
+    assert [tuple(row) for row in rows] == [(0, 1, 5), (60, 2, 10)]
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
@@ -64,7 +86,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
         migrate(connection, (*MIGRATIONS, ("ALTER TABLE keys ADD COLUMN note TEXT", "UPDATE nothing SET note = 1")))
     with store.begin() as connection:
         assert "note" not in {c["name"] for c in inspect(connection).get_columns("keys")}
-        assert connection.execute(text("SELECT MAX(version) FROM migrations")).scalar() == 1
+        assert connection.execute(text("SELECT MAX(version) FROM migrations")).scalar() == len(MIGRATIONS)
 
 
 def test_a_store_of_a_newer_selfroute_is_refused(url: str, store: Store) -> None:
