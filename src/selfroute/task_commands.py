@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selfroute.errors import TaskError
+from selfroute.terminal import plain
 
 if TYPE_CHECKING:
     from selfroute.tasks import Task
@@ -102,7 +103,8 @@ def check(
         faults = [fault for fault in faults_of(task, problems) if fault]
     for fault in faults:
         what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
-        typer.echo(f"{fault.problem}: {what}: {fault.answer!r} ({fault.reason})")
+        read = "" if fault.extracted in ("", fault.answer.strip()) else f", read as {fault.extracted!r}"
+        typer.echo(f"{fault.problem}: {what}: {fault.answer!r}{read} ({plain(fault.reason)})")
     data = getattr(task, "data", None)
     pairs = data.near if isinstance(data, Loader) else []
     if pairs:
@@ -157,7 +159,7 @@ def _agreement(task: Judge, out: Path) -> None:
     passes = task.pass_score
     for one, verdict in zip(labelled, found, strict=True):
         if verdict.correct != (one.label >= passes):
-            typer.echo(f"{one.problem.id}: label {one.label:g}, {verdict.reason}: {one.answer[:100]!r}")
+            typer.echo(f"{one.problem.id}: label {one.label:g}, {plain(verdict.reason)}: {one.answer[:100]!r}")
     how = agreement([v.score for v in found], [one.label for one in labelled], passes)
     kappa, rank = ("n/a" if math.isnan(value) else f"{value:.2f}" for value in (how.kappa, how.rank))
     typer.echo(
@@ -190,5 +192,5 @@ def _split(name: str) -> Split:
 
 
 def _indented(label: str, text: str) -> str:
-    first, *rest = text.splitlines() or [""]
+    first, *rest = map(plain, text.splitlines() or [""])
     return "\n".join([f"  {label:9} {first}", *(f"  {'':9} {line}".rstrip() for line in rest)])

@@ -28,6 +28,7 @@ class Reply:
     route: Route
     score: float | None
     answer: str | None
+    extracted: str
     correct: bool
     reason: str
     cost_usd: float
@@ -77,6 +78,7 @@ class Pair:
             route=route_of(decision),
             score=response.score,
             answer=read.answer,
+            extracted=read.verdict.extracted,
             correct=read.verdict.correct,
             reason=read.verdict.reason,
             cost_usd=cost,

@@ -17,6 +17,7 @@ class Fault:
     answer: str
     expected: bool
     reason: str
+    extracted: str
 
 
 def check(task: Task, problems: Sequence[Problem]) -> Iterator[Fault | None]:
@@ -33,12 +34,15 @@ def check(task: Task, problems: Sequence[Problem]) -> Iterator[Fault | None]:
             continue
         verdict = task.verify(solution, p)
         if not verdict.correct:
-            yield Fault(p.id, solution, True, verdict.reason)
+            yield Fault(p.id, solution, True, verdict.reason, verdict.extracted)
             continue
         other = _another(forms, n)
         wrong = None if other is None else solutions[other]
-        verdict = verdict if wrong is None else task.verify(wrong, p)
-        yield Fault(p.id, wrong, False, verdict.reason) if wrong is not None and verdict.correct else None
+        if wrong is None:
+            yield None
+            continue
+        verdict = task.verify(wrong, p)
+        yield Fault(p.id, wrong, False, verdict.reason, verdict.extracted) if verdict.correct else None
 
 
 def _another(forms: Sequence[str | None], n: int) -> int | None:

@@ -102,11 +102,12 @@ class MultipleChoice:
         picked = pick(answer, options)
         if isinstance(picked, str):
             return Verdict(False, f"unreadable: {picked}")
+        letter = LETTERS[picked]
         if right is None:
-            return Verdict(False, "no reference answer is known")
+            return Verdict(False, "no reference answer is known", extracted=letter)
         # Some questions have an option twice.
         correct = options[picked] == options[right]
-        return Verdict(correct, f"option {LETTERS[picked]}" + ("" if correct else f", not {LETTERS[right]}"))
+        return Verdict(correct, f"option {letter}" + ("" if correct else f", not {LETTERS[right]}"), extracted=letter)
 
     def solution(self, problem: Problem) -> str | None:
         """The right option's letter."""

@@ -74,12 +74,12 @@ def judge(answer: str, references: Sequence[str], question: str = "") -> Verdict
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, f"longer than {MAX_ANSWER_CHARS} characters")
-    if not references:
-        return Verdict(False, "no reference answer is known")
     given = extract(answer)
+    if not references:
+        return Verdict(False, "no reference answer is known", extracted=given)
     if len(given) > MAX_FORMULA_CHARS:
-        return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters")
-    return _judge(given, tuple(references), question)
+        return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters", extracted=given)
+    return replace(_judge(given, tuple(references), question), extracted=given)
 
 
 # The G responses of a problem often agree, and an answer that hangs is waited for once.

@@ -181,8 +181,8 @@ class Judge:
         ]
         votes = iter(await self._votes(flat))
         return [
-            found if isinstance(found, Verdict) else self._verdict([(ballot, next(votes)) for ballot in found])
-            for found in ballots
+            found if isinstance(found, Verdict) else self._verdict(answer, [(ballot, next(votes)) for ballot in found])
+            for found, (answer, _) in zip(ballots, answers, strict=True)
         ]
 
     def _ballots(self, answer: str, problem: Problem) -> tuple[Ballot, ...] | Verdict:
@@ -195,7 +195,7 @@ class Judge:
             return pairwise(problem.question, answer, reference, max_chars=c.max_answer_chars)
         if c.mode == "rubric" and rubric:
             return by_rubric(problem.question, answer, rubric, reference, points=c.points, max_chars=c.max_answer_chars)
-        return Verdict(False, "nothing to judge it by is known")
+        return Verdict(False, "nothing to judge it by is known", extracted=answer.strip())
 
     async def _votes(self, ballots: Sequence[tuple[str, Ballot]]) -> list[list[int]]:
         """The points of each vote on each ballot. Every sample has a number of its own, so that a rerun draws none
@@ -232,7 +232,7 @@ class Judge:
                 )
         return found
 
-    def _verdict(self, votes: Sequence[tuple[Ballot, Sequence[int]]]) -> Verdict:
+    def _verdict(self, answer: str, votes: Sequence[tuple[Ballot, Sequence[int]]]) -> Verdict:
         """The mean of all votes, as a share of the most that they could give."""
         points = [(vote, ballot.most) for ballot, some in votes for vote in some]
         # One division of whole numbers, so that 7 of 10 points are 0.7 whatever the number of votes.
@@ -242,7 +242,7 @@ class Judge:
             said = f"{better} better, {equal} equal, {len(points) - better - equal} worse than the reference"
         else:
             said = f"{', '.join(str(vote) for vote, _ in points)} of {self.config.points} points"
-        return Verdict(grade >= self.pass_score, f"grade {grade:.3g}: {said}", grade)
+        return Verdict(grade >= self.pass_score, f"grade {grade:.3g}: {said}", grade, extracted=answer.strip())
 
     def solution(self, problem: Problem) -> str | None:
         """The reference answer, where there is one."""
