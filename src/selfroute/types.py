@@ -176,9 +176,9 @@ class CloudChunk:
 class CloudClient(Protocol):
     """A provider of the cloud LLM.
 
-    Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work. The class of one that has
-    answers to some questions alone may have a static `check_question(question)`, which raises for any other: it is
-    called before anything is spent.
+    Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work. A class that can answer
+    some questions alone may have a static `check_question(question)`, which raises for any other and is called before
+    anything is spent.
     """
 
     @property

@@ -27,33 +27,41 @@ _WORDINGS = (
     "PROBLEM\n\nThink it through with care, and then choose a letter.",
 )
 
+_MMLU = {"train": "auxiliary_train", "calibration": "validation", "test": "test"}
+_ARC_COMMIT = "210d026faf9955653af8916fad021475a3f00453"
 _ARC = {"train": "train", "calibration": "validation", "test": "test"}
 
 CHOICE_SETS = {
     "mmlu": DataSet(
         "MMLU (arXiv:2009.03300)",
         (
-            Hub("cais/mmlu", {"train": "auxiliary_train", "calibration": "validation", "test": "test"}, ("all",)),
-            Hub("lighteval/mmlu", {"train": "auxiliary_train", "calibration": "validation", "test": "test"}, ("all",)),
+            Hub("cais/mmlu", _MMLU, ("all",), "c30699e8356da336a370243923dbaf21066bb9fe"),
+            Hub("lighteval/mmlu", _MMLU, ("all",)),
         ),
         {"train": 99842, "calibration": 1531, "test": 14042},
         "MIT",
     ),
     "mmlu-pro": DataSet(
         "MMLU-Pro (arXiv:2406.01574)",
-        (Hub("TIGER-Lab/MMLU-Pro", {"calibration": "validation", "test": "test"}),),
+        (
+            Hub(
+                "TIGER-Lab/MMLU-Pro",
+                {"calibration": "validation", "test": "test"},
+                commit="b189ec765aa7ed75c8acfea42df31fdae71f97be",
+            ),
+        ),
         {"calibration": 70, "test": 12032},
         "MIT",
     ),
     "arc-challenge": DataSet(
         "ARC, the hard questions (arXiv:1803.05457)",
-        (Hub("allenai/ai2_arc", _ARC, ("ARC-Challenge",)),),
+        (Hub("allenai/ai2_arc", _ARC, ("ARC-Challenge",), _ARC_COMMIT),),
         {"train": 1119, "calibration": 299, "test": 1172},
         "CC-BY-SA-4.0",
     ),
     "arc-easy": DataSet(
         "ARC, the easy questions (arXiv:1803.05457)",
-        (Hub("allenai/ai2_arc", _ARC, ("ARC-Easy",)),),
+        (Hub("allenai/ai2_arc", _ARC, ("ARC-Easy",), _ARC_COMMIT),),
         {"train": 2251, "calibration": 570, "test": 2376},
         "CC-BY-SA-4.0",
     ),

@@ -15,9 +15,10 @@ import pytest
 from selfroute.cloud import free_settings, make_cloud, whole_task
 from selfroute.cloud.memory import Cloud, open_judge, spent_by_phase
 from selfroute.config import Choice
-from selfroute.errors import CloudError, ConfigError, TaskError
+from selfroute.errors import CloudError, ConfigError, DataWarning, TaskError
 from selfroute.tasks import judge_of, make_task, pass_score, verdicts
 from selfroute.tasks.judge import Judge
+from selfroute.tasks.provenance import provenance
 from selfroute.types import CloudAnswer, CloudRequest, Problem, Verdict
 
 NAMED = {"name": "tests.clouds:SameJudge"}
@@ -175,8 +176,20 @@ def test_problems_are_cut_by_hash_or_by_file(tmp_path: Path) -> None:
     write(folder / "train.jsonl", ROWS[:50])
     write(folder / "test.jsonl", [{"question": r["prompt"], "reference": r["reference"]} for r in ROWS[45:]])
     two = task(str(folder))
-    assert {p.question for p in two.load("test")} == {row["prompt"] for row in ROWS[45:]}
+    with pytest.warns(DataWarning, match="^5 training problems are test problems too: they are left out of training$"):
+        assert {p.question for p in two.load("test")} == {row["prompt"] for row in ROWS[45:]}
     assert len(two.load("train")) + len(two.load("calibration")) == 45
+    assert provenance(two, "test")["sources"] == [{"file": str(folder / f"{name}.jsonl")} for name in ("train", "test")]
+    write(folder / "calibration.jsonl", [{"prompt": "Why?", "reference": "So."}])
+    write(
+        folder / "train.jsonl",
+        [*ROWS[:45], {"prompt": "Why is this number 3 so very odd and met so often?", "reference": "So."}],
+    )
+    write(folder / "test.jsonl", [{"prompt": "Why is this number 3 so very odd and met so often!", "reference": "So."}])
+    three = task(str(folder))
+    with pytest.warns(DataWarning, match="^1 training problems all but repeat a test problem"):
+        assert len(three.load("train")) == 46
+    assert [p.question for p in three.load("calibration")] == ["Why?"]
 
 
 def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
