@@ -100,7 +100,8 @@ def check(
         return
     problems = task.load(_split(split))
     with open_judge(task, out / "judge.sqlite", phase="check"):
-        faults = [fault for fault in faults_of(task, problems) if fault]
+        found = list(faults_of(task, problems))
+    faults = [fault for fault in found if fault]
     for fault in faults:
         what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
         read = "" if fault.extracted in ("", fault.answer.strip()) else f", read as {fault.extracted!r}"
@@ -113,8 +114,14 @@ def check(
         typer.echo(_indented("training", f"{training.id}: {training.question[:300]}"))
         typer.echo(_indented("test", f"{test.id}: {test.question[:300]}") + "\n")
     if faults:
-        raise TaskError(f"{len(faults)} of {len(problems)} problems fail")
-    typer.echo(f"all {len(problems)} problems pass")
+        raise TaskError(f"{len(faults)} of {len(found)} problems fail")
+    if not found:
+        raise TaskError(
+            f"none of the {len(problems)} problems has an answer to try: give them one (task.columns.answer)"
+        )
+    if len(found) < len(problems):
+        typer.echo(f"{len(problems) - len(found)} of {len(problems)} problems have no answer to try")
+    typer.echo(f"all {len(found)} problems pass")
 
 
 @app.command()

@@ -21,16 +21,15 @@ class Fault:
 
 
 def check(task: Task, problems: Sequence[Problem]) -> Iterator[Fault | None]:
-    """A fault, or None, for each problem: its reference must be right, and another problem's answer wrong.
+    """A fault, or None, for each problem that has a reference: it must be right, and another problem's answer wrong.
 
-    A problem without a solution passes. The other answer is the next one in line that has another canonical form, so a
-    fault may be two forms of one value that neither shows.
+    The other answer is the next one in line that has another canonical form, so a fault may be two forms of one value
+    that neither shows.
     """
     solutions = [task.solution(p) for p in problems]
     forms = [None if s is None else task.canonical(s) for s in solutions]
     for n, (p, solution) in enumerate(zip(problems, solutions, strict=True)):
         if solution is None:
-            yield None
             continue
         verdict = task.verify(solution, p)
         if not verdict.correct:

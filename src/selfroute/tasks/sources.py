@@ -21,6 +21,8 @@ from selfroute.errors import TaskError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PARTS = ("train", "calibration", "test")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+FAULTS_SHOWN = 100
+"""Bad rows that an error names; of more it says how many."""
 PROBE_S = 10.0
 """A hub that says nothing for so many seconds is out of reach."""
 
@@ -287,5 +289,6 @@ def refuse(faults: Sequence[str]) -> None:
         TaskError: there is one.
     """
     if faults:
-        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise TaskError(f"{len(faults)} bad rows:\n  " + "\n  ".join(faults[:10]) + more)
+        more = f"\n  and {len(faults) - FAULTS_SHOWN:,} more" if len(faults) > FAULTS_SHOWN else ""
+        rows = "1 bad row" if len(faults) == 1 else f"{len(faults):,} bad rows"
+        raise TaskError(f"{rows}:\n  " + "\n  ".join(faults[:FAULTS_SHOWN]) + more)
