@@ -326,7 +326,8 @@ def ask(
     _echo(f"answer     {plain(reply.answer or '-')}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
     if reply.extracted not in ("", (reply.answer or "").strip()):
         _echo(f"read as    {plain(reply.extracted)}")
-    _echo(f"verdict    {'correct' if reply.correct else 'wrong'}: {plain(reply.reason)}")
+    verdict = "none" if not reply.judged else "correct" if reply.correct else "wrong"
+    _echo(f"verdict    {verdict}: {plain(reply.reason)}")
     _echo(f"cost       {reply.cost_usd:.5f} USD, {reply.device_tokens} device tokens, {reply.seconds:.2f} s")
 
 

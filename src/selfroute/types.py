@@ -46,13 +46,14 @@ class Verdict:
     `grade` is how good the answer is, in [0, 1], from a task that is graded; `correct` is then a grade of the task's
     `pass_score` or more. `extracted` is what the verifier took for the answer, such as what stands in the last box, an
     option's letter, or a program without the words around it; "" where it found none. Both texts are cut at
-    `VERDICT_CHARS`.
+    `VERDICT_CHARS`. An answer to a question that has no reference is not `judged`, and not correct either.
     """
 
     correct: bool
     reason: str
     grade: float | None = None
     extracted: str = field(default="", kw_only=True)
+    judged: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.grade is not None and not 0 <= self.grade <= 1:

@@ -29,6 +29,7 @@ class Reply:
     score: float | None
     answer: str | None
     extracted: str
+    judged: bool
     correct: bool
     reason: str
     cost_usd: float
@@ -79,6 +80,7 @@ class Pair:
             score=response.score,
             answer=read.answer,
             extracted=read.verdict.extracted,
+            judged=read.verdict.judged,
             correct=read.verdict.correct,
             reason=read.verdict.reason,
             cost_usd=cost,

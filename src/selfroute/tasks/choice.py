@@ -119,7 +119,7 @@ class MultipleChoice:
             return Verdict(False, f"unreadable: {picked}")
         letter = LETTERS[picked]
         if right is None:
-            return Verdict(False, "no reference answer is known", extracted=letter)
+            return Verdict(False, "no reference answer is known", extracted=letter, judged=False)
         # Some questions have an option twice.
         correct = options[picked] == options[right]
         return Verdict(correct, f"option {letter}" + ("" if correct else f", not {LETTERS[right]}"), extracted=letter)

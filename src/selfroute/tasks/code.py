@@ -133,7 +133,7 @@ class Code:
         """What is to be run; a verdict where nothing is."""
         reference, program = problem.reference, program_of(answer)
         if not reference:
-            return Verdict(False, "this problem has no cases to judge an answer by", extracted=program)
+            return Verdict(False, "no cases to judge an answer by are known", extracted=program, judged=False)
         if not program.strip():
             return Verdict(False, "no program")
         if len(program) > _LONGEST:

@@ -239,7 +239,10 @@ class Loader:
             return f"{self.name} holds test problems only{other if self.instead else ''}"
         place = self.config.path or self.config.data_dir or self.name
         what = f"{self.name}, {self.only}" if self.only else self.name
-        return f"{place} holds no {split} problem of {what}: give more, or train and test in files of their own"
+        return (
+            f"{place} holds no {split} problem of {what}: give more, or train and test in files of their own (what is "
+            "not divided is cut by a hash of each question, 80 % train, 8 % calibration, 12 % test)"
+        )
 
 
 def _without(

@@ -75,7 +75,7 @@ def judge(answer: str, references: Sequence[str], question: str = "") -> Verdict
         return Verdict(False, f"longer than {MAX_ANSWER_CHARS} characters")
     given = extract(answer)
     if not references:
-        return Verdict(False, "no reference answer is known", extracted=given)
+        return Verdict(False, "no reference answer is known", extracted=given, judged=False)
     if len(given) > MAX_FORMULA_CHARS:
         return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters", extracted=given)
     return replace(_judge(given, tuple(references), question), extracted=given)

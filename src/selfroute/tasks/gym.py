@@ -226,7 +226,7 @@ class Gym:
         reference, family = problem.reference, self.config.family
         text = "\n".join(line.rstrip() for line in answer.strip().split("\n"))
         if not reference:
-            return Verdict(False, "no reference answer is known", extracted=text)
+            return Verdict(False, "no reference answer is known", extracted=text, judged=False)
         if not text:
             return Verdict(False, "no answer")
         if len(text) > _LONGEST:

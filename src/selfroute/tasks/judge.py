@@ -179,7 +179,7 @@ class Judge:
             return pairwise(problem.question, answer, reference, max_chars=c.max_answer_chars)
         if c.mode == "rubric" and rubric:
             return by_rubric(problem.question, answer, rubric, reference, points=c.points, max_chars=c.max_answer_chars)
-        return Verdict(False, "nothing to judge it by is known", extracted=answer.strip())
+        return Verdict(False, "nothing to judge it by is known", extracted=answer.strip(), judged=False)
 
     async def _votes(self, ballots: Sequence[tuple[str, Ballot]]) -> list[list[int]]:
         """The points of each vote on each ballot. Every sample has a number of its own, so that a rerun draws none

@@ -140,7 +140,7 @@ def test_what_a_verifier_cannot_use_is_a_bad_row(
     path = write(tmp_path / "mine.jsonl", [{"q": "What?", **row}])
     with pytest.raises(TaskError) as raised:
         _ = task(path, verifier, QA | columns).data.splits
-    assert str(raised.value).startswith("1 bad rows:\n  mine.jsonl:1: ")
+    assert str(raised.value).startswith("1 bad row:\n  mine.jsonl:1: ")
     assert fault in str(raised.value)
 
 
@@ -206,7 +206,7 @@ def test_options_are_shown_by_letter_and_answered_by_letter_or_text(tmp_path: Pa
         one = task(write(tmp_path / "mine.jsonl", rows), "choice", QA | {"options": "o"}, answer_is=how)
         assert one.solution(*every(one)) == letter
     asked = one.read("Which is green?\nA. grass\nB. blood")
-    assert one.verify("A", asked) == Verdict(False, "no reference answer is known", extracted="A")
+    assert one.verify("A", asked) == Verdict(False, "no reference answer is known", extracted="A", judged=False)
 
 
 def test_programs_run_on_cases_and_on_asserts(tmp_path: Path, sandbox: object) -> None:
@@ -304,7 +304,7 @@ def test_a_function_of_the_current_directory_judges(own: Custom) -> None:
     assert own.verify("gold", problem).correct
     assert own.solution(problem) is None
     asked = own.read("Something else?")
-    assert own.verify("true", asked) == Verdict(False, "no reference answer is known", extracted="true")
+    assert own.verify("true", asked) == Verdict(False, "no reference answer is known", extracted="true", judged=False)
 
 
 @pytest.mark.parametrize(

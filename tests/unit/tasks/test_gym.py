@@ -361,7 +361,7 @@ def test_threads_and_batches_give_the_same_verdicts() -> None:
 
 def test_a_users_own_words_have_no_reference() -> None:
     problem = task().read("What is 2 + 2?")
-    assert task().verify("4", problem) == Verdict(False, "no reference answer is known", extracted="4")
+    assert task().verify("4", problem) == Verdict(False, "no reference answer is known", extracted="4", judged=False)
     assert task().solution(problem) is None
     assert task().variants(problem, 3) == []
     assert task().canonical(" 1\n 2 ") == "1 2"

@@ -150,7 +150,7 @@ def test_what_there_is_nothing_to_judge_by_costs_nothing(tmp_path: Path) -> None
     own = judge.read("  Explain why the sky is blue. ")
     assert own.question == "Explain why the sky is blue."
     said = judge.verify(" It scatters.\n", own)
-    assert said == Verdict(False, "nothing to judge it by is known", extracted="It scatters.")
+    assert said == Verdict(False, "nothing to judge it by is known", extracted="It scatters.", judged=False)
     assert seated(bench, tmp_path, mode="rubric").verify("It scatters.", own).grade is None
     assert not bench.asked
     by_rubric = seated(Bench(lambda request: "VERDICT: 5"), tmp_path, mode="rubric", rubric="Be brief.")
