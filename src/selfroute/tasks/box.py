@@ -34,6 +34,7 @@ for name, text in zip(sys.argv[1::2], sys.argv[2::2]):
 module.main()
 """
 _START_S = 60.0
+# How many times its limit a program may take by the clock, however busy the machine is.
 _PATIENCE = 10
 _STDERR_BYTES = 4096
 _SLACK_MB = 64
@@ -46,8 +47,8 @@ class Limits:
     cpu_s: float = 4.0
     """Processor seconds of the case's process."""
     wall_s: float = 20.0
-    """Seconds until everything is killed, for programs that wait: of their own time (`processes.OwnTime`), in which a
-    busy machine only keeps them from running no more counts than with the processor's."""
+    """Seconds of its own time (`processes.OwnTime`) until everything is killed, for programs that wait: those that a
+    busy machine lets it wait for its turn do not count."""
     memory_mb: int = 512
     """Address space of a process, and resident memory of all together, in MiB."""
     processes: int = 16
