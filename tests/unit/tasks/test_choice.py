@@ -186,10 +186,17 @@ def test_variants_keep_question_and_options() -> None:
     assert {q.id for q in islice(drawn, 12)} == {q.id for q in made.load("train")}
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("mmlu-qwen2.5-1.5b", "mmlu"), ("arc-qwen2.5-1.5b", "arc-challenge")])
-def test_the_configs_are_valid_and_say_how_to_run_them(name: str, dataset: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "task", "dataset"),
+    [
+        ("mmlu-qwen2.5-1.5b", "choice", "mmlu"),
+        ("arc-qwen2.5-1.5b", "choice", "arc-challenge"),
+        ("gsm8k-qwen2.5-1.5b", "maths", "gsm8k"),
+    ],
+)
+def test_the_configs_are_valid_and_say_how_to_run_them(name: str, task: str, dataset: str) -> None:
     config = load_train_config(name)
-    assert (config.task.name, config.task.settings["dataset"]) == ("choice", dataset)
+    assert (config.task.name, config.task.settings["dataset"]) == (task, dataset)
     assert (config.cloud.settings["model"], config.budget) == ("deepseek-reasoner", 0.3)
     text = " ".join((resources.files("selfroute") / f"configs/{name}.toml").read_text().split())
     for part in (f"selfroute train {name}", "80 GB GPU", "USD in training", "docs/scale.md", "Not run", "our choice"):
