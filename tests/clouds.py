@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from selfroute.cloud.oracle import Oracle, OracleConfig
-from selfroute.errors import CloudError
+from selfroute.config import Choice
+from selfroute.errors import CloudError, TaskError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
-from selfroute.types import CloudAnswer, CloudRequest
+from selfroute.tasks import Task, make_task
+from selfroute.types import CloudAnswer, CloudRequest, Problem, Split
 
 
 class FlakyConfig(OracleConfig):
@@ -45,6 +47,14 @@ class CutOracle(Oracle):
         return replace(answer, text=answer.text.removesuffix(ANSWER_CLOSE), finished=False)
 
 
+class AnyQuestion(Oracle):
+    """An oracle that has something to say to any question."""
+
+    @staticmethod
+    def check_question(question: str) -> None:
+        """Any will do."""
+
+
 class ProgramConfig(OracleConfig):
     """A cloud that gives one program to every question."""
 
@@ -52,7 +62,7 @@ class ProgramConfig(OracleConfig):
     """The program."""
 
 
-class ProgramCloud(Oracle):
+class ProgramCloud(AnyQuestion):
     """Answers every question with the same program."""
 
     Config = ProgramConfig
@@ -72,7 +82,7 @@ class JudgeConfig(OracleConfig):
     """What it says."""
 
 
-class SameJudge(Oracle):
+class SameJudge(AnyQuestion):
     """Replies to every question with the same text."""
 
     Config = JudgeConfig
@@ -92,7 +102,7 @@ class LetterConfig(OracleConfig):
     """The letter."""
 
 
-class LetterCloud(Oracle):
+class LetterCloud(AnyQuestion):
     """Picks the same option of every question."""
 
     Config = LetterConfig
@@ -103,3 +113,35 @@ class LetterCloud(Oracle):
 
     def _text(self, question: str) -> str:
         return f"{ANSWER_OPEN}({self.letter}){ANSWER_CLOSE}"
+
+
+class SolvingConfig(OracleConfig):
+    """A cloud that knows the reference answers of some tasks."""
+
+    tasks: list[Choice]
+    """The tasks."""
+
+
+class SolvingCloud(AnyQuestion):
+    """Gives the reference answer to every question of its tasks."""
+
+    Config = SolvingConfig
+
+    def __init__(self, config: SolvingConfig) -> None:
+        super().__init__(config)
+        tasks = [make_task(choice) for choice in config.tasks]
+        self.known = {p.question: task.solution(p) for task in tasks for found in splits(task).values() for p in found}
+
+    def _text(self, question: str) -> str:
+        return f"{ANSWER_OPEN}{self.known[question]}{ANSWER_CLOSE}"
+
+
+def splits(task: Task) -> dict[Split, list[Problem]]:
+    """The problems of the splits that a task has."""
+    found: dict[Split, list[Problem]] = {}
+    for split in ("train", "calibration", "test"):
+        try:
+            found[split] = task.load(split)
+        except TaskError:
+            continue
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +15,13 @@ from urllib.parse import unquote, urlsplit
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
+def _commit(parts: list[str]) -> str:
+    """The commit that a path such as revision/COMMIT is of; of a branch `SHA` is the newest."""
+    return parts[1] if len(parts) > 1 and re.fullmatch("[0-9a-f]{40}", parts[1]) else SHA
+
+
 class FolderHub:
-    """Serves `root/OWNER/NAME/...` as data sets; `asked` has every path that was asked for."""
+    """Serves `root/OWNER/NAME/...` as data sets, the same at every commit; `asked` has all paths asked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,7 +68,7 @@ class FolderHub:
             if rest[0] != "resolve" or not file.is_file():
                 return self._send(request, 404, b"{}", head, {"X-Error-Code": "EntryNotFound"})
             data = file.read_bytes()
-            named = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA}
+            named = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": _commit(rest)}
             return self._send(request, 200, data, head, named)
         files = sorted(p for p in repository.rglob("*") if p.is_file())
         listed = [
@@ -84,7 +90,7 @@ class FolderHub:
             return self._send(request, 200, json.dumps(found).encode(), head)
         info = {
             "id": "/".join(parts[:2]),
-            "sha": SHA,
+            "sha": _commit(rest),
             "private": False,
             "tags": [],
             "downloads": 0,

@@ -8,7 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from selfroute.tasks.box import Limits, Ran, family
+from selfroute.tasks.box import Limits, Ran
+from selfroute.tasks.processes import family
 from selfroute.tasks.sandbox import Job, Sandbox
 
 LIMITS = Limits(cpu_s=1, wall_s=30, memory_mb=128, processes=8, output_kb=64)

@@ -226,11 +226,13 @@ def evaluate(
     sampling = config.evaluation if budget is None else turned(config.evaluation, run, budget, best=best)
     # Read once: a training run may save another one meanwhile.
     checkpoint = None if untrained else checkpoint_name(run, best=best)
+    from selfroute.cloud import check_questions
     from selfroute.cloud.memory import open_judge
     from selfroute.evaluate import run as evaluation
     from selfroute.tasks.provenance import task_of
 
     task = task_of(run, config.task, "test")
+    check_questions(config.cloud, task.load("test"))
     with ExitStack() as held:
         if engine is None:
             device: Engine = _engine(run, config, checkpoint)

@@ -18,7 +18,7 @@ from selfroute.key_commands import app as keys_app
 from selfroute.records import best_checkpoint, checkpoints, results
 from selfroute.serve_command import serve
 from selfroute.task_commands import app as tasks_app
-from selfroute.terminal import Printer, show_comparison, show_run, show_sequence, stopping
+from selfroute.terminal import Printer, plain, show_comparison, show_run, show_sequence, stopping
 
 if TYPE_CHECKING:
     from selfroute.sequence import SequenceConfig
@@ -319,18 +319,16 @@ def ask(
     with api.load(run, budget=budget, best=best) as pair:
         reply = pair.answer(question, seed=seed)
     _echo(f"question   {reply.question}\n")
-    _echo("\n".join(f"  device | {_plain(line)}" for line in reply.reasoning.splitlines()))
+    _echo("\n".join(f"  device | {plain(line)}" for line in reply.reasoning.splitlines()))
     score = "" if reply.score is None else f" (l = {reply.score:+.2f})"
     decision = {"device": "answers itself", "cloud": "asks the cloud", "undecided": "reaches no decision"}[reply.route]
     _echo(f"\ndecision   the device {decision}{score}")
-    _echo(f"answer     {_plain(reply.answer or '-')}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
-    _echo(f"verdict    {'correct' if reply.correct else 'wrong'}: {reply.reason}")
+    _echo(f"answer     {plain(reply.answer or '-')}   from the {'cloud' if reply.route == 'cloud' else 'device'}")
+    if reply.extracted not in ("", (reply.answer or "").strip()):
+        _echo(f"read as    {plain(reply.extracted)}")
+    verdict = "none" if not reply.judged else "correct" if reply.correct else "wrong"
+    _echo(f"verdict    {verdict}: {plain(reply.reason)}")
     _echo(f"cost       {reply.cost_usd:.5f} USD, {reply.device_tokens} device tokens, {reply.seconds:.2f} s")
-
-
-def _plain(text: str) -> str:
-    """Text of a model, without the control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 @app.command()

@@ -98,7 +98,7 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
     except ValidationError as error:
         lines = []
         for fault in error.errors():
-            key = ".".join(map(str, fault["loc"])) or "(whole)"
+            key = ".".join(map(str, fault["loc"]))
             if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
                 near = get_close_matches(key, kind.model_fields, n=1)
                 fault["msg"] += (
@@ -106,8 +106,9 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
                 )
             # Where a key for an API was written down by mistake, it is not repeated.
             secret = "key" in key.lower()
-            got = "" if secret or fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
-            lines.append(f"  {under}{key}: {fault['msg']}{got}")
+            got = "" if secret or not key or fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"  {under}{key}: {message}{got}" if key else f"  {message}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
 
 

@@ -180,7 +180,7 @@ def open_run(
                 f"{path} was made with other settings ({', '.join(changed)}): "
                 "resume with the same config, or give another --out"
             )
-        check_problems(path, data or {}, "give another --out")
+        check_problems(path, known.get("data", {}), data or {}, "give another --out")
         # A run that was evaluated first, or that an earlier version made, does not know its problems yet.
         now_known = {**known, "config": config, "data": known.get("data") or dict(data or {})}
         if known != now_known:
@@ -198,21 +198,20 @@ def known_data(run: Path) -> dict[str, Any]:
     return dict(known.get("data", {})) if isinstance(known, dict) else {}
 
 
-def check_problems(run: Path, data: Mapping[str, Any], otherwise: str) -> None:
-    """Stop where a run was made with other problems than those that `data` tells of.
+def check_problems(folder: Path, known: Mapping[str, Any], data: Mapping[str, Any], otherwise: str) -> None:
+    """Stop where what is in a folder was made with other problems, those that `known` tells of, than those of `data`.
 
     A split that either does not tell of passes. `otherwise` is what to do if the problems are to stay as they are now.
 
     Raises:
         RunError: the problems of a split have changed.
     """
-    known = known_data(run)
     for split in ("train", "calibration", "test"):
         then, now = known.get(split), data.get(split)
         if then and now and then["sha256"] != now["sha256"]:
             sources = [s.get("file") or f"{s.get('hub')} at {s.get('commit')}" for s in known.get("sources", [])]
             raise RunError(
-                f"{run} was made with other {split} problems ({then['problems']:,}, now {now['problems']:,}) from "
+                f"{folder} was made with other {split} problems ({then['problems']:,}, now {now['problems']:,}) from "
                 f"{', '.join(sources) or 'its task'}: bring them back, or {otherwise}"
             )
 

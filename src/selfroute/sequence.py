@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from selfroute import api
+from selfroute.cloud import check_questions
 from selfroute.config import Choice, Config, override, read, validate
 from selfroute.errors import ConfigError, DataWarning, RunError
 from selfroute.evaluate.benchmark import within
@@ -124,7 +125,8 @@ def train(
 
     Raises:
         ConfigError: several processes.
-        TaskError: the problems of some stage cannot be had, which is found out before the first one begins.
+        TaskError, CloudError: the problems of some stage cannot be had, or the cloud has no answers to them, which is
+            found out before the first one begins.
         RunError: `out` holds stages of other settings, or some at all and `resume` is off.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -132,7 +134,7 @@ def train(
             "a sequence is trained in one process: start its stages one by one, each from the last's model"
         )
     runs = stages(config, out)
-    _warn_of_overlap(runs)
+    _check_problems(runs)
     with lock_run(out):
         for number, (name, run) in enumerate(runs.items(), 1):
             folder = out / name
@@ -145,11 +147,19 @@ def train(
     return result
 
 
-def _warn_of_overlap(runs: Stages) -> None:
-    """Load every stage's problems, and warn of test problems that another stage trains on."""
-    tasks = {name: make_task(run.task) for name, run in runs.items()}
-    trained = {name: {p.id for p in task.load("train")} for name, task in tasks.items()}
-    tested = {name: {p.id for p in task.load("test")} for name, task in tasks.items()}
+def _check_problems(runs: Stages) -> None:
+    """Load every stage's problems: the cloud must know them, and test problems that another stage trains on are told.
+
+    Raises:
+        TaskError: some cannot be had.
+        CloudError: the cloud is one that has no answers to some.
+    """
+    trained, tested = {}, {}
+    for name, run in runs.items():
+        task = make_task(run.task)
+        train, test = task.load("train"), task.load("test")
+        check_questions(run.cloud, [*train, *test])
+        trained[name], tested[name] = {p.id for p in train}, {p.id for p in test}
     for one, other in permutations(runs, 2):
         both = len(trained[one] & tested[other])
         if both:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selfroute.errors import TaskError
+from selfroute.terminal import plain
 
 if TYPE_CHECKING:
     from selfroute.tasks import Task
@@ -99,10 +100,12 @@ def check(
         return
     problems = task.load(_split(split))
     with open_judge(task, out / "judge.sqlite", phase="check"):
-        faults = [fault for fault in faults_of(task, problems) if fault]
+        found = list(faults_of(task, problems))
+    faults = [fault for fault in found if fault]
     for fault in faults:
         what = "its own reference answer is refused" if fault.expected else "another problem's answer is accepted"
-        typer.echo(f"{fault.problem}: {what}: {fault.answer!r} ({fault.reason})")
+        read = "" if fault.extracted in ("", fault.answer.strip()) else f", read as {fault.extracted!r}"
+        typer.echo(f"{fault.problem}: {what}: {fault.answer!r}{read} ({plain(fault.reason)})")
     data = getattr(task, "data", None)
     pairs = data.near if isinstance(data, Loader) else []
     if pairs:
@@ -111,8 +114,14 @@ def check(
         typer.echo(_indented("training", f"{training.id}: {training.question[:300]}"))
         typer.echo(_indented("test", f"{test.id}: {test.question[:300]}") + "\n")
     if faults:
-        raise TaskError(f"{len(faults)} of {len(problems)} problems fail")
-    typer.echo(f"all {len(problems)} problems pass")
+        raise TaskError(f"{len(faults)} of {len(found)} problems fail")
+    if not found:
+        raise TaskError(
+            f"none of the {len(problems)} problems has an answer to try: give them one (task.columns.answer)"
+        )
+    if len(found) < len(problems):
+        typer.echo(f"{len(problems) - len(found)} of {len(problems)} problems have no answer to try")
+    typer.echo(f"all {len(found)} problems pass")
 
 
 @app.command()
@@ -157,7 +166,7 @@ def _agreement(task: Judge, out: Path) -> None:
     passes = task.pass_score
     for one, verdict in zip(labelled, found, strict=True):
         if verdict.correct != (one.label >= passes):
-            typer.echo(f"{one.problem.id}: label {one.label:g}, {verdict.reason}: {one.answer[:100]!r}")
+            typer.echo(f"{one.problem.id}: label {one.label:g}, {plain(verdict.reason)}: {one.answer[:100]!r}")
     how = agreement([v.score for v in found], [one.label for one in labelled], passes)
     kappa, rank = ("n/a" if math.isnan(value) else f"{value:.2f}" for value in (how.kappa, how.rank))
     typer.echo(
@@ -190,5 +199,5 @@ def _split(name: str) -> Split:
 
 
 def _indented(label: str, text: str) -> str:
-    first, *rest = text.splitlines() or [""]
+    first, *rest = map(plain, text.splitlines() or [""])
     return "\n".join([f"  {label:9} {first}", *(f"  {'':9} {line}".rstrip() for line in rest)])

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from selfroute.train.progress import StepRecord
 
 
+def plain(text: str) -> str:
+    """One line of text that others wrote, without the control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text.expandtabs(4))
+
+
 class Printer:
     """Progress for people: a rewritten line on a terminal, a line at the start and the end elsewhere."""
 

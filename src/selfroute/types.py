@@ -35,21 +35,33 @@ class About:
     licence: str
 
 
+VERDICT_CHARS = 500
+"""What a verdict keeps of an extracted answer, and of a reason: either may quote a megabyte."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier says of one answer; `reason` is for people and is never parsed.
 
     `grade` is how good the answer is, in [0, 1], from a task that is graded; `correct` is then a grade of the task's
-    `pass_score` or more.
+    `pass_score` or more. `extracted` is what the verifier took for the answer, such as what stands in the last box, an
+    option's letter, or a program without the words around it; "" where it found none. Both texts are cut at
+    `VERDICT_CHARS`. An answer to a question that has no reference is not `judged`, and not correct either.
     """
 
     correct: bool
     reason: str
     grade: float | None = None
+    extracted: str = field(default="", kw_only=True)
+    judged: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.grade is not None and not 0 <= self.grade <= 1:
             raise ValueError(f"a grade is between 0 and 1, not {self.grade}")
+        for name in ("reason", "extracted"):
+            text = getattr(self, name)
+            if len(text) > VERDICT_CHARS:
+                object.__setattr__(self, name, text[: VERDICT_CHARS - 1] + "…")
 
     @property
     def score(self) -> float:
@@ -165,7 +177,9 @@ class CloudChunk:
 class CloudClient(Protocol):
     """A provider of the cloud LLM.
 
-    Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work.
+    Failures are raised as `errors.CloudError`; a caller that stops listening cancels the work. A class that can answer
+    some questions alone may have a static `check_question(question)`, which raises for any other and is called before
+    anything is spent.
     """
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,9 @@ from selfroute.errors import TaskError
 from selfroute.evaluate.run import read_outcomes
 from selfroute.tasks.starter import write_starter
 from tests.commands import selfroute
+from tests.programs import taco, write_rows
+
+ADD = "print(sum(map(int, input().split())))"
 
 
 @pytest.mark.slow
@@ -34,6 +39,18 @@ def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, m
     assert len(outcomes) == 6
     # The starter's own words.
     assert all(outcome.cloud_reason.startswith("it is ") for outcome in outcomes)
+
+
+def test_what_was_not_checked_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"q": f"Name the number {n}.", "p": f"{n}"} for n in range(60)]))
+    check = ("tasks", "check", "custom", f"path={file}", "verifier=regex", "columns.question=q", "columns.pattern=p")
+    with pytest.raises(TaskError, match=r"none of the \d+ problems has an answer to try: give them one"):
+        selfroute(*check)
+    rows = [taco(f"Add ({n}).", ["1 2\n"], ["3\n"], solutions=[ADD] if n % 2 else []) for n in range(60)]
+    said = selfroute("tasks", "check", "code", f"path={write_rows(tmp_path / 'rows.jsonl', rows)}").splitlines()
+    assert re.fullmatch(r"\d+ of \d+ problems have no answer to try", said[0])
+    assert re.fullmatch(r"all \d+ problems pass", said[1])
 
 
 def test_a_new_task_goes_into_a_folder_and_over_no_file(tmp_path: Path) -> None:

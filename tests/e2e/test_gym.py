@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from selfroute import api
-from selfroute.cloud.oracle import Oracle
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
+from tests.clouds import AnyQuestion
 from tests.commands import selfroute
 
 pytest.importorskip("reasoning_gym", reason="needs the extra: pip install '.[gym]'")
 SMALL = ["task.name=gym", "task.family=chain_sum", "task.train=30", "task.calibration=8", "task.test=10"]
 
 
-class Adder(Oracle):
+class Adder(AnyQuestion):
     """Solves chains of sums."""
 
     def _text(self, question: str) -> str:

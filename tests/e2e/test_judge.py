@@ -118,6 +118,17 @@ def test_a_run_is_judged_over_http_and_each_vote_is_paid_once(tmp_path: Path) ->
     assert "The judge" in page
 
 
+def test_what_the_cloud_cannot_answer_is_found_out_before_a_vote_is_paid(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"Why is the sky {n}?"} for n in range(80)])
+    bench = Bench()
+    with Server(otherwise=bench) as server:
+        config = api.load_train_config("countdown-tiny", [*settings(server, path), "device.model=no/such-model"])
+        with pytest.raises(CloudError, match=r"not 'Why is the sky \d+\?': name a real one in \[cloud\]"):
+            api.train(config, tmp_path / "run")
+    assert bench.calls == 0
+    assert not (tmp_path / "run/run.json").exists()
+
+
 def test_a_judge_is_checked_against_labels(tmp_path: Path) -> None:
     rows = []
     for n, p in enumerate(PROBLEMS[:12]):

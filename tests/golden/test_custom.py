@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,27 @@ def test_verdicts(tmp_path: Path, verifier: str, settings: Any, gold: Any, answe
     assert verdict.correct is right, verdict.reason
     assert len(verdict.reason) < 300
     assert verdict.grade is None
+
+
+def test_eight_threads_give_the_same_verdicts_as_one(tmp_path: Path) -> None:
+    cases: list[tuple[Custom, str, Problem, bool]] = []
+    for verifier, table in (
+        ("exact", EXACT),
+        ("number", NUMBER),
+        ("regex", REGEX),
+        ("maths", MATHS),
+        ("choice", CHOICE),
+    ):
+        for settings, gold, answer, right in table:
+            folder = tmp_path / str(len(cases))
+            folder.mkdir()
+            row = {"q": "What is it?", "a": gold, "o": OPTIONS}
+            task, problem = only_problem(folder, verifier, row, **settings)
+            cases.append((task, answer, problem, right))
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda case: case[0].verify(case[1], case[2]), cases * 3))
+    assert [verdict.correct for verdict in found] == [right for *_, right in cases] * 3
+    assert found[: len(cases)] == found[len(cases) : 2 * len(cases)] == found[2 * len(cases) :]
 
 
 def test_the_question_decides_about_percent(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_any_of_several_golds_will_do() -> None:
     assert judge("2", ["1", "2"]).correct
     assert judge("3", ["1", "2"]).reason == "the number 3, not 1; the number 3, not 2"
     assert judge("3", []).reason == "no reference answer is known"
+    assert [judge("3", golds).judged for golds in ([], ["3"], ["4"])] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,17 @@ TABLE: list[tuple[str, str, bool, str]] = [
     ("sum", "x = bytearray(10 ** 9)", False, "case 1: memory limit of 128 MiB"),
     ("squares", "def squares(xs):\n    return (0,) * 10 ** 9", False, "test 1: MemoryError"),
     ("sum", "while True: print('x' * 1000)", False, "case 1: output limit of 4096 KiB"),
+    # Harm; test_sandbox.py looks at what is outside after each kind.
+    ("sum", "print(open('/etc/passwd').read())", False, "case 1: runtime error: FileNotFoundError"),
+    ("sum", "open('/usr/lib/x', 'w').write('x')", False, "case 1: runtime error: OSError: [Errno 30] Read-only file system"),
+    ("sum", "import socket\nsocket.create_connection(('127.0.0.1', 80))", False, "case 1: runtime error: PermissionError"),
+    ("sum", "import os\nwhile True: os.fork()", False, "case 1: runtime error: BlockingIOError"),
+    ("sum", f"import os\nos.kill(os.getppid(), 9)\n{ADD}", False, "case 1: runtime error: "),
+    ("sum", f"import os\nos.kill(-1, 9)\n{ADD}", False, "case 1: runtime error: "),
+    ("sum", f"{ADD}\nimport os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(100)", True, "passes all 3 cases"),
+    ("sum", f"{ADD}\nimport subprocess\nsubprocess.Popen(['sleep', '100'], start_new_session=True)", True, "passes all 3 cases"),
+    ("sum", "x = '" + "x" * 10**6 + "'\n" + ADD, True, "passes all 3 cases"),
+    ("sum", "x = '" + "x" * (1 << 20) + "'\n" + ADD, False, "a program of more than 1 MiB"),
     # Cheats.
     ("sum", "import os\nos._exit(0)", False, "case 1: wrong output: got ''"),
     ("sum", "import sys\nsys.stdout.close()", False, "case 1: wrong output"),
@@ -175,6 +186,23 @@ def test_verdicts(task: Code, known: dict[str, Problem], name: str, answer: str,
 def test_the_table_is_as_large_as_it_should_be() -> None:
     assert len(TABLE) >= 60
     assert len({(name, answer) for name, answer, _, _ in TABLE}) == len(TABLE)
+
+
+@pytest.mark.slow
+def test_200_cases_at_a_time_have_no_wrong_verdict(task: Code, known: dict[str, Problem]) -> None:
+    """Sixteen times as many at a time as two cores take: most of them wait for their turn."""
+    rows = [
+        row for row in TABLE if row[0] in ("sum", "add", "quick") and "memory" not in row[3] and "output" not in row[3]
+    ]
+    rows = (rows * 3)[:200]
+    with ThreadPoolExecutor(32) as threads:
+        found = list(threads.map(lambda row: task.verify(row[1], known[row[0]]), rows))
+    wrong = [
+        (row[1], v.reason)
+        for row, v in zip(rows, found, strict=True)
+        if (v.correct, row[3] in v.reason) != (row[2], True)
+    ]
+    assert not wrong
 
 
 def test_eight_threads_and_a_batch_give_the_same_verdicts_as_one(task: Code, known: dict[str, Problem]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from selfroute import sequence
 from selfroute.config import validate
-from selfroute.errors import ConfigError, DataWarning, RunError
+from selfroute.errors import CloudError, ConfigError, DataWarning, RunError
 from selfroute.evaluate.run import Outcome, write_outcomes
 from selfroute.records import read_json, write_json
 from selfroute.sequence import SequenceConfig, Stage, stages, summarise
@@ -93,8 +93,17 @@ def test_test_problems_that_another_stage_trains_on_are_told() -> None:
     leaky = {**ADDITION, "name": "tests.unit.test_sequence:Leaky"}
     runs = stages(config({"task": ADDITION, "name": "a"}, {"task": leaky, "name": "b"}), Path("out"))
     with pytest.warns(DataWarning, match=r"^1-a trains on 20 of the 20 test problems of 2-b$") as told:
-        sequence._warn_of_overlap(runs)
+        sequence._check_problems(runs)
     assert len(told) == 1
+
+
+def test_a_stage_whose_questions_the_cloud_cannot_answer_is_found_out_before_the_first_begins(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"q": "Where is {n}?", "a": "there"}}\n' for n in range(60)))
+    mine = {"name": "custom", "path": str(tmp_path / "mine.jsonl"), "verifier": "exact"}
+    mine |= {"columns": {"question": "q", "answer": "a"}}
+    with pytest.raises(CloudError, match=r"Countdown and addition questions only, not 'Where is .*: name a real one"):
+        sequence.train(config({"task": ADDITION}, {"task": mine}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class Leaky(Addition):

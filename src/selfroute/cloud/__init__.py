@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from selfroute.config import Choice, build, chosen, resolve
 from selfroute.tasks import TASKS
-from selfroute.types import CloudClient
+from selfroute.types import CloudClient, Problem
 
 CLOUDS = {"oracle": "selfroute.cloud.oracle:Oracle", "openai": "selfroute.cloud.client:OpenAICloud"}
 
@@ -18,6 +19,18 @@ def make_cloud(choice: Choice) -> CloudClient:
     """The cloud that a config names."""
     client: CloudClient = build(choice, CLOUDS)
     return client
+
+
+def check_questions(choice: Choice, problems: Sequence[Problem]) -> None:
+    """Stop, before anything is spent, where a cloud that has answers to some questions alone has none to one of these.
+
+    Raises:
+        CloudError: naming the question, and the way out.
+    """
+    check = getattr(chosen(choice, CLOUDS), "check_question", None)
+    if check is not None:
+        for problem in problems:
+            check(problem.question)
 
 
 def whole_task(choice: Choice) -> Choice:

@@ -17,7 +17,7 @@ from selfroute.config import Config
 from selfroute.errors import CloudError
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, SYSTEM, text_of
 from selfroute.tasks import addition, countdown
-from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
+from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest, Solved
 
 
 class OracleConfig(Config):
@@ -77,6 +77,11 @@ class Oracle:
         usd = self.worst_usd(request)
         return CloudAnswer(text, "", True, _prompt_tokens(request), c.completion_tokens, usd, c.latency_s)
 
+    @staticmethod
+    def check_question(question: str) -> None:
+        """Raises CloudError: it cannot answer this one."""
+        _solve(question)
+
     def worst_usd(self, request: CloudRequest) -> float:
         """What every answer costs."""
         c = self.config
@@ -98,15 +103,20 @@ class Oracle:
         """Nothing is held open."""
 
     def _text(self, question: str) -> str:
-        solved = next((found for answer in SOLVERS if (found := answer(question))), None)
-        if solved is None:
-            raise CloudError(
-                f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}: name a real "
-                "one, such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
-            )
+        solved = _solve(question)
         digest = hashlib.sha256(f"{self.config.seed}/{solved.key}".encode()).digest()
         right = int.from_bytes(digest[:8], "big") / 2**64 < self.config.accuracy
         return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"
+
+
+def _solve(question: str) -> Solved:
+    solved = next((found for answer in SOLVERS if (found := answer(question))), None)
+    if solved is None:
+        raise CloudError(
+            f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}: name a real one "
+            "in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
+        )
+    return solved
 
 
 def _prompt_tokens(request: CloudRequest) -> int:

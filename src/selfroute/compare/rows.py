@@ -170,6 +170,22 @@ def read_row(testbed: Path, method: str, seed: int) -> Row:
     return Row(method, seed, info, records, tuple(read_gzip(metrics)) if metrics.is_file() else ())
 
 
+def check_names(testbed: Path, problems: Sequence[str]) -> None:
+    """Stop where a row of an earlier version, which kept no hash of its problems, is of others than the test problems
+    of these names.
+
+    Raises:
+        RunError: naming the row.
+    """
+    for method in methods_of(testbed):
+        records = read_row(testbed, method, seeds_of(testbed, method)[0]).records
+        if [r.problem for r in records] != list(problems):
+            raise RunError(
+                f"the row {method} in {testbed} is of other test problems ({len(records):,}, now {len(problems):,}): "
+                "bring them back, or give another --out"
+            )
+
+
 def seeds_of(testbed: Path, method: str) -> list[int]:
     """The seeds of a method's finished rows."""
     files = (testbed / "rows" / method).glob("seed-*.json")

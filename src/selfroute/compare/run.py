@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from selfroute.cloud import free_settings, make_cloud
+from selfroute.cloud import check_questions, free_settings, make_cloud
 from selfroute.cloud.memory import Cloud, open_judge
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
 from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
 from selfroute.compare.place import Place
 from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
-from selfroute.compare.rows import VERSION, Record, methods_of, ordering, read_row, row_info, write_row
+from selfroute.compare.rows import VERSION, Record, check_names, methods_of, ordering, read_row, row_info, write_row
 from selfroute.device.base import DeviceConfig
 from selfroute.device.hf import HFEngine
 from selfroute.device.load import model_path
@@ -31,8 +31,9 @@ from selfroute.evaluate.run import Outcome, calibration_responses, evaluate, jud
 from selfroute.evaluate.summary import training
 from selfroute.evaluate.validation import validation
 from selfroute.protocol import cloud_request
-from selfroute.records import checkpoints, lock_run, read_json, read_records, without, write_json
+from selfroute.records import check_problems, checkpoints, lock_run, read_json, read_records, without, write_json
 from selfroute.tasks import Task, make_task
+from selfroute.tasks.provenance import pinned, provenance
 from selfroute.train.config import TrainConfig, as_now
 from selfroute.train.loop import train
 from selfroute.train.progress import flat
@@ -77,35 +78,42 @@ class Matrix:
 
     def __init__(self, config: CompareConfig, testbed: Path, progress: Progress) -> None:
         self.config, self.testbed, self._progress = config, testbed, progress
-        self.task: Task = make_task(config.train.task)
+        file = testbed / "testbed.json"
+        before: dict[str, Any] = read_json(file) if file.is_file() else {}
+        self.task: Task = make_task(pinned(config.train.task, before.get("data", {})))
         self._check_early()
-        self._check_settings()
+        self._check_settings(before)
         # Since the last row was written, or the start: what a row took, the search for its learning rate too.
         self._begun = time.perf_counter()
 
     def _check_early(self) -> None:
         """What would fail only after hours of training fails now."""
         threshold_for([0.0] * len(self.task.load("calibration")), self.config.train.budget)
+        check_questions(self.config.train.cloud, [*self.task.load("train"), *self.task.load("test")])
         if self.config.encoder:
             make_router("router_encoder", HFEngine.load(self.config.train.device), self.task, self.config, 0)
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, before: Mapping[str, Any]) -> None:
         """What every row shares must be what the rows that are there were made with."""
         shared = self.config.model_dump(mode="json", exclude={"methods", "seeds", "ablations", "swap_clouds"})
         shared |= {"rows_version": VERSION, "device_sha256": _weights(self.config.train.device)}
-        file = self.testbed / "testbed.json"
-        before = read_json(file) if file.is_file() else shared
-        if methods_of(self.testbed) or (self.testbed / "search").exists():
+        data = provenance(self.task, "train", "calibration", "test")
+        # Trainings read at the hub what the comparison was begun with, whatever comes later.
+        self._data = before.get("data") or data
+        if before and (methods_of(self.testbed) or (self.testbed / "search").exists()):
             free = [f"train.{key}" for key in free_settings(self.config.train.cloud, self.config.train.task)]
             known = {**before, "train": as_now(before["train"])}
-            old, new = flat(without(known, free)), flat(without(shared, free))
+            old, new = flat(without(known, ["data", *free])), flat(without(shared, free))
             changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             if changed:
                 raise RunError(
                     f"the rows in {self.testbed} were made with other settings ({', '.join(changed)}): give another "
                     "--out, or remove it"
                 )
-        write_json(file, shared)
+            check_problems(self.testbed, self._data, data, "give another --out")
+            if "data" not in before:
+                check_names(self.testbed, [p.id for p in self.task.load("test")])
+        write_json(self.testbed / "testbed.json", {**shared, "data": self._data})
 
     def progress(self, method: str, seed: int) -> Progress:
         """Progress of a row."""
@@ -247,6 +255,7 @@ class Matrix:
 
     def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
         run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
+        config = config.model_copy(update={"task": pinned(config.task, self._data)})
         train(config, run, resume=True, report=lambda step: progress("training", step.step, config.steps))
         return run
 

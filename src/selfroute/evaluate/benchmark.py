@@ -53,9 +53,10 @@ def within(run: Path, name: str, config: TrainConfig) -> tuple[Path, Task]:
         RunError: they have changed since the folder was made.
     """
     folder = run / "benchmarks" / name
-    task = make_task(pinned(config.task, known_data(folder)))
+    known = known_data(folder)
+    task = make_task(pinned(config.task, known))
     data = provenance(task, "test")
-    check_problems(folder, data, f"delete {folder}")
+    check_problems(folder, known, data, f"delete {folder}")
     for shared in SHARED:
         link = folder / shared
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ class Reply:
     route: Route
     score: float | None
     answer: str | None
+    extracted: str
+    judged: bool
     correct: bool
     reason: str
     cost_usd: float
@@ -77,6 +79,8 @@ class Pair:
             route=route_of(decision),
             score=response.score,
             answer=read.answer,
+            extracted=read.verdict.extracted,
+            judged=read.verdict.judged,
             correct=read.verdict.correct,
             reason=read.verdict.reason,
             cost_usd=cost,

@@ -72,7 +72,8 @@ class Outcome:
 
     `device_*` is the local answer (of an asked problem: what it would have been), `cloud_*` the cloud's, whether it was
     asked or not. `device_solve_share` is the share of extra samples, help forbidden, that solved an asked problem (None
-    where the device answered). A `*_grade` is the verdict's, None where the task is not graded or there is no answer.
+    where the device answered). A `*_grade` is the verdict's, None where the task is not graded or there is no answer;
+    `*_extracted` is what the verifier took for the answer.
     """
 
     problem: str
@@ -94,6 +95,8 @@ class Outcome:
     cloud_latency_s: float
     device_grade: float | None = None
     cloud_grade: float | None = None
+    device_extracted: str = ""
+    cloud_extracted: str = ""
 
     @property
     def cost_usd(self) -> float:
@@ -158,6 +161,8 @@ def evaluate(
                 cloud_latency_s=answer.latency_s,
                 device_grade=device.verdict.grade,
                 cloud_grade=given.verdict.grade,
+                device_extracted=device.verdict.extracted,
+                cloud_extracted=given.verdict.extracted,
             )
         )
     return outcomes

@@ -84,7 +84,8 @@ class Addition:
         text, total = answer.strip(), str(problem.reference["sum"])
         if not re.fullmatch(r"[0-9]{1,30}", text):
             return Verdict(False, "not a whole number")
-        return Verdict(text == total, f"is {text}" + ("" if text == total else f", not {total}"))
+        reason = f"is {text}" + ("" if text == total else f", not {total}")
+        return Verdict(text == total, reason, extracted=text)
 
     def solution(self, problem: Problem) -> str:
         """The sum."""

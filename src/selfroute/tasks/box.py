@@ -19,11 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from selfroute.errors import TaskError
 from selfroute.tasks.isolation import bubblewrap, filter_pipe, python, shut_in, unprivileged
+from selfroute.tasks.processes import TICK_S, OwnTime, family, resident_mb
 
 # Makes modules of the names and texts on its command line, since the sandbox sees no file of this package.
 _BOOT = """
@@ -34,7 +34,8 @@ for name, text in zip(sys.argv[1::2], sys.argv[2::2]):
 module.main()
 """
 _START_S = 60.0
-_TICK_S = 0.05
+# How many times its limit a program may take by the clock, however busy the machine is.
+_PATIENCE = 10
 _STDERR_BYTES = 4096
 _SLACK_MB = 64
 
@@ -46,7 +47,8 @@ class Limits:
     cpu_s: float = 4.0
     """Processor seconds of the case's process."""
     wall_s: float = 20.0
-    """Seconds until everything is killed: for programs that wait, and generous, as a busy machine must not decide."""
+    """Seconds of its own time (`processes.OwnTime`) until everything is killed, for programs that wait: those that a
+    busy machine lets it wait for its turn do not count."""
     memory_mb: int = 512
     """Address space of a process, and resident memory of all together, in MiB."""
     processes: int = 16
@@ -68,7 +70,8 @@ class Ran:
 
     `stdout` is cut at the limit and `stderr` holds its end; `answers` is what `inside` says beside them. `status` is
     the exit status, or minus the signal; None where the program took its sandbox down with it, or both were killed from
-    outside. `limit` is the limit that it hit. `clean` means that no file was left for a next case to see.
+    outside. `limit` is the limit that it hit; `own_s` is the time that was its own. `clean` means that no file was left
+    for a next case to see.
     """
 
     stdout: str
@@ -77,6 +80,7 @@ class Ran:
     status: int | None
     limit: Limit | None
     wall_s: float
+    own_s: float
     cpu_s: float
     clean: bool
 
@@ -173,26 +177,26 @@ class Box:
         Raises:
             TaskError: the sandbox did not start.
         """
-        started = time.monotonic()
         if not self._ready:
-            said = self._receive(started + _START_S, (self, *others))
+            said = self._receive(OwnTime(_START_S, _PATIENCE * _START_S), (self, *others))
             if said != {"ready": True}:
                 raise TaskError(f"a sandbox did not start: {self._complaint()}")
             self._ready = True
             # Known before the program can end anything.
             self._first_process()
-            started = time.monotonic()
-        said = self._receive(started + self.limits.wall_s, (self, *others))
+        started, own = time.monotonic(), OwnTime(self.limits.wall_s, _PATIENCE * self.limits.wall_s + 60)
+        said = self._receive(own, (self, *others))
         wall_s = time.monotonic() - started
+        own_s = min(wall_s, own.seconds + TICK_S)
         if said == "wall" or said == "memory":
-            return Ran("", "", "", None, said, wall_s, 0.0, clean=False)
+            return Ran("", "", "", None, said, wall_s, own_s, 0.0, clean=False)
         try:
-            return self._read(said, wall_s)
+            return self._read(said, wall_s, own_s)
         except (KeyError, TypeError, ValueError):
             # It ended, or says what `inside` never would: the program is to blame.
-            return Ran("", "", "", None, None, wall_s, 0.0, clean=False)
+            return Ran("", "", "", None, None, wall_s, own_s, 0.0, clean=False)
 
-    def _read(self, said: Any, wall_s: float) -> Ran:
+    def _read(self, said: Any, wall_s: float, own_s: float) -> Ran:
         cpu_s, stderr = float(said["cpu_s"]), str(said["stderr"])
         limit: Limit | None = None
         if said["flooded"]:
@@ -208,6 +212,7 @@ class Box:
             status=int(said["status"]),
             limit=limit,
             wall_s=wall_s,
+            own_s=own_s,
             cpu_s=cpu_s,
             clean=said["dirty"] is False,
         )
@@ -216,10 +221,11 @@ class Box:
         data = json.dumps(message).encode()
         self._pending += len(data).to_bytes(8, "big") + data
 
-    def _receive(self, ends: float, boxes: Sequence[Box]) -> Any:
+    def _receive(self, own: OwnTime, boxes: Sequence[Box]) -> Any:
         """The next message; "wall" or "memory" where a limit is hit first, None where the inside has ended.
 
-        What `boxes`, this one among them, are still to be told is told meanwhile, and their memory is looked at.
+        What `boxes`, this one among them, are still to be told is told meanwhile, and their memory and time are looked
+        at.
         """
         poll = select.poll()
         poll.register(self._stdout, select.POLLIN)
@@ -241,7 +247,7 @@ class Box:
                     return json.loads(message)
                 except (ValueError, RecursionError):
                     return None
-            for number, _ in poll.poll(1000 * _TICK_S):
+            for number, _ in poll.poll(1000 * TICK_S):
                 if number in inputs:
                     if inputs[number]._tell():
                         poll.unregister(number)
@@ -251,12 +257,15 @@ class Box:
                     return None
                 self._received += data
             now = time.monotonic()
-            if now > ends:
-                return "wall"
-            if now - looked > _TICK_S:
+            if now - looked > TICK_S:
                 looked = now
-                if any(box._resident_mb() > box.limits.memory_mb + _SLACK_MB for box in boxes):
-                    return "memory"
+                families = [box._family() for box in boxes]
+                for box, members in zip(boxes, families, strict=True):
+                    if sum(map(resident_mb, members)) > box.limits.memory_mb + _SLACK_MB:
+                        return "memory"
+                own.look(number for members in families for number in members)
+                if own.over:
+                    return "wall"
 
     def _tell(self) -> bool:
         """Write what it takes of what it is to be told; whether that is all."""
@@ -269,9 +278,10 @@ class Box:
             self._pending.clear()
         return not self._pending
 
-    def _resident_mb(self) -> float:
+    def _family(self) -> list[int]:
+        """All of its processes."""
         first = self._first_process()
-        return 0.0 if first is None else sum(map(_resident_mb, family(first)))
+        return family(self._process.pid if first is None else first)
 
     def _first_process(self) -> int | None:
         """The process that all of the program's descend from, by its number out here; None before it is known."""
@@ -329,31 +339,6 @@ def _await_end(process_file: int, timeout_ms: int | None = None) -> None:
     poll = select.poll()
     poll.register(process_file, select.POLLIN)
     poll.poll(timeout_ms)
-
-
-def family(number: int) -> list[int]:
-    """A process and all that descend from it."""
-    found = [number]
-    for parent in found:
-        # It may just have ended.
-        with suppress(OSError):
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                found += map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
-    return found
-
-
-def _resident_mb(number: int) -> float:
-    """Resident memory of a process that is not shared with files, in MiB."""
-    try:
-        pages = Path(f"/proc/{number}/statm").read_text().split()
-    except OSError:
-        return 0.0
-    return (int(pages[1]) - int(pages[2])) * _page_mb()
-
-
-@cache
-def _page_mb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 @cache

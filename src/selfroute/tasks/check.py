@@ -17,28 +17,31 @@ class Fault:
     answer: str
     expected: bool
     reason: str
+    extracted: str
 
 
 def check(task: Task, problems: Sequence[Problem]) -> Iterator[Fault | None]:
-    """A fault, or None, for each problem: its reference must be right, and another problem's answer wrong.
+    """A fault, or None, for each problem that has a reference: it must be right, and another problem's answer wrong.
 
-    A problem without a solution passes. The other answer is the next one in line that has another canonical form, so a
-    fault may be two forms of one value that neither shows.
+    The other answer is the next one in line that has another canonical form, so a fault may be two forms of one value
+    that neither shows.
     """
     solutions = [task.solution(p) for p in problems]
     forms = [None if s is None else task.canonical(s) for s in solutions]
     for n, (p, solution) in enumerate(zip(problems, solutions, strict=True)):
         if solution is None:
-            yield None
             continue
         verdict = task.verify(solution, p)
         if not verdict.correct:
-            yield Fault(p.id, solution, True, verdict.reason)
+            yield Fault(p.id, solution, True, verdict.reason, verdict.extracted)
             continue
         other = _another(forms, n)
         wrong = None if other is None else solutions[other]
-        verdict = verdict if wrong is None else task.verify(wrong, p)
-        yield Fault(p.id, wrong, False, verdict.reason) if wrong is not None and verdict.correct else None
+        if wrong is None:
+            yield None
+            continue
+        verdict = task.verify(wrong, p)
+        yield Fault(p.id, wrong, False, verdict.reason, verdict.extracted) if verdict.correct else None
 
 
 def _another(forms: Sequence[str | None], n: int) -> int | None:

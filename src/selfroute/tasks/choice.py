@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeGuard
 from selfroute.errors import TaskError
 from selfroute.tasks.datasets import DataConfig, DataSet, Loader
 from selfroute.tasks.letters import LETTERS, folded, letter_of, pick, plain
+from selfroute.tasks.mathsets import question_of
 from selfroute.tasks.sources import Hub
 from selfroute.tasks.splits import problem_hash
 from selfroute.types import Problem, Split, Verdict
@@ -27,33 +28,47 @@ _WORDINGS = (
     "PROBLEM\n\nThink it through with care, and then choose a letter.",
 )
 
+_MMLU = {"train": "auxiliary_train", "calibration": "validation", "test": "test"}
+_ARC_COMMIT = "210d026faf9955653af8916fad021475a3f00453"
 _ARC = {"train": "train", "calibration": "validation", "test": "test"}
 
 CHOICE_SETS = {
     "mmlu": DataSet(
         "MMLU (arXiv:2009.03300)",
         (
-            Hub("cais/mmlu", {"train": "auxiliary_train", "calibration": "validation", "test": "test"}, ("all",)),
-            Hub("lighteval/mmlu", {"train": "auxiliary_train", "calibration": "validation", "test": "test"}, ("all",)),
+            Hub("cais/mmlu", _MMLU, ("all",), "c30699e8356da336a370243923dbaf21066bb9fe"),
+            Hub("lighteval/mmlu", _MMLU, ("all",)),
         ),
         {"train": 99842, "calibration": 1531, "test": 14042},
         "MIT",
     ),
     "mmlu-pro": DataSet(
         "MMLU-Pro (arXiv:2406.01574)",
-        (Hub("TIGER-Lab/MMLU-Pro", {"calibration": "validation", "test": "test"}),),
+        (
+            Hub(
+                "TIGER-Lab/MMLU-Pro",
+                {"calibration": "validation", "test": "test"},
+                commit="b189ec765aa7ed75c8acfea42df31fdae71f97be",
+            ),
+        ),
         {"calibration": 70, "test": 12032},
         "MIT",
     ),
+    "agieval-sat-math": DataSet(
+        "AGIEval's SAT maths (arXiv:2304.06364)",
+        (Hub("hails/agieval-sat-math", {"test": "test"}),),
+        {"test": 220},
+        "MIT; the questions as their source has it",
+    ),
     "arc-challenge": DataSet(
         "ARC, the hard questions (arXiv:1803.05457)",
-        (Hub("allenai/ai2_arc", _ARC, ("ARC-Challenge",)),),
+        (Hub("allenai/ai2_arc", _ARC, ("ARC-Challenge",), _ARC_COMMIT),),
         {"train": 1119, "calibration": 299, "test": 1172},
         "CC-BY-SA-4.0",
     ),
     "arc-easy": DataSet(
         "ARC, the easy questions (arXiv:1803.05457)",
-        (Hub("allenai/ai2_arc", _ARC, ("ARC-Easy",)),),
+        (Hub("allenai/ai2_arc", _ARC, ("ARC-Easy",), _ARC_COMMIT),),
         {"train": 2251, "calibration": 570, "test": 2376},
         "CC-BY-SA-4.0",
     ),
@@ -71,8 +86,8 @@ _OPTION_LINE = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[.):])\s+(\S.*?)\s*")
 class ChoiceConfig(DataConfig):
     """Which multiple-choice questions, and where they are."""
 
-    dataset: Literal["mmlu", "mmlu-pro", "arc-challenge", "arc-easy"] = "mmlu"
-    """The data set; `mmlu-pro` is a test, the others can be trained on."""
+    dataset: Literal["mmlu", "mmlu-pro", "agieval-sat-math", "arc-challenge", "arc-easy"] = "mmlu"
+    """The data set; `mmlu-pro` and `agieval-sat-math` are tests, the others can be trained on."""
     shuffle_seed: int | None = None
     """Seed of each question's own order of options; None leaves the data set's. Questions with an option that speaks of
     the others, such as `all of the above`, keep theirs."""
@@ -102,11 +117,12 @@ class MultipleChoice:
         picked = pick(answer, options)
         if isinstance(picked, str):
             return Verdict(False, f"unreadable: {picked}")
+        letter = LETTERS[picked]
         if right is None:
-            return Verdict(False, "no reference answer is known")
+            return Verdict(False, "no reference answer is known", extracted=letter, judged=False)
         # Some questions have an option twice.
         correct = options[picked] == options[right]
-        return Verdict(correct, f"option {LETTERS[picked]}" + ("" if correct else f", not {LETTERS[right]}"))
+        return Verdict(correct, f"option {letter}" + ("" if correct else f", not {LETTERS[right]}"), extracted=letter)
 
     def solution(self, problem: Problem) -> str | None:
         """The right option's letter."""
@@ -141,6 +157,11 @@ class MultipleChoice:
         return letter_of(answer) or folded(plain(answer[:200]))
 
     def _problem_of(self, row: Mapping[str, Any]) -> Problem | str:
+        if "query" in row and "gold" in row:
+            found = _agieval(row)
+            if isinstance(found, str):
+                return found
+            row = found
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
             return f"question must be text, not {str(question)[:60]!r}"
@@ -167,8 +188,9 @@ def _options_of(row: Mapping[str, Any]) -> tuple[list[str], int] | str:
     name = next((name for name in ("choices", "options") if name in row), None)
     if name is None or "answer" not in row:
         return (
-            "needs the columns of MMLU (question, choices, answer), MMLU-Pro (question, options, answer) or ARC "
-            f"(question, choices, answerKey); it has {', '.join(map(str, row)) or 'none'}"
+            "needs the columns of MMLU (question, choices, answer), MMLU-Pro (question, options, answer), ARC "
+            "(question, choices, answerKey) or AGIEval (query, choices, gold); it has "
+            f"{', '.join(map(str, row)) or 'none'}"
         )
     options = row[name]
     if not are_options(options):
@@ -182,6 +204,23 @@ def _options_of(row: Mapping[str, Any]) -> tuple[list[str], int] | str:
     if name == "options" and row.get("answer_index") not in (None, right):
         return f"answer is {answer!r}, and answer_index {str(row['answer_index'])[:60]!r}"
     return one_line(options), right
+
+
+def _agieval(row: Mapping[str, Any]) -> dict[str, Any] | str:
+    """A row of AGIEval in MMLU's columns, or what is wrong with it.
+
+    `query` is `Q: ... Answer Choices: (A)... A: Among A through D, the answer is`, `choices` begin with their letters,
+    and `gold` is a list with the right one's place.
+    """
+    query, choices, gold = row["query"], row.get("choices"), row["gold"]
+    if not isinstance(query, str):
+        return f"query must be text, not {str(query)[:60]!r}"
+    if not isinstance(gold, list) or len(gold) != 1:
+        return f"gold must be a list of one place, not {str(gold)[:60]!r}"
+    if isinstance(choices, list):
+        choices = [re.sub(r"\A\s*\([A-Z]\)", "", c) if isinstance(c, str) else c for c in choices]
+    question = question_of(query).rpartition("Answer Choices:")[0] or question_of(query)
+    return {"question": question, "choices": choices, "answer": gold[0]}
 
 
 def _arc(choices: object, key: object) -> tuple[list[str], int] | str:

@@ -89,15 +89,15 @@ class Code:
             TaskError: the sandbox could not be started, which says nothing of the answer.
         """
         job = self._job(answer, problem)
-        return job if isinstance(job, Verdict) else self._verdict(problem, self.sandbox.run(job))
+        return job if isinstance(job, Verdict) else self._verdict(answer, problem, self.sandbox.run(job))
 
     async def verify_many(self, answers: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """`verify` for many answers, as many at a time as there are cores; the verdicts in their order."""
         jobs = [self._job(answer, problem) for answer, problem in answers]
         runs = iter(await self.sandbox.run_many([job for job in jobs if isinstance(job, Job)]))
         return [
-            job if isinstance(job, Verdict) else self._verdict(problem, next(runs))
-            for job, (_, problem) in zip(jobs, answers, strict=True)
+            job if isinstance(job, Verdict) else self._verdict(answer, problem, next(runs))
+            for job, (answer, problem) in zip(jobs, answers, strict=True)
         ]
 
     def solution(self, problem: Problem) -> str | None:
@@ -133,11 +133,11 @@ class Code:
         """What is to be run; a verdict where nothing is."""
         reference, program = problem.reference, program_of(answer)
         if not reference:
-            return Verdict(False, "this problem has no cases to judge an answer by")
+            return Verdict(False, "no cases to judge an answer by are known", extracted=program, judged=False)
         if not program.strip():
             return Verdict(False, "no program")
         if len(program) > _LONGEST:
-            return Verdict(False, f"a program of more than {_LONGEST >> 20} MiB")
+            return Verdict(False, f"a program of more than {_LONGEST >> 20} MiB", extracted=program)
         if "prompt" in reference and not re.search(rf"^def {reference['function']}\b", program, re.MULTILINE):
             # The body alone, whose first line may have lost its indentation.
             program = reference["prompt"] + ("" if program[0].isspace() else "    ") + program
@@ -153,15 +153,18 @@ class Code:
             goes_on=lambda case, ran: self._fault(problem, case, ran) is None,
         )
 
-    def _verdict(self, problem: Problem, runs: Sequence[Ran]) -> Verdict:
+    def _verdict(self, answer: str, problem: Problem, runs: Sequence[Ran]) -> Verdict:
         reference, last = problem.reference, len(runs) - 1
+        fault = self._fault(problem, last, runs[last])
         if reference["kind"] == "tests":
-            fault, count = self._fault(problem, 0, runs[0]), len(reference["tests"]["tests"])
-            return Verdict(fault is None, fault or f"passes all {count} tests")
-        fault, count = self._fault(problem, last, runs[last]), len(reference["inputs"])
-        if fault is None and len(runs) < count:
-            fault = f"time limit of {self.config.total_s:g} s for all {count} cases"
-        return Verdict(fault is None, f"case {last + 1}: {fault}" if fault else f"passes all {count} cases")
+            passed = f"passes all {len(reference['tests']['tests'])} tests"
+        else:
+            count = len(reference["inputs"])
+            passed = f"passes all {count} cases"
+            if fault is None and len(runs) < count:
+                fault = f"time limit of {self.config.total_s:g} s for all {count} cases"
+            fault = fault and f"case {last + 1}: {fault}"
+        return Verdict(fault is None, fault or passed, extracted=program_of(answer))
 
     def _fault(self, problem: Problem, case: int, ran: Ran) -> str | None:
         """What is wrong with a case; None where it passes."""

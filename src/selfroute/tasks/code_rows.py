@@ -31,6 +31,7 @@ class _Bad(Exception):  # noqa: N818
     """What is wrong with a row."""
 
 
+_MBPP_COMMIT = "4bb6404fdc6cacfda99d4ac4205087b89d32030c"
 _PARTS = {"train": "train", "calibration": "validation", "test": "test"}
 
 CODE_SETS = {
@@ -41,17 +42,20 @@ CODE_SETS = {
         "Apache-2.0; the problems as their sources have it",
     ),
     "humaneval": DataSet(
-        "HumanEval (arXiv:2107.03374)", (Hub("openai/openai_humaneval", {"test": "test"}),), {"test": 164}, "MIT"
+        "HumanEval (arXiv:2107.03374)",
+        (Hub("openai/openai_humaneval", {"test": "test"}, commit="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"),),
+        {"test": 164},
+        "MIT",
     ),
     "mbpp": DataSet(
         "MBPP (arXiv:2108.07732)",
-        (Hub("google-research-datasets/mbpp", _PARTS, ("full",)),),
+        (Hub("google-research-datasets/mbpp", _PARTS, ("full",), _MBPP_COMMIT),),
         {"train": 374, "calibration": 90, "test": 500},
         "CC-BY-4.0",
     ),
     "mbpp-sanitized": DataSet(
         "MBPP, the problems that were checked by hand",
-        (Hub("google-research-datasets/mbpp", _PARTS, ("sanitized",)),),
+        (Hub("google-research-datasets/mbpp", _PARTS, ("sanitized",), _MBPP_COMMIT),),
         {"train": 120, "calibration": 43, "test": 257},
         "CC-BY-4.0",
     ),

@@ -135,7 +135,7 @@ class Custom:
             TaskError: a function of the user's own failed; it names the row. Or the verifier cannot be started.
         """
         if not problem.reference:
-            return Verdict(False, "no reference answer is known")
+            return Verdict(False, "no reference answer is known", extracted=answer.strip(), judged=False)
         try:
             return self.verifier.verify(answer, problem)
         except TaskError as error:

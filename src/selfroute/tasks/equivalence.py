@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -29,7 +28,7 @@ MAX_PARTS = 40
 MAX_DEPTH = 3
 """Of a set of tuples of tuples."""
 LIMIT_S = 5.0
-"""Of one verdict's time with math-verify, in seconds."""
+"""Of one verdict's time with math-verify, in seconds, without those in which a busy machine keeps it waiting."""
 
 _POOL = Pool("selfroute.tasks.symbolic:equal", size=min(4, os.cpu_count() or 1))
 
@@ -74,20 +73,26 @@ def judge(answer: str, references: Sequence[str], question: str = "") -> Verdict
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, f"longer than {MAX_ANSWER_CHARS} characters")
-    if not references:
-        return Verdict(False, "no reference answer is known")
     given = extract(answer)
+    if not references:
+        return Verdict(False, "no reference answer is known", extracted=given, judged=False)
     if len(given) > MAX_FORMULA_CHARS:
-        return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters")
-    return _judge(given, tuple(references), question)
+        return Verdict(False, f"the final answer is longer than {MAX_FORMULA_CHARS} characters", extracted=given)
+    return replace(_judge(given, tuple(references), question), extracted=given)
 
 
 # The G responses of a problem often agree, and an answer that hangs is waited for once.
 @lru_cache(maxsize=16384)
 def _judge(given: str, references: tuple[str, ...], question: str) -> Verdict:
-    deadline = time.monotonic() + LIMIT_S
-    comparison = _Comparison(question, lambda a, b: _POOL.call(a, b, limit_s=max(0.05, deadline - time.monotonic())))
-    reasons = []
+    left_s = LIMIT_S
+
+    def symbolic(a: str, b: str) -> Done:
+        nonlocal left_s
+        done = _POOL.call(a, b, limit_s=max(0.05, left_s))
+        left_s -= done.seconds
+        return done
+
+    comparison, reasons = _Comparison(question, symbolic), []
     for reference in references:
         found = comparison.compare(_read(given), _read(extract(reference)))
         if found.correct:

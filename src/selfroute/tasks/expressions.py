@@ -27,26 +27,29 @@ def verify(answer: str, numbers: Sequence[int], target: int) -> Verdict:
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, f"longer than {MAX_ANSWER_CHARS} characters")
-    if not answer.isascii():
-        return Verdict(False, "has a character outside 0-9 + - * / ( )")
     compact = "".join(answer.split())
     tokens = _TOKEN.findall(compact)
     # Spaces inside a number would vanish: "1 2" must not read as 12.
-    if sum(map(len, tokens)) != len(compact) or re.search(r"[0-9]\s+[0-9]", answer):
+    if not answer.isascii() or sum(map(len, tokens)) != len(compact) or re.search(r"[0-9]\s+[0-9]", answer):
         return Verdict(False, "has a character outside 0-9 + - * / ( )")
+    correct, reason = _judge(tokens, numbers, target)
+    return Verdict(correct, reason, extracted=compact)
+
+
+def _judge(tokens: Sequence[str], numbers: Sequence[int], target: int) -> tuple[bool, str]:
     literals = [t for t in tokens if t.isdigit()]
     if any(len(t) > 1 and t[0] == "0" for t in literals):
-        return Verdict(False, "a number has leading zeros")
+        return False, "a number has leading zeros"
     if any(len(t) > 12 for t in literals):
-        return Verdict(False, "a number is too long")
+        return False, "a number is too long"
     used = [int(t) for t in literals]
     if Counter(used) != Counter(numbers):
-        return Verdict(False, f"uses the numbers {sorted(used)}, not {sorted(numbers)}")
+        return False, f"uses the numbers {sorted(used)}, not {sorted(numbers)}"
     try:
         value = _fold(tokens, lambda text: Fraction(int(text)), _calculate)
     except (_MalformedError, ZeroDivisionError) as error:
-        return Verdict(False, str(error) if isinstance(error, _MalformedError) else "divides by zero")
-    return Verdict(value == target, f"makes {value}" + ("" if value == target else f", not {target}"))
+        return False, str(error) if isinstance(error, _MalformedError) else "divides by zero"
+    return value == target, f"makes {value}" + ("" if value == target else f", not {target}")
 
 
 class _MalformedError(Exception):

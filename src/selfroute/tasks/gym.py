@@ -169,7 +169,7 @@ class Gym:
             TaskError: the sandbox could not be started, which says nothing of the answer.
         """
         case = self._case(answer, problem)
-        return case if isinstance(case, Verdict) else _verdict(self.sandbox.run(_job([case]))[0])
+        return case if isinstance(case, Verdict) else _verdict(self.sandbox.run(_job([case]))[0], answer)
 
     async def verify_many(self, answers: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """`verify` for many answers, as many at a time as there are cores; the verdicts in their order."""
@@ -179,11 +179,14 @@ class Gym:
         shares = [distinct[n :: cores()] for n in range(min(cores(), len(distinct)))]
         runs = await self.sandbox.run_many([_job(share) for share in shares])
         found = {
-            case: _verdict(ran)
+            case: ran
             for share, results in zip(shares, runs, strict=True)
             for case, ran in zip(share, results, strict=True)
         }
-        return [case if isinstance(case, Verdict) else found[case] for case in cases]
+        return [
+            case if isinstance(case, Verdict) else _verdict(found[case], answer)
+            for case, (answer, _) in zip(cases, answers, strict=True)
+        ]
 
     def solution(self, problem: Problem) -> str | None:
         """The family's own answer; None for a problem in a user's words."""
@@ -223,14 +226,14 @@ class Gym:
         reference, family = problem.reference, self.config.family
         text = "\n".join(line.rstrip() for line in answer.strip().split("\n"))
         if not reference:
-            return Verdict(False, "no reference answer is known")
+            return Verdict(False, "no reference answer is known", extracted=text, judged=False)
         if not text:
             return Verdict(False, "no answer")
         if len(text) > _LONGEST:
             return Verdict(False, f"longer than {_LONGEST:,} characters")
         entry = reference["entry"]
         if family == "number_sorting" and not _the_same_numbers(text, entry["metadata"]["sorted_numbers"]):
-            return Verdict(False, "not the problem's numbers in that order")
+            return Verdict(False, "not the problem's numbers in that order", extracted=text)
         return json.dumps(pack([family, self._texts, text, entry]))
 
 
@@ -287,15 +290,16 @@ def _scorer() -> str:
     return (resources.files("selfroute.tasks.inside") / "scorer.py").read_text(encoding="utf-8")
 
 
-def _verdict(ran: Ran) -> Verdict:
+def _verdict(ran: Ran, answer: str) -> Verdict:
+    extracted = answer.strip()
     if ran.limit is not None:
-        return Verdict(False, f"undecided: the scorer came to its limit ({ran.limit})")
+        return Verdict(False, f"undecided: the scorer came to its limit ({ran.limit})", extracted=extracted)
     try:
         score = unpack(json.loads(ran.answers if ran.status == 0 else ""))
-        return Verdict(score >= 1, f"reasoning-gym scores it {score:.3g}")
+        return Verdict(score >= 1, f"reasoning-gym scores it {score:.3g}", extracted=extracted)
     except (ValueError, TypeError, KeyError, RecursionError):
         last = ran.stderr.strip().rpartition("\n")[2][:200]
-        return Verdict(False, f"undecided: the scorer failed ({last or 'without a word'})")
+        return Verdict(False, f"undecided: the scorer failed ({last or 'without a word'})", extracted=extracted)
 
 
 def _the_same_numbers(answer: str, wanted: Sequence[str]) -> bool:

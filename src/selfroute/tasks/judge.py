@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,14 @@ from selfroute.config import Choice, Config
 from selfroute.errors import CloudError, TaskError
 from selfroute.tasks import verdicts
 from selfroute.tasks.ballots import Ballot, by_rubric, pairwise, read_vote
-from selfroute.tasks.sources import Row, find_files, read_files, refuse
-from selfroute.tasks.splits import problem_hash, split_of_hash
+from selfroute.tasks.columns import RowError
+from selfroute.tasks.datasets import DataConfig, DataSet, Loader
+from selfroute.tasks.sources import Hub
+from selfroute.tasks.splits import problem_hash
 from selfroute.types import About, AskJudge, CloudRequest, Problem, Split, Verdict
+
+_PARTS = {"train": "train", "calibration": "validation", "test": "test"}
+_OWN = DataSet("your own", (Hub("", _PARTS),), dict.fromkeys(_PARTS, 0), "yours")
 
 
 class JudgeConfig(Config):
@@ -32,7 +36,7 @@ class JudgeConfig(Config):
 
     path: str
     """A .jsonl, .json, .csv or .parquet file with a column `prompt` (or `question`), and `reference`, `rubric`,
-    `answer` and `label` where they are needed; or a folder of train and test files."""
+    `answer` and `label` where they are needed; or a folder of train, test and, if you like, calibration files."""
     judge: Choice
     """The judge: a provider, named and set as a run's cloud is."""
     mode: Literal["pairwise", "rubric"] = "pairwise"
@@ -100,35 +104,18 @@ class Judge:
         self.config = config
         self.pass_score = config.pass_score
         self.ask: AskJudge | None = None
+        self._labelled: list[Labelled] = []
+        wanted = {"train": config.train, "calibration": config.calibration, "test": config.test}
+        where = DataConfig(path=config.path, **wanted)
+        self.data = Loader(Path(config.path).stem, _OWN, where, self._problem_of)
 
     def load(self, split: Split) -> list[Problem]:
-        """The problems of a split, in an order that a hash of each decides; of one prompt twice, the first.
-
-        Problems in files of test problems are `test`, and 8 % of the training problems, by hash, are `calibration`;
-        one undivided file is cut by hash, 80 % train, 8 % calibration, 12 % test.
+        """The problems of a split, as `Loader.load` says; of one prompt twice, the first.
 
         Raises:
-            TaskError: the file is missing, or holds bad rows or none of the split.
+            TaskError: as there.
         """
-        c = self.config
-        found = self._splits[split]
-        if not found:
-            raise TaskError(f"{c.path} holds no {split} problem: give more, or train and test in files of their own")
-        return found[: {"train": c.train, "calibration": c.calibration, "test": c.test}[split]]
-
-    @cached_property
-    def _splits(self) -> dict[Split, list[Problem]]:
-        own_test = {one.problem.id for one in self._rows if one.part == "test"}
-        splits: dict[Split, dict[str, Problem]] = {"train": {}, "calibration": {}, "test": {}}
-        for one in self._rows:
-            split = split_of_hash(int(one.problem.id.removeprefix("judge-"), 16))
-            if one.problem.id in own_test:
-                split = "test"
-            elif own_test and split == "test":
-                # With test problems of their own, the hash's share of them is for training.
-                split = "train"
-            splits[split].setdefault(one.problem.id, one.problem)
-        return {split: [found[key] for key in sorted(found)] for split, found in splits.items()}
+        return self.data.load(split)
 
     @property
     def labelled(self) -> list[Labelled]:
@@ -137,25 +124,22 @@ class Judge:
         Raises:
             TaskError: as `load`.
         """
-        return [Labelled(r.problem, r.answer, r.label) for r in self._rows if r.answer and r.label is not None]
+        # Reading the rows finds them.
+        return self._labelled if self.data.splits else []
 
-    @cached_property
-    def _rows(self) -> list[_Read]:
-        rows, faults = [], []
-        for part, files in find_files(Path(self.config.path), {"train": {"train"}, "test": {"test"}}).parts.items():
-            for row in read_files(files):
-                try:
-                    rows.append(_read(row, part, self.config))
-                except _Bad as error:
-                    faults.append(f"{row.place}: {error}")
-        refuse(faults)
-        return rows
+    def _problem_of(self, row: Mapping[str, Any]) -> Problem | str:
+        try:
+            found = _read(row, self.config)
+        except RowError as error:
+            return str(error)
+        if isinstance(found, Labelled):
+            self._labelled.append(found)
+            return found.problem
+        return found
 
     def training_problems(self, rng: random.Random) -> Iterator[Problem]:
         """Problems of the training split, in a new order each time round, without end."""
-        problems = self.load("train")
-        while True:
-            yield from rng.sample(problems, len(problems))
+        return self.data.training_problems(rng)
 
     def verify(self, answer: str, problem: Problem) -> Verdict:
         """What the judge makes of an answer.
@@ -181,8 +165,8 @@ class Judge:
         ]
         votes = iter(await self._votes(flat))
         return [
-            found if isinstance(found, Verdict) else self._verdict([(ballot, next(votes)) for ballot in found])
-            for found in ballots
+            found if isinstance(found, Verdict) else self._verdict(answer, [(ballot, next(votes)) for ballot in found])
+            for found, (answer, _) in zip(ballots, answers, strict=True)
         ]
 
     def _ballots(self, answer: str, problem: Problem) -> tuple[Ballot, ...] | Verdict:
@@ -195,7 +179,7 @@ class Judge:
             return pairwise(problem.question, answer, reference, max_chars=c.max_answer_chars)
         if c.mode == "rubric" and rubric:
             return by_rubric(problem.question, answer, rubric, reference, points=c.points, max_chars=c.max_answer_chars)
-        return Verdict(False, "nothing to judge it by is known")
+        return Verdict(False, "nothing to judge it by is known", extracted=answer.strip(), judged=False)
 
     async def _votes(self, ballots: Sequence[tuple[str, Ballot]]) -> list[list[int]]:
         """The points of each vote on each ballot. Every sample has a number of its own, so that a rerun draws none
@@ -232,7 +216,7 @@ class Judge:
                 )
         return found
 
-    def _verdict(self, votes: Sequence[tuple[Ballot, Sequence[int]]]) -> Verdict:
+    def _verdict(self, answer: str, votes: Sequence[tuple[Ballot, Sequence[int]]]) -> Verdict:
         """The mean of all votes, as a share of the most that they could give."""
         points = [(vote, ballot.most) for ballot, some in votes for vote in some]
         # One division of whole numbers, so that 7 of 10 points are 0.7 whatever the number of votes.
@@ -242,7 +226,7 @@ class Judge:
             said = f"{better} better, {equal} equal, {len(points) - better - equal} worse than the reference"
         else:
             said = f"{', '.join(str(vote) for vote, _ in points)} of {self.config.points} points"
-        return Verdict(grade >= self.pass_score, f"grade {grade:.3g}: {said}", grade)
+        return Verdict(grade >= self.pass_score, f"grade {grade:.3g}: {said}", grade, extracted=answer.strip())
 
     def solution(self, problem: Problem) -> str | None:
         """The reference answer, where there is one."""
@@ -268,45 +252,33 @@ class Judge:
         return " ".join(answer.lower().split())
 
 
-class _Bad(Exception):  # noqa: N818
-    """What is wrong with a row."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A row: its problem, the part that it is of, and the answer that it has a label for, if it has."""
-
-    part: str
-    problem: Problem
-    answer: str | None
-    label: float | None
-
-
-def _read(row: Row, part: str, config: JudgeConfig) -> _Read:
-    if row.fault:
-        raise _Bad(row.fault)
-    column = next((name for name in ("prompt", "question") if name in row.values), None)
+def _read(row: Mapping[str, Any], config: JudgeConfig) -> Problem | Labelled:
+    """A row's problem, with the answer that it has a label for, if it has."""
+    column = next((name for name in ("prompt", "question") if name in row), None)
     if column is None:
-        raise _Bad(f"needs a column prompt (or question); it has {', '.join(map(str, row.values)) or 'none'}")
-    prompt = _text(row.values, column)
+        raise RowError(f"needs a column prompt (or question); it has {', '.join(map(str, row)) or 'none'}")
+    prompt = _text(row, column)
     if prompt is None:
-        raise _Bad(f"{column} is empty")
-    reference, rubric = _text(row.values, "reference"), _text(row.values, "rubric") or config.rubric
+        raise RowError(f"{column} is empty")
+    reference, rubric = _text(row, "reference"), _text(row, "rubric") or config.rubric
     if config.mode == "pairwise" and reference is None:
-        raise _Bad("reference is empty: there is nothing to compare an answer with (or set task.mode=rubric)")
+        raise RowError("reference is empty: there is nothing to compare an answer with (or set task.mode=rubric)")
     if config.mode == "rubric" and rubric is None:
-        raise _Bad("rubric is empty: fill the column, or set task.rubric for all problems")
-    answer, label = _text(row.values, "answer"), _label(row.values.get("label"))
-    if label is not None and answer is None:
-        raise _Bad("has a label and no answer that it is of")
-    return _Read(part, _problem(prompt, reference, rubric), answer, label)
+        raise RowError("rubric is empty: fill the column, or set task.rubric for all problems")
+    answer, label = _text(row, "answer"), _label(row.get("label"))
+    problem = _problem(prompt, reference, rubric)
+    if label is None:
+        return problem
+    if answer is None:
+        raise RowError("has a label and no answer that it is of")
+    return Labelled(problem, answer, label)
 
 
 def _text(values: Mapping[str, Any], column: str) -> str | None:
     """The text of a column, None where it is empty or not there."""
     value = values.get(column)
     if value is not None and not isinstance(value, str):
-        raise _Bad(f"{column} must be text, not {str(value)[:60]!r}")
+        raise RowError(f"{column} must be text, not {str(value)[:60]!r}")
     return (value or "").strip() or None
 
 
@@ -319,7 +291,7 @@ def _label(value: object) -> float | None:
     except (TypeError, ValueError):
         label = -1.0
     if not 0 <= label <= 1:
-        raise _Bad(f"label must be a number from 0 to 1, not {str(value)[:60]!r}")
+        raise RowError(f"label must be a number from 0 to 1, not {str(value)[:60]!r}")
     return label
 
 

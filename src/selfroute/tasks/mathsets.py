@@ -45,6 +45,7 @@ class MathSet(DataSet):
 
 
 _SOLUTION = Layout("problem", "solution", "boxed")
+_BOTH = {"train": "train", "test": "test"}
 _TEST = {"test": "test"}
 _TRAIN_IS_TEST = {"test": "train"}
 
@@ -52,8 +53,8 @@ MATH_SETS = {
     "math-lighteval": MathSet(
         "MATH (Hendrycks et al., arXiv:2103.03874)",
         (
-            Hub("DigitalLearningGmbH/MATH-lighteval", {"train": "train", "test": "test"}, ("default",)),
-            Hub("EleutherAI/hendrycks_math", {"train": "train", "test": "test"}, _SUBJECTS),
+            Hub("DigitalLearningGmbH/MATH-lighteval", _BOTH, ("default",), "0530c78699ea5e8eb5530600900e1f328b48acad"),
+            Hub("EleutherAI/hendrycks_math", _BOTH, _SUBJECTS, "21a5633873b6a120296cce3e2df9d5550074f4a3"),
         ),
         {"train": 7500, "test": 5000},
         "MIT; a takedown removed the first copy",
@@ -61,7 +62,7 @@ MATH_SETS = {
     ),
     "math-500": MathSet(
         "MATH-500, a part of MATH's test problems",
-        (Hub("HuggingFaceH4/MATH-500", _TEST),),
+        (Hub("HuggingFaceH4/MATH-500", _TEST, commit="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),),
         {"test": 500},
         "as MATH",
         (Layout("problem", "answer"), _SOLUTION),
@@ -75,7 +76,10 @@ MATH_SETS = {
     ),
     "amc23": MathSet(
         "AMC 12 of 2023",
-        (Hub("math-ai/amc23", _TEST), Hub("zwhe99/amc23", _TEST)),
+        (
+            Hub("math-ai/amc23", _TEST, commit="80815d37005feb82cd7f8fbc6901d5d3eff43057"),
+            Hub("zwhe99/amc23", _TEST),
+        ),
         {"test": 40},
         "not stated",
         (Layout("question", "answer"),),
@@ -83,8 +87,8 @@ MATH_SETS = {
     "aime24": MathSet(
         "AIME of 2024",
         (
-            Hub("HuggingFaceH4/aime_2024", _TRAIN_IS_TEST),
-            Hub("math-ai/aime24", _TEST),
+            Hub("HuggingFaceH4/aime_2024", _TRAIN_IS_TEST, commit="2fe88a2f1091d5048c0f36abc874fb997b3dd99a"),
+            Hub("math-ai/aime24", _TEST, commit="83a7f387baaa524a8bda0022eac0541582297103"),
             Hub("Maxwell-Jia/AIME_2024", _TRAIN_IS_TEST),
         ),
         {"test": 30},
@@ -93,21 +97,24 @@ MATH_SETS = {
     ),
     "aime25": MathSet(
         "AIME of 2025",
-        (Hub("math-ai/aime25", _TEST), Hub("MathArena/aime_2025", _TRAIN_IS_TEST)),
+        (
+            Hub("math-ai/aime25", _TEST, commit="563bb8404243c5f09de6ec262f2db674fe5bce9b"),
+            Hub("MathArena/aime_2025", _TRAIN_IS_TEST),
+        ),
         {"test": 30},
         "not stated; MathArena's copy CC-BY-NC-SA-4.0",
         (Layout("problem", "answer"),),
     ),
     "minervamath": MathSet(
         "Minerva's course problems (arXiv:2206.14858)",
-        (Hub("math-ai/minervamath", _TEST),),
+        (Hub("math-ai/minervamath", _TEST, commit="ee46ddc498933b1977577953250ca5c66be64f96"),),
         {"test": 272},
         "not stated",
         (Layout("question", "answer"),),
     ),
     "gsm8k": MathSet(
         "GSM8K (arXiv:2110.14168)",
-        (Hub("openai/gsm8k", {"train": "train", "test": "test"}, ("main",)),),
+        (Hub("openai/gsm8k", _BOTH, ("main",), "740312add88f781978c0658806c59bc2815b9866"),),
         {"train": 7473, "test": 1319},
         "MIT",
         (Layout("question", "answer", "hashes"),),

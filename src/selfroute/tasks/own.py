@@ -70,9 +70,9 @@ class Own:
             case value:
                 reason = f"{self.path} says {value}"
         if isinstance(value, bool):
-            return Verdict(value, reason)
+            return Verdict(value, reason, extracted=answer.strip())
         if isinstance(value, (int, float)) and 0 <= value <= 1:
-            return Verdict(value >= self.config.pass_score, reason, float(value))
+            return Verdict(value >= self.config.pass_score, reason, float(value), extracted=answer.strip())
         raise TaskError(
             f"{self.path} must return True, False, a grade from 0 to 1, or one of them and a reason; "
             f"it gave {said!r:.100} for the answer {answer[:100]!r}"

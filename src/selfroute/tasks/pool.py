@@ -13,12 +13,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from selfroute.errors import TaskError
+from selfroute.tasks.processes import TICK_S, OwnTime, family
+
+PATIENCE = 4
+"""How many times its limit a call may take by the clock, where others keep its worker from running."""
 
 START_S = 120.0
 """A worker that has not imported its function after so many seconds is given up."""
@@ -32,10 +37,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a call ended: its result, or why there is none ("" where there is one)."""
+    """How a call ended: its result, or why there is none ("" where there is one); and the seconds that it took."""
 
     result: Any
     failure: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Pool:
@@ -72,7 +78,7 @@ class Pool:
         """What the function makes of the arguments, in at most `limit_s` seconds.
 
         A worker that is late or dies is replaced, and costs this call alone. Waiting for a free worker, or for its
-        start, does not count.
+        start, does not count; nor does what others keep the worker from running, up to `PATIENCE` times the limit.
 
         Raises:
             TaskError: no worker can be started.
@@ -150,18 +156,25 @@ class _Worker:
         self.start()
         self.usable = False
         self.calls += 1
+        started, own = time.monotonic(), OwnTime(limit_s, PATIENCE * limit_s)
+
+        def done(result: Any, failure: str = "") -> Done:
+            return Done(result, failure, min(time.monotonic() - started, own.seconds + TICK_S))
+
         try:
-            self.line.send_bytes(json.dumps([limit_s, arguments]).encode())
-            if not self.line.poll(limit_s):
-                return Done(None, f"undecided after {limit_s:.3g} s")
+            self.line.send_bytes(json.dumps([PATIENCE * limit_s, arguments]).encode())
+            while not self.line.poll(min(limit_s, TICK_S)):
+                own.look(family(self.process.pid))
+                if own.over:
+                    return done(None, f"undecided after {limit_s:.3g} s")
             reply = json.loads(self.line.recv_bytes())
         except (EOFError, OSError):
-            return Done(None, "undecided: the worker died of it")
+            return done(None, "undecided: the worker died of it")
         if "error" in reply:
             # A lack of memory or of stack may leave it in a bad state.
-            return Done(None, f"undecided: {reply['error']}")
+            return done(None, f"undecided: {reply['error']}")
         self.usable = self.calls < RECYCLE_AFTER
-        return Done(reply["result"])
+        return done(reply["result"])
 
     def start(self) -> None:
         """Wait until it has imported the function, where it has not yet."""

@@ -56,9 +56,10 @@ def task_of(run: Path, task: Choice, split: Split) -> Task:
     Raises:
         RunError: they are not.
     """
-    made = make_task(pinned(task, known_data(run)))
+    known = known_data(run)
+    made = make_task(pinned(task, known))
     apart = f"evaluate the new ones apart: selfroute evaluate {run} task.path=FILE"
-    check_problems(run, {split: fingerprint(made.load(split))}, apart)
+    check_problems(run, known, {split: fingerprint(made.load(split))}, apart)
     return made
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -43,7 +42,7 @@ class Job:
     setup: str = ""
     limits: Limits = _LIMITS
     total_s: float = 60.0
-    """Seconds after which no further case begins."""
+    """Seconds of the program's own time after which no further case begins."""
     goes_on: Callable[[int, Ran], bool] | None = None
     """Whether to go on after a case (numbered from 0); by default always."""
 
@@ -151,11 +150,10 @@ def _probe() -> None:
 
 def _run(job: Job, isolated: bool) -> list[Ran]:
     results: list[Ran] = []
-    began = time.monotonic()
     with ExitStack() as boxes:
         box: Box | None = None
         for number, case in enumerate(job.cases):
-            if number and time.monotonic() - began > job.total_s:
+            if sum(ran.own_s for ran in results) > job.total_s:
                 break
             if job.mode == "tests":
                 ran = _test(job, case, isolated)

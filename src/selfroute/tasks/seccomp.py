@@ -2,7 +2,8 @@
 
 A list of what is refused, not of what is allowed: a Python program may need any harmless call. Refused are those that
 reach the network, other processes' memory, namespaces, mounts, keys, performance counters, io_uring and other large
-parts of the kernel, and memory that no limit counts (System V shared memory, memfd). They fail with EPERM, as for any
+parts of the kernel, memory that no limit counts (System V shared memory, memfd), and a process's place in the queue for
+the processor, by which it could keep itself from running and its time from passing. They fail with EPERM, as for any
 user without the right; clone3, whose arguments no filter can see, fails with ENOSYS, so that the C library uses clone.
 """
 
@@ -25,7 +26,8 @@ _REFUSED = {
         "migrate_pages": 256, "unshare": 272, "vmsplice": 278, "move_pages": 279, "perf_event_open": 298,
         "fanotify_init": 300, "open_by_handle_at": 304, "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310,
         "process_vm_writev": 311, "kcmp": 312, "finit_module": 313, "memfd_create": 319, "kexec_file_load": 320,
-        "bpf": 321, "userfaultfd": 323,
+        "bpf": 321, "userfaultfd": 323, "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144,
+        "sched_setaffinity": 203, "sched_setattr": 314,
     },
     "aarch64": {
         "umount2": 39, "mount": 40, "pivot_root": 41, "chroot": 51, "quotactl": 60, "vmsplice": 75, "acct": 89,
@@ -35,7 +37,8 @@ _REFUSED = {
         "swapon": 224, "swapoff": 225, "mbind": 235, "set_mempolicy": 237, "migrate_pages": 238, "move_pages": 239,
         "perf_event_open": 241, "fanotify_init": 262, "open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268,
         "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "memfd_create": 279,
-        "bpf": 280, "userfaultfd": 282, "kexec_file_load": 294,
+        "bpf": 280, "userfaultfd": 282, "kexec_file_load": 294, "sched_setparam": 118, "sched_setscheduler": 119,
+        "sched_setaffinity": 122, "setpriority": 140, "sched_setattr": 274,
     },
 }  # fmt: skip
 _REFUSED_EVERYWHERE = {

@@ -21,6 +21,8 @@ from selfroute.errors import TaskError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PARTS = ("train", "calibration", "test")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+FAULTS_SHOWN = 100
+"""Bad rows that an error names; of more it says how many."""
 PROBE_S = 10.0
 """A hub that says nothing for so many seconds is out of reach."""
 
@@ -36,11 +38,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """A data set on the hub: its id, what it calls each of the `PARTS` that it has, its configs (all are read)."""
+    """A data set on the hub: its id, what it calls each of the `PARTS` that it has, its configs (all are read), and the
+    commit that is read where no other is asked for; "" for the newest."""
 
     id: str
     parts: Mapping[str, str]
     configs: tuple[str | None, ...] = (None,)
+    commit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,7 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
     Args:
         hubs: the data set and its mirrors, the best first; a `revision` that is not a commit is one of the first alone.
         part: one of `PARTS`.
-        revision: a commit, branch or tag; None for the newest.
+        revision: a commit, branch or tag; None for the data set's own `commit`.
         advice: what to do where the hub cannot be reached.
 
     Raises:
@@ -208,10 +212,11 @@ def read_hub(hubs: Sequence[Hub], part: str, *, revision: str | None, advice: st
         raise TaskError(f"the hub needs datasets: pip install 'selfroute[tasks]'. {advice}") from error
     refused = []
     for hub in hubs if revision is None or _COMMIT.fullmatch(revision) else hubs[:1]:
-        what = describe(hub, part, revision)
+        what, wanted = describe(hub, part, revision), revision or hub.commit or None
         try:
             # Asked first, since loading tries a dead network for half a minute; and so that all is of one commit.
-            wanted = revision if _offline() else HfApi().dataset_info(hub.id, revision=revision, timeout=PROBE_S).sha
+            if not _offline():
+                wanted = HfApi().dataset_info(hub.id, revision=wanted, timeout=PROBE_S).sha
             loaded = [
                 datasets.load_dataset(hub.id, config, split=hub.parts[part], revision=wanted) for config in hub.configs
             ]
@@ -247,11 +252,12 @@ def _hub_rows(hub: Hub, loaded: Sequence[Any]) -> Iterator[Row]:
 def describe(hub: Hub, part: str, revision: str | None) -> str:
     """A part of a hub data set, in full."""
     configs = ", ".join(config or "default" for config in hub.configs)
-    return f"{hub.id} (config {configs}, split {hub.parts[part]}, revision {revision or 'newest'})"
+    return f"{hub.id} (config {configs}, split {hub.parts[part]}, revision {revision or hub.commit or 'newest'})"
 
 
 def export_command(hub: Hub, part: str, revision: str | None, file: str) -> str:
     """A command for a machine with a network, which writes a part of a data set into a file."""
+    revision = revision or hub.commit
     loads = [
         f"load_dataset({', '.join(map(repr, [hub.id, *([config] if config else [])]))}, split={hub.parts[part]!r}"
         + (f", revision={revision!r})" if revision else ")")
@@ -283,5 +289,6 @@ def refuse(faults: Sequence[str]) -> None:
         TaskError: there is one.
     """
     if faults:
-        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise TaskError(f"{len(faults)} bad rows:\n  " + "\n  ".join(faults[:10]) + more)
+        more = f"\n  and {len(faults) - FAULTS_SHOWN:,} more" if len(faults) > FAULTS_SHOWN else ""
+        rows = "1 bad row" if len(faults) == 1 else f"{len(faults):,} bad rows"
+        raise TaskError(f"{rows}:\n  " + "\n  ".join(faults[:FAULTS_SHOWN]) + more)

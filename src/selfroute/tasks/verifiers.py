@@ -67,8 +67,8 @@ class Exact:
             return Verdict(False, f"longer than {MAX_ANSWER_CHARS:,} characters")
         given, golds = self.canonical(answer), problem.reference["answers"]
         if given in map(self.canonical, golds):
-            return Verdict(True, "the same text")
-        return Verdict(False, f"is {given[:60]!r}, not {golds[0][:60]!r}")
+            return Verdict(True, "the same text", extracted=given)
+        return Verdict(False, f"is {given[:60]!r}, not {golds[0][:60]!r}", extracted=given)
 
     def solution(self, problem: Problem) -> str | None:
         """The first reference."""
@@ -103,13 +103,13 @@ class Number:
         given, unit = _read(answer)
         if given is None:
             return Verdict(False, f"not a number written out: {answer[:60]!r}")
-        golds = problem.reference["answers"]
+        golds, extracted = problem.reference["answers"], extract(answer)
         asked = "percent" in problem.question.lower() or "%" in problem.question
         for gold in golds:
             wanted, its_unit = _read(gold)
             if wanted and not units_differ(unit, its_unit) and self._near(given, wanted, asked):
-                return Verdict(True, f"the number {answer.strip()[:60]}")
-        return Verdict(False, f"is {answer.strip()[:60]}, not {golds[0][:60]}")
+                return Verdict(True, f"the number {extracted[:60]}", extracted=extracted)
+        return Verdict(False, f"is {extracted[:60]}, not {golds[0][:60]}", extracted=extracted)
 
     def _near(self, given: Written, wanted: Written, asked: bool) -> bool:
         """Near as it stands; or, where percent are asked for and one of the two is without the sign, without it."""
@@ -154,12 +154,13 @@ class Regex:
         """
         if len(answer) > MAX_ANSWER_CHARS:
             return Verdict(False, f"longer than {MAX_ANSWER_CHARS:,} characters")
-        pattern = problem.reference["pattern"]
+        pattern, given = problem.reference["pattern"], answer.strip()
         # A pattern may take for ever on an answer, and holds the interpreter while it does.
-        done = _MATCHERS.call(pattern, answer.strip(), limit_s=self.config.time_limit_s)
+        done = _MATCHERS.call(pattern, given, limit_s=self.config.time_limit_s)
         if done.failure:
-            return Verdict(False, f"the pattern {pattern[:60]!r}: {done.failure}")
-        return Verdict(done.result, f"{'matches' if done.result else 'does not match'} {pattern[:60]!r}")
+            return Verdict(False, f"the pattern {pattern[:60]!r}: {done.failure}", extracted=given)
+        reason = f"{'matches' if done.result else 'does not match'} {pattern[:60]!r}"
+        return Verdict(done.result, reason, extracted=given)
 
     def solution(self, problem: Problem) -> str | None:
         """An example, where there is one."""

@@ -1,7 +1,7 @@
 """A worker process: runs one function for its pool until the pool is gone.
 
 Started as `python -m selfroute.tasks.worker FD package.module:function MEMORY_BYTES`. Over the socket FD goes JSON:
-first `{}` or an error, then a reply to each request `[limit_s, arguments]`.
+first `{}` or an error, then a reply to each request `[most_s, arguments]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 GRACE_S = 5.0
-"""How long after its limit a worker ends by itself, for which the pool must be gone."""
+"""How long after what a call may take at most a worker ends by itself, for which the pool must be gone."""
 
 
 def main(fd: int, path: str, memory_bytes: int) -> None:
@@ -38,11 +38,11 @@ def main(fd: int, path: str, memory_bytes: int) -> None:
         _say(line, "{}")
         while True:
             try:
-                limit_s, arguments = json.loads(line.recv_bytes())
+                most_s, arguments = json.loads(line.recv_bytes())
             except (EOFError, OSError):
                 return
             # A watchdog that needs no interpreter lock: a worker that hangs must not outlive a pool that was killed.
-            faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(most_s + GRACE_S, exit=True, file=nowhere)
             try:
                 # A result that JSON cannot hold is an error of the function, too.
                 reply = json.dumps({"result": function(*arguments)})

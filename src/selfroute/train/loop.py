@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from selfroute.cloud import free_settings, make_cloud
+from selfroute.cloud import check_questions, free_settings, make_cloud
 from selfroute.cloud.memory import Cloud, Spent, open_judge
 from selfroute.device.head import Head
 from selfroute.device.hf import HFEngine
@@ -78,6 +78,7 @@ def train(
 
         def begin() -> None:
             data = provenance(task, "train", "calibration", "test")
+            check_questions(config.cloud, task.load("train"))
             open_run(out, "train", written, resume=resume, free=free, as_now=as_now, data=data)
 
         ranks.from_first(begin)

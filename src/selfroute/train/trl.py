@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-from selfroute.cloud import free_settings, make_cloud
+from selfroute.cloud import check_questions, free_settings, make_cloud
 from selfroute.cloud.memory import Cloud, open_judge
 from selfroute.config import load
 from selfroute.device.base import DeviceConfig
@@ -365,7 +365,9 @@ def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:
         if first:
             settings = config.model_dump(mode="json")
             ours = {key: value for key, value in settings.items() if key != "trl"}
-            data = provenance(make_task(pinned(config.task, known_data(out))), "train", "calibration", "test")
+            task = make_task(pinned(config.task, known_data(out)))
+            data = provenance(task, "train", "calibration", "test")
+            check_questions(config.cloud, task.load("train"))
             free = free_settings(config.cloud, config.task)
             open_run(out, "train", ours, resume=resume, free=free, as_now=as_now, data=data)
         trainer = GAPGTrainer(config.model_copy(update={"task": pinned(config.task, known_data(out))}), out)

@@ -4,11 +4,13 @@ import asyncio
 
 import pytest
 
+from selfroute.cloud import check_questions
 from selfroute.cloud.oracle import Oracle, OracleConfig
+from selfroute.config import Choice
 from selfroute.errors import CloudError
 from selfroute.protocol import cloud_request, parse
 from selfroute.tasks.countdown import Countdown, CountdownConfig, problem, verify
-from selfroute.types import Answer, CloudAnswer, CloudClient
+from selfroute.types import Answer, CloudAnswer, CloudClient, Problem
 
 
 def correct(oracle: Oracle, count: int) -> list[bool]:
@@ -106,6 +108,16 @@ def test_it_finds_the_question_above_the_reasoning_that_it_is_handed() -> None:
         answers = [asyncio.run(oracle.complete(request)) for request in (alone, handed)]
         assert answers[0].text == answers[1].text
         assert answers[0].prompt_tokens < answers[1].prompt_tokens
+
+
+def test_questions_that_it_cannot_answer_are_found_out_before_it_is_asked() -> None:
+    known = [*Countdown(CountdownConfig()).load("test")[:20], Problem("1", "Add the numbers 1 and 2.")]
+    other = Problem("2", "What is the capital of France?")
+    for name in ("oracle", "selfroute.cloud.oracle:Oracle"):
+        check_questions(Choice(name=name), known)
+        with pytest.raises(CloudError, match=r"not 'What is the capital of France\?': name a real one in \[cloud\]"):
+            check_questions(Choice(name=name), [*known, other])
+    check_questions(Choice(name="openai"), [other])
 
 
 def test_other_questions_are_an_error() -> None:

@@ -266,6 +266,32 @@ def test_other_weights_under_the_same_name_are_not_mixed_in(tmp_path: Path) -> N
         compare(settings, tmp_path / "out")
 
 
+def test_rows_of_other_problems_are_never_mixed(tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    problems = [draw for n in range(2, 60) for draw in ((n, n + 1, 3 * n + 1), (n, n + 2, 3 * n + 2))]
+
+    def write(rows: list[tuple[int, int, int]]) -> None:
+        file.write_text("".join(f'{{"nums": [{a}, {b}, {a}], "target": {c}}}\n' for a, b, c in rows))
+
+    write(problems)
+    settings = config(["device_only"], train={"task": {"name": "countdown", "path": str(file)}})
+    compare(settings, out)
+    changed = r"bed was made with other train problems \(\d+, now \d+\) from .*: bring them back, or give another --out"
+    write(problems[: len(problems) // 2])
+    with pytest.raises(RunError, match=changed):
+        compare(settings, out)
+    # A comparison of an earlier version has no hash, but names.
+    known = read_json(out / "bed/testbed.json")
+    write_json(out / "bed/testbed.json", {k: v for k, v in known.items() if k != "data"})
+    with pytest.raises(RunError, match=r"the row device_only in .*bed is of other test problems \(\d+, now \d+\)"):
+        compare(settings, out)
+    write(problems)
+    before = stamps(out)
+    compare(settings, out)
+    assert stamps(out) == before
+    assert read_json(out / "bed/testbed.json") == known
+
+
 def test_routers_refuse_a_model_that_is_not_that_of_the_row(tmp_path: Path) -> None:
     compare(config([TASK_TUNED]), tmp_path)
     bed = tmp_path / "bed"

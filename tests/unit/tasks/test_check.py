@@ -19,7 +19,7 @@ class Lenient(Addition):
     """An addition that takes anything."""
 
     def verify(self, answer: str, problem: Problem) -> Verdict:
-        return Verdict(True, "as you say")
+        return Verdict(True, "as you say", extracted=f"the sum {answer}")
 
 
 class Strict(Addition):
@@ -34,10 +34,11 @@ def test_wrong_verifiers_are_found_out() -> None:
     problems = Addition(config).load("test")
     sums = [Addition(config).solution(p) for p in problems]
     assert list(check(Lenient(config), problems)) == [
-        Fault(p.id, sums[(n + 1) % 3], False, "as you say") for n, p in enumerate(problems)
+        Fault(p.id, sums[(n + 1) % 3], False, "as you say", f"the sum {sums[(n + 1) % 3]}")
+        for n, p in enumerate(problems)
     ]
     assert list(check(Strict(config), problems)) == [
-        Fault(p.id, sums[n], True, "never") for n, p in enumerate(problems)
+        Fault(p.id, sums[n], True, "never", "") for n, p in enumerate(problems)
     ]
     # Nothing else to try it with.
     assert list(check(Lenient(config), problems[:1])) == [None]

@@ -42,7 +42,13 @@ def test_every_setting_has_a_row_and_every_row_a_setting() -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "sizes"),
-    [("mmlu", (12, 3, 4)), ("mmlu-pro", (0, 1, 3)), ("arc-challenge", (10, 1, 3)), ("arc-easy", (13, 4, 1))],
+    [
+        ("mmlu", (12, 3, 4)),
+        ("mmlu-pro", (0, 1, 3)),
+        ("agieval-sat-math", (0, 0, 3)),
+        ("arc-challenge", (10, 1, 3)),
+        ("arc-easy", (13, 4, 1)),
+    ],
 )
 def test_each_layout_loads_and_its_references_verify_themselves_alone(dataset: str, sizes: tuple[int, ...]) -> None:
     made = task(dataset)
@@ -67,6 +73,8 @@ def test_a_question_shows_its_options_by_letter() -> None:
     # The label that the data set had for it means nothing here.
     assert task().verify("3", bees).reason == "unreadable: it names no option"
     assert task().verify("(b) seeds", bees).reason == "option B, not C"
+    slope = by_question(task("agieval-sat-math").load("test"), "slope")
+    assert slope.question.startswith("Which of these lines has the slope 2?\n\nA. $y = x + 2$\nB. $y = 2x - 7$\n")
     prime = by_question(task("mmlu-pro").load("test"), "prime")
     assert task().verify("J", prime).correct
 
@@ -117,6 +125,9 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"},
         {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "1"},
         {"question": "Which?", "A": "a"},
+        {"query": 3, "choices": ["(A)a", "(B)b"], "gold": [1]},
+        {"query": "Q: Which?", "choices": ["(A)a", "(B)b"], "gold": [0, 1]},
+        {"query": "Q: Which?", "choices": ["(A)a"], "gold": [0]},
         good,
     ]
     file = tmp_path / "mine.jsonl"
@@ -125,7 +136,7 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         task(path=str(file)).load("train")
     lines = [re.sub(r"^  mine.jsonl:", "", line) for line in str(error.value).splitlines()]
     assert lines == [
-        "11 bad rows:",
+        "14 bad rows:",
         "1: question must be text, not ' '",
         "2: choices must be a list of 2 to 26 texts, not \"['a']\"",
         "3: choices must be a list of 2 to 26 texts, not 'a, b'",
@@ -136,7 +147,11 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         "8: answer is 'B', and answer_index '0'",
         "9: choices must hold text and label, lists of 2 to 26, not \"{'text': ['a', 'b'], 'label': ['A']}\"",
         "10: answerKey must be one of A, B, not '1'",
-        "  and 1 more",
+        "11: needs the columns of MMLU (question, choices, answer), MMLU-Pro (question, options, answer), ARC "
+        "(question, choices, answerKey) or AGIEval (query, choices, gold); it has question, A",
+        "12: query must be text, not '3'",
+        "13: gold must be a list of one place, not '[0, 1]'",
+        "14: choices must be a list of 2 to 26 texts, not \"['a']\"",
     ]
 
 
@@ -171,10 +186,17 @@ def test_variants_keep_question_and_options() -> None:
     assert {q.id for q in islice(drawn, 12)} == {q.id for q in made.load("train")}
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("mmlu-qwen2.5-1.5b", "mmlu"), ("arc-qwen2.5-1.5b", "arc-challenge")])
-def test_the_configs_are_valid_and_say_how_to_run_them(name: str, dataset: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "task", "dataset"),
+    [
+        ("mmlu-qwen2.5-1.5b", "choice", "mmlu"),
+        ("arc-qwen2.5-1.5b", "choice", "arc-challenge"),
+        ("gsm8k-qwen2.5-1.5b", "maths", "gsm8k"),
+    ],
+)
+def test_the_configs_are_valid_and_say_how_to_run_them(name: str, task: str, dataset: str) -> None:
     config = load_train_config(name)
-    assert (config.task.name, config.task.settings["dataset"]) == ("choice", dataset)
+    assert (config.task.name, config.task.settings["dataset"]) == (task, dataset)
     assert (config.cloud.settings["model"], config.budget) == ("deepseek-reasoner", 0.3)
     text = " ".join((resources.files("selfroute") / f"configs/{name}.toml").read_text().split())
     for part in (f"selfroute train {name}", "80 GB GPU", "USD in training", "docs/scale.md", "Not run", "our choice"):

@@ -118,7 +118,7 @@ def test_difficulty_and_the_number_of_cases(tmp_path: Path) -> None:
     assert sum(map(len, Code(CodeConfig(path=path, difficulty=("HARD",))).data.splits.values())) == 20
     splits = Code(CodeConfig(path=path, max_cases=7)).data.splits
     [last] = [p for found in splits.values() for p in found if "Many cases" in p.question]
-    assert Code(CodeConfig(path=path)).verify(ADD, last) == Verdict(True, "passes all 7 cases")
+    assert Code(CodeConfig(path=path)).verify(ADD, last) == Verdict(True, "passes all 7 cases", extracted=ADD)
     with pytest.raises(TaskError, match="no train problem of taco-verified, difficulty EASIER or EASIEST: give more"):
         Code(CodeConfig(path=path, difficulty=("EASIER", "EASIEST"))).load("train")
 
@@ -216,13 +216,14 @@ def test_verify_works_in_any_thread_and_inside_an_event_loop(tmp_path: Path) -> 
     async def inside() -> Verdict:
         return task.verify(ADD, known["sum"])
 
-    assert [*found, asyncio.run(inside())] == [Verdict(True, "passes all 3 cases")] * 2
+    assert [*found, asyncio.run(inside())] == [Verdict(True, "passes all 3 cases", extracted=ADD)] * 2
 
 
 def test_a_users_own_words_have_no_cases(tmp_path: Path) -> None:
     task = code_task(tmp_path)
     problem = task.read("Print hello.")
-    assert task.verify("print('hello')", problem) == Verdict(False, "this problem has no cases to judge an answer by")
+    said = task.verify("print('hello')", problem)
+    assert (said.judged, said.reason) == (False, "no cases to judge an answer by are known")
     assert task.variants(problem, 3) == []
     with pytest.raises(TaskError, match="need a programming problem"):
         task.read("  ")

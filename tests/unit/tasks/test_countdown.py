@@ -273,7 +273,7 @@ def test_the_public_layout_loads_and_is_split_by_hash(tmp_path: Path, suffix: st
         ('\n{"nums": "abc", "target": 3}\n', "data.jsonl:2: `nums` must be"),
         ('{"nums": [1, true, 2], "target": 3}\n', "`nums` must be"),
         ('{"target": 3}\nnot json\n', "2 bad rows"),
-        ("[" * 100_000, "1 bad rows"),
+        ("[" * 100_000, "1 bad row"),
         ('{"nums": [1, 2, 3], "target": 7}\n', "holds no train problem"),
         ('{"nums": [1, 2, 3], "target": 6}\n{broken\n', "data.jsonl:2: is not JSON: Expecting"),
     ],

@@ -140,7 +140,7 @@ def test_what_a_verifier_cannot_use_is_a_bad_row(
     path = write(tmp_path / "mine.jsonl", [{"q": "What?", **row}])
     with pytest.raises(TaskError) as raised:
         _ = task(path, verifier, QA | columns).data.splits
-    assert str(raised.value).startswith("1 bad rows:\n  mine.jsonl:1: ")
+    assert str(raised.value).startswith("1 bad row:\n  mine.jsonl:1: ")
     assert fault in str(raised.value)
 
 
@@ -206,7 +206,7 @@ def test_options_are_shown_by_letter_and_answered_by_letter_or_text(tmp_path: Pa
         one = task(write(tmp_path / "mine.jsonl", rows), "choice", QA | {"options": "o"}, answer_is=how)
         assert one.solution(*every(one)) == letter
     asked = one.read("Which is green?\nA. grass\nB. blood")
-    assert one.verify("A", asked) == Verdict(False, "no reference answer is known")
+    assert one.verify("A", asked) == Verdict(False, "no reference answer is known", extracted="A", judged=False)
 
 
 def test_programs_run_on_cases_and_on_asserts(tmp_path: Path, sandbox: object) -> None:
@@ -295,15 +295,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Custom:
 def test_a_function_of_the_current_directory_judges(own: Custom) -> None:
     [problem] = every(own)
     assert own.pass_score == 0.6
-    assert own.verify("true", problem) == Verdict(True, "judged_here:says says True")
-    assert own.verify("half", problem) == Verdict(False, "judged_here:says says 0.5", 0.5)
-    assert own.verify("why", problem) == Verdict(True, "because")
-    assert own.verify("graded", problem) == Verdict(True, "nearly", 0.75)
+    assert own.verify("true", problem) == Verdict(True, "judged_here:says says True", extracted="true")
+    assert own.verify("half", problem) == Verdict(False, "judged_here:says says 0.5", 0.5, extracted="half")
+    assert own.verify("why", problem) == Verdict(True, "because", extracted="why")
+    assert own.verify("graded", problem) == Verdict(True, "nearly", 0.75, extracted="graded")
     # What JSON cannot hold is text.
     assert own.verify("date", problem).correct
     assert own.verify("gold", problem).correct
     assert own.solution(problem) is None
-    assert own.verify("true", own.read("Something else?")) == Verdict(False, "no reference answer is known")
+    asked = own.read("Something else?")
+    assert own.verify("true", asked) == Verdict(False, "no reference answer is known", extracted="true", judged=False)
 
 
 @pytest.mark.parametrize(

@@ -335,9 +335,9 @@ def test_a_scorer_that_runs_an_answer_runs_it_inside(tmp_path: Path) -> None:
         runs = Sandbox().run(Job(gym._scorer(), cases, "call", "score", limits=limits))
     assert not mark.exists()
     assert witness.alive() == []
-    verdicts = [gym._verdict(ran) for ran in runs]
+    verdicts = [gym._verdict(ran, answer) for ran, answer in zip(runs, answers, strict=True)]
     assert verdicts[4].reason.startswith("undecided: the scorer came to its limit (")
-    assert verdicts[-1] == Verdict(False, "reasoning-gym scores it 0.5")
+    assert verdicts[-1] == Verdict(False, "reasoning-gym scores it 0.5", extracted="0.5")
     # Only the machine is safe from it, not the verdict, so no such family is in the list.
     assert verdicts[0].correct
 
@@ -361,7 +361,7 @@ def test_threads_and_batches_give_the_same_verdicts() -> None:
 
 def test_a_users_own_words_have_no_reference() -> None:
     problem = task().read("What is 2 + 2?")
-    assert task().verify("4", problem) == Verdict(False, "no reference answer is known")
+    assert task().verify("4", problem) == Verdict(False, "no reference answer is known", extracted="4", judged=False)
     assert task().solution(problem) is None
     assert task().variants(problem, 3) == []
     assert task().canonical(" 1\n 2 ") == "1 2"

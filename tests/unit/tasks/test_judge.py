@@ -15,9 +15,10 @@ import pytest
 from selfroute.cloud import free_settings, make_cloud, whole_task
 from selfroute.cloud.memory import Cloud, open_judge, spent_by_phase
 from selfroute.config import Choice
-from selfroute.errors import CloudError, ConfigError, TaskError
+from selfroute.errors import CloudError, ConfigError, DataWarning, TaskError
 from selfroute.tasks import judge_of, make_task, pass_score, verdicts
 from selfroute.tasks.judge import Judge
+from selfroute.tasks.provenance import provenance
 from selfroute.types import CloudAnswer, CloudRequest, Problem, Verdict
 
 NAMED = {"name": "tests.clouds:SameJudge"}
@@ -82,7 +83,7 @@ def test_an_answer_is_compared_in_both_positions(tmp_path: Path, prefers: str, g
 
     bench = Bench(says)
     judge = seated(bench, tmp_path, votes=2, pass_score=0.5)
-    assert judge.verify("OURS", PROBLEM) == Verdict(grade >= 0.5, reason, grade)
+    assert judge.verify("OURS", PROBLEM) == Verdict(grade >= 0.5, reason, grade, extracted="OURS")
     assert bench.rounds == 1
     asked = sorted((ours_first(r), r.sample_index) for r in bench.asked)
     assert asked == [(False, 0), (False, 1), (True, 0), (True, 1)]
@@ -93,7 +94,7 @@ def test_points_by_a_rubric_are_a_share_and_pass_from_the_pass_score_on(tmp_path
     problem = Problem("judge-1", "Why?", {"reference": None, "rubric": "Be kind."})
     bench = Bench(lambda request: f"VERDICT: {7 + request.sample_index - 1}")
     judge = seated(bench, tmp_path, mode="rubric", votes=3, pass_score=0.7)
-    assert judge.verify("OURS", problem) == Verdict(True, "grade 0.7: 6, 7, 8 of 10 points", 0.7)
+    assert judge.verify("OURS", problem) == Verdict(True, "grade 0.7: 6, 7, 8 of 10 points", 0.7, extracted="OURS")
     assert (pass_score(judge), pass_score(make_task(Choice(name="addition")))) == (0.7, 1.0)
     assert "Be kind." in text(bench.asked[0])
     bench = Bench(lambda request: "VERDICT: 3/4")
@@ -148,7 +149,8 @@ def test_what_there_is_nothing_to_judge_by_costs_nothing(tmp_path: Path) -> None
     assert judge.verify(" \n", PROBLEM) == Verdict(False, "no answer", 0.0)
     own = judge.read("  Explain why the sky is blue. ")
     assert own.question == "Explain why the sky is blue."
-    assert judge.verify("It scatters.", own) == Verdict(False, "nothing to judge it by is known")
+    said = judge.verify(" It scatters.\n", own)
+    assert said == Verdict(False, "nothing to judge it by is known", extracted="It scatters.", judged=False)
     assert seated(bench, tmp_path, mode="rubric").verify("It scatters.", own).grade is None
     assert not bench.asked
     by_rubric = seated(Bench(lambda request: "VERDICT: 5"), tmp_path, mode="rubric", rubric="Be brief.")
@@ -174,8 +176,20 @@ def test_problems_are_cut_by_hash_or_by_file(tmp_path: Path) -> None:
     write(folder / "train.jsonl", ROWS[:50])
     write(folder / "test.jsonl", [{"question": r["prompt"], "reference": r["reference"]} for r in ROWS[45:]])
     two = task(str(folder))
-    assert {p.question for p in two.load("test")} == {row["prompt"] for row in ROWS[45:]}
+    with pytest.warns(DataWarning, match="^5 training problems are test problems too: they are left out of training$"):
+        assert {p.question for p in two.load("test")} == {row["prompt"] for row in ROWS[45:]}
     assert len(two.load("train")) + len(two.load("calibration")) == 45
+    assert provenance(two, "test")["sources"] == [{"file": str(folder / f"{name}.jsonl")} for name in ("train", "test")]
+    write(folder / "calibration.jsonl", [{"prompt": "Why?", "reference": "So."}])
+    write(
+        folder / "train.jsonl",
+        [*ROWS[:45], {"prompt": "Why is this number 3 so very odd and met so often?", "reference": "So."}],
+    )
+    write(folder / "test.jsonl", [{"prompt": "Why is this number 3 so very odd and met so often!", "reference": "So."}])
+    three = task(str(folder))
+    with pytest.warns(DataWarning, match="^1 training problems all but repeat a test problem"):
+        assert len(three.load("train")) == 46
+    assert [p.question for p in three.load("calibration")] == ["Why?"]
 
 
 def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         "  mine.jsonl:8: needs the columns 'problem' and 'solution'; it has question, answer",
         "  mine.jsonl:9: solution must be text or a number, not 'None'",
     ]
-    file.write_text("\n".join([rows[3]] * 14))
-    with pytest.raises(TaskError, match=r"14 bad rows:(\n  mine.*){10}\n  and 4 more"):
+    file.write_text("\n".join([rows[3]] * 1200))
+    with pytest.raises(TaskError, match=r"1,200 bad rows:(\n  mine.*){100}\n  and 1,100 more"):
         task(path=str(file)).load("train")
 
 

@@ -73,9 +73,9 @@ def test_a_split_that_has_changed_is_refused_with_a_way_out(tmp_path: Path) -> N
     data = provenance(make_task(MATHS), "train", "test")
     write_json(tmp_path / "run.json", {"config": {}, "data": data})
     assert known_data(tmp_path) == json.loads(json.dumps(data))
-    check_problems(tmp_path, data, "")
-    check_problems(tmp_path, {"calibration": {"problems": 1, "sha256": "new"}}, "")
-    check_problems(tmp_path / "new", data, "")
+    check_problems(tmp_path, data, data, "")
+    check_problems(tmp_path, data, {"calibration": {"problems": 1, "sha256": "new"}}, "")
+    check_problems(tmp_path, {}, data, "")
     task_of(tmp_path, MATHS, "test")
     fewer = Choice(**{**MATHS.model_dump(), "test": 1})
     with pytest.raises(RunError, match=r"other test problems \(2, now 1\) from .*/train.jsonl, .*test.jsonl: bring"):

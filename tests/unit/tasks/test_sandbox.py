@@ -20,7 +20,8 @@ import pytest
 from tests.witness import LIMITS, SHORT, judge
 
 from selfroute.errors import TaskError
-from selfroute.tasks.box import Box, family
+from selfroute.tasks.box import Box
+from selfroute.tasks.processes import family
 from selfroute.tasks.sandbox import Job, Sandbox
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from tests.data_hub import FolderHub
 
 from selfroute.errors import TaskError
+from selfroute.tasks.choice import CHOICE_SETS
+from selfroute.tasks.code_rows import CODE_SETS
+from selfroute.tasks.mathsets import MATH_SETS
 from selfroute.tasks.sources import Hub, export_command, find_files, find_named, read_files
 
 DIVIDED = {"train": {"train"}, "test": {"test"}}
@@ -142,12 +146,16 @@ def test_a_mirror_stands_in_for_what_vanished_from_the_hub(tmp_path: Path) -> No
         text = show("dataset=aime24", home=tmp_path / "home", HF_ENDPOINT=hub.url, code=1)
     for name in ("HuggingFaceH4/aime_2024", "math-ai/aime24", "Maxwell-Jia/AIME_2024"):
         assert f"{name} (config default" in text
-    assert "load_dataset('HuggingFaceH4/aime_2024', split='train').to_json('aime24.jsonl')" in text
+    commit = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+    said = f"load_dataset('HuggingFaceH4/aime_2024', split='train', revision='{commit}').to_json('aime24.jsonl')"
+    assert said in text
 
 
 def test_a_hub_out_of_reach_is_told_at_once(tmp_path: Path) -> None:
     text = show("dataset=math-500", home=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", code=1)
-    assert "cannot load from the hub:\n  HuggingFaceH4/MATH-500 (config default, split test, revision newest)" in text
+    commit = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
+    assert f"cannot load from the hub:\n  HuggingFaceH4/MATH-500 (config default, split test, revision {commit}" in text
+    assert f"split='test', revision='{commit}').to_json('math-500.jsonl')" in text
     assert "set task.path to the file" in text
 
 
@@ -168,5 +176,20 @@ def test_a_mirror_cut_into_subjects_is_read_whole(tmp_path: Path) -> None:
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
     with FolderHub(tmp_path / "hub") as hub:
         text = show("-n", "9", home=tmp_path / "home", HF_ENDPOINT=hub.url)
+    # At the commit that is known.
+    kept = "datasets/EleutherAI/hendrycks_math/resolve/21a5633873b6a120296cce3e2df9d5550074f4a3/algebra/test.jsonl"
+    assert kept in hub.asked
     assert sorted(line.split()[-1] for line in text.splitlines() if "solution" in line) == list("0123456")
     assert "the hub's math-lighteval has 7 train rows, not 7500" in text
+
+
+def test_the_commits_that_are_known_are_whole() -> None:
+    hubs = [hub for sets in (MATH_SETS, CHOICE_SETS, CODE_SETS) for one in sets.values() for hub in one.hubs]
+    for hub in hubs:
+        assert not hub.commit or re.fullmatch("[0-9a-f]{40}", hub.commit), hub.id
+    unknown = {hub.id for hub in hubs if not hub.commit}
+    # docs/tasks.md names them.
+    assert unknown == {
+        "likaixin/TACO-verified", "hails/agieval-math", "hails/agieval-sat-math", "lighteval/mmlu",
+        "zwhe99/amc23", "Maxwell-Jia/AIME_2024", "MathArena/aime_2025",
+    }  # fmt: skip
