@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 import uvicorn
 
 from selfroute.errors import ConfigError, StoreError
-from selfroute.serve import history
+from selfroute.serve import history, workers
 from selfroute.serve.app import Gateway, make_app
 from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
@@ -25,6 +25,9 @@ HOLD_S = 3600.0
 """Longer than any call to the cloud may take, its repetitions included."""
 
 FORGET_S = 3600.0
+
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +101,13 @@ class _Server(uvicorn.Server):
         """Nothing: uvicorn would raise the signal again at its end, before what is open is closed."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take one connection a turn of the loop, so that what waits is left for workers that have less to do."""
+        # For asyncio, the number that may wait is the number that is taken in a turn, too.
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
     def stop(self) -> None:
         """Take nobody new, and end when the others have; the second time, at once."""
         self.force_exit, self.should_exit = self.should_exit, True
@@ -109,29 +119,50 @@ def run(config: GatewayConfig, ready: Callable[[str], None]) -> None:
     Raises:
         ConfigError: the address cannot be listened on; and as from `opened`.
     """
+    with listening(config.host, config.port) as listener:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{listener.getsockname()[1]}/v1"
+        work = serve if config.workers == 1 else workers.run
+        work(config, listener, lambda: ready(url))
+
+
+def serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], None], parent: int | None = None) -> None:
+    """Serve in this process, on a socket, until SIGINT or SIGTERM, or until the pipe `parent` ends.
+
+    Raises:
+        ConfigError, DeviceError, StoreError: as from `opened`.
+    """
     asgi = uvicorn.Config("", loop="auto")
     with asyncio.Runner(loop_factory=asgi.get_loop_factory()) as runner:
-        runner.run(_serve(config, ready))
+        runner.run(_serve(config, listener, ready, parent))
 
 
-async def _serve(config: GatewayConfig, ready: Callable[[str], None]) -> None:
-    with listening(config.host, config.port) as listener:
-        async with opened(config) as gateway:
-            server = _Server(
-                uvicorn.Config(
-                    make_app(gateway),
-                    lifespan="off",
-                    log_config=None,
-                    access_log=False,
-                    server_header=False,
-                    timeout_graceful_shutdown=round(config.drain_s),
-                )
+async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], None], parent: int | None) -> None:
+    async with opened(config) as gateway:
+        server = _Server(
+            uvicorn.Config(
+                make_app(gateway),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=round(config.drain_s),
+                backlog=1,
             )
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, server.stop)
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            ready(f"http://{host}:{listener.getsockname()[1]}/v1")
-            await server.serve(sockets=[listener])
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
+        if parent is not None:
+            loop.add_reader(parent, _orphaned, server, parent)
+        ready()
+        await server.serve(sockets=[listener])
+
+
+def _orphaned(server: _Server, parent: int) -> None:
+    _log.error("the parent is gone: this worker drains and ends")
+    asyncio.get_running_loop().remove_reader(parent)
+    server.stop()
 
 
 @contextmanager
@@ -143,7 +174,7 @@ def listening(host: str, port: int) -> Generator[socket.socket]:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error} (host=, port=)") from error
     with listener:
