@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -20,6 +22,10 @@ from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
 from selfroute.serve.recorder import Recorder
 from selfroute.serve.store import Store
+from selfroute.trace import wanted
+
+if TYPE_CHECKING:
+    from selfroute.serve.tracing import Tracing
 
 HOLD_S = 3600.0
 """Longer than any call to the cloud may take, its repetitions included."""
@@ -53,6 +59,9 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         StoreError: the store cannot be opened.
     """
     async with AsyncExitStack() as stack:
+        tracing = _tracing()
+        if tracing:
+            stack.push_async_callback(tracing.aclose)
         store = Store(config.store)
         stack.callback(store.close)
         device = await asyncio.to_thread(make_device, config.device)
@@ -67,16 +76,31 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         stack.push_async_callback(lambda: writing)
         stack.callback(recorder.close)
         pair = Pair(
-            device,
-            cloud,
+            tracing.device(device, config.device) if tracing else device,
+            tracing.cloud(cloud, config.cloud) if tracing else cloud,
             budget,
-            recorder,
+            tracing.recorder(recorder) if tracing else recorder,
             max_tokens=config.max_tokens,
             decide=config.decide,
             idle_s=config.device_idle_s,
             log_content=config.log_content,
         )
-        yield Gateway(config, pair, budget, Keyring(store) if config.keys else None)
+        keys = Keyring(store) if config.keys else None
+        yield Gateway(config, pair, budget, keys, around=tracing.app if tracing else None)
+
+
+def _tracing() -> Tracing | None:
+    """Traces, if the environment asks for them; without their libraries the gateway serves all the same."""
+    if not wanted(os.environ):
+        return None
+    try:
+        from selfroute.serve.tracing import Tracing, exporting
+    except ModuleNotFoundError as error:
+        _log.error(
+            "no traces: OTEL_* variables ask for them, and %s is missing: pip install 'selfroute[otel]'", error.name
+        )
+        return None
+    return Tracing(exporting())
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
