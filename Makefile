@@ -9,7 +9,7 @@ OUT ?= runs/demo
 EXTRAS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-long lint format clean
+.PHONY: demo test test-slow test-long clients audit lint format clean
 
 demo: $(VENV)/.train-ready
 	$(BIN)/selfroute demo --out "$(OUT)"
@@ -19,11 +19,22 @@ demo: $(VENV)/.train-ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: $(VENV)/.dev-ready
+test-slow: $(VENV)/.dev-ready clients
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-long: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "long and not gpu"
+
+# LiteLLM's SDK and lm-evaluation-harness do not share an environment with selfroute's tested set.
+clients: .venv-clients/.ready
+
+.venv-clients/.ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet $(PIP_ARGS) --requirement $<
+	touch $@
+
+audit: $(VENV)/.dev-ready
+	$(BIN)/python -m tests.audit
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check src tests benchmarks
@@ -47,4 +58,4 @@ $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.train-ready
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-clients build dist
