@@ -156,7 +156,7 @@ def serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], No
     Raises:
         ConfigError, DeviceError, StoreError: as from `opened`.
     """
-    asgi = uvicorn.Config("", loop="auto")
+    asgi = uvicorn.Config("", loop="auto", log_config=None)
     with asyncio.Runner(loop_factory=asgi.get_loop_factory()) as runner:
         runner.run(_serve(config, listener, ready, parent))
 
