@@ -56,6 +56,8 @@ def look_up(pins: list[str]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Audit all files."""
+    import pip_audit  # noqa: F401 (else its absence would look like that of the service)
+
     canary = look_up(["==".join(CANARY)])
     known = any(package.get("vulns") for package in canary)
     found = [package for name in FILES for package in look_up(Path(name).read_text().splitlines())] if known else []

@@ -257,6 +257,8 @@ class NamedConfig(Config):
     """Seconds before each piece."""
     asks: bool = False
     """Whether it asks the cloud, while it may."""
+    broken_by: str = ""
+    """A file; while it is there, no device can be made."""
     tells_pid: bool = False
     """Whether its answer is the number of its process."""
 
@@ -267,6 +269,8 @@ class NamedDevice(ScriptedDevice):
     Config = NamedConfig
 
     def __init__(self, config: NamedConfig) -> None:
+        if config.broken_by and os.path.exists(config.broken_by):
+            raise DeviceError("the device is broken")
         answer = str(os.getpid()) if config.tells_pid else "5"
         super().__init__(said("2+3=5", "<answer>", answer, "</answer>"), pause_s=config.pause_s)
         self._asks = config.asks

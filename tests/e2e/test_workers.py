@@ -142,6 +142,31 @@ def test_workers_that_cannot_start(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_one_that_cannot_be_replaced_at_once(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    with command(
+        "workers=2", NAMED, f"device.broken_by={broken}", "device.tells_pid=true", f"store={tmp_path / 's.sqlite'}"
+    ) as (process, url):
+        assert process.stderr is not None
+        first, second = sorted(children(process.pid))
+        broken.touch()
+        os.kill(first, signal.SIGKILL)
+        assert "(signal 9) and is replaced" in process.stderr.readline()
+        # It is tried again, and the other one serves meanwhile.
+        assert "(the device is broken) and is replaced" in process.stderr.readline()
+        assert set(asyncio.run(pids(url, 5))) == {str(second)}
+        broken.unlink()
+        until(lambda: len(asyncio.run(pids(url, 20))) == 2)
+        # With none left that serves, whoever started the gateway has to know.
+        broken.touch()
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert "no worker can be started: the device is broken" in process.stderr.read()
+        assert not any(map(alive, (first, second)))
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
