@@ -1,6 +1,7 @@
 # make demo    the main job, in its own virtual environment; OUT=DIR sets where
 # make test    lint, types, import contract, tests
 # make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: the other warm starts
+# make audit   known vulnerabilities among the pinned dependencies
 # PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README). EXTRAS=,gym adds what the tests of
 # task gym need, a C compiler among it; without it they are skipped.
 PYTHON ?= python3

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import psycopg
+import pytest
 
 from selfroute.tasks.countdown import Countdown, CountdownConfig
 from tests.postgres import server as postgres_server
@@ -78,12 +79,13 @@ def nginx(folder: Path, *upstreams: str) -> Iterator[str]:
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_two_gateways_behind_nginx(tmp_path: Path) -> None:
     with ExitStack() as stack:
         store = stack.enter_context(postgres_server())
         settings = [
             "device.name=tests.serving:NamedDevice", "device.pause_s=0.2", "device.tells_pid=true", f"store={store}",
-            f"hosts=['{NAME}']", "budget.calls_per_minute=5", "cloud.name=oracle", "cloud.accuracy=1",
+            f"hosts=['{NAME}']", "budget.share=0.125", "budget.min_requests=40", "cloud.name=oracle", "cloud.accuracy=1",
         ]  # fmt: skip
         first, first_url = stack.enter_context(command(*settings, "device.asks=true"))
         second, second_url = stack.enter_context(command(*settings, "device.asks=true"))

@@ -54,6 +54,7 @@ def test_the_pods_run_the_config_that_stands_beside_them() -> None:
     assert selector.items() <= manifest("Deployment")["spec"]["template"]["metadata"]["labels"].items()
 
 
+@pytest.mark.slow
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     """Fails, and does not skip, where there is no systemd-analyze: apt-get install systemd."""
     text = (DEPLOY / "selfroute.service").read_text()
