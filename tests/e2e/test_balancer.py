@@ -85,7 +85,8 @@ def test_two_gateways_behind_nginx(tmp_path: Path) -> None:
         store = stack.enter_context(postgres_server())
         settings = [
             "device.name=tests.serving:NamedDevice", "device.pause_s=0.2", "device.tells_pid=true", f"store={store}",
-            f"hosts=['{NAME}']", "budget.share=0.125", "budget.min_requests=40", "cloud.name=oracle", "cloud.accuracy=1",
+            f"hosts=['{NAME}']", "budget.share=0.125", "budget.min_requests=40",
+            "cloud.name=oracle", "cloud.accuracy=1",
         ]  # fmt: skip
         first, first_url = stack.enter_context(command(*settings, "device.asks=true"))
         second, second_url = stack.enter_context(command(*settings, "device.asks=true"))
