@@ -1,6 +1,7 @@
 # make demo    the main job, in its own virtual environment; OUT=DIR sets where
 # make test    lint, types, import contract, tests
 # make test-slow    the main job in full, a warm start, the wheel, a real browser; make test-long: the other warm starts
+# make audit   known vulnerabilities among the pinned dependencies
 # PIP_ARGS is passed to pip, such as the index of PyTorch's CPU builds (see the README). EXTRAS=,gym adds what the tests of
 # task gym need, a C compiler among it; without it they are skipped.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ OUT ?= runs/demo
 EXTRAS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-long lint format clean
+.PHONY: demo test test-slow test-long clients audit lint format clean
 
 demo: $(VENV)/.train-ready
 	$(BIN)/selfroute demo --out "$(OUT)"
@@ -19,11 +20,22 @@ demo: $(VENV)/.train-ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: $(VENV)/.dev-ready
+test-slow: $(VENV)/.dev-ready clients
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-long: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "long and not gpu"
+
+# LiteLLM's SDK and lm-evaluation-harness do not share an environment with selfroute's tested set.
+clients: .venv-clients/.ready
+
+.venv-clients/.ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet $(PIP_ARGS) --requirement $<
+	touch $@
+
+audit: $(VENV)/.dev-ready
+	$(BIN)/python -m tests.audit
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check src tests benchmarks
@@ -47,4 +59,4 @@ $(VENV)/.dev-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.train-ready
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-clients build dist

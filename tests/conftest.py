@@ -20,6 +20,9 @@ from selfroute.tasks.sandbox import Sandbox
 
 torch.set_num_threads(1)
 
+# Runs in an environment of its own.
+collect_ignore = ["clients/ask.py"]
+
 
 @pytest.fixture(scope="session")
 def engine() -> HFEngine:

@@ -91,6 +91,10 @@ class Server:
         self._thread.join()
         self._loop.close()
 
+    def soon(self, call: Callable[[], object]) -> None:
+        """Call it where the server runs."""
+        self._loop.call_soon_threadsafe(call)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):

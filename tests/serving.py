@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -231,6 +234,23 @@ def serving(app: ASGIApp) -> Iterator[str]:
             assert not thread.is_alive()
 
 
+@contextmanager
+def command(*args: object, **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`selfroute serve` with these arguments, once it serves; the process and its URL. It is killed in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfroute", "serve", "port=0", *map(str, args)],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **settings},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "http" in line, process.communicate(timeout=20)
+        yield process, next(word for word in line.split() if word.startswith("http"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
 class NamedConfig(Config):
     """What the device does."""
 
@@ -238,6 +258,10 @@ class NamedConfig(Config):
     """Seconds before each piece."""
     asks: bool = False
     """Whether it asks the cloud, while it may."""
+    broken_by: str = ""
+    """A file; while it is there, no device can be made."""
+    tells_pid: bool = False
+    """Whether its answer is the number of its process."""
 
 
 class NamedDevice(ScriptedDevice):
@@ -246,7 +270,10 @@ class NamedDevice(ScriptedDevice):
     Config = NamedConfig
 
     def __init__(self, config: NamedConfig) -> None:
-        super().__init__(said("2+3=5", "<answer>", "5", "</answer>"), pause_s=config.pause_s)
+        if config.broken_by and os.path.exists(config.broken_by):
+            raise DeviceError("the device is broken")
+        answer = str(os.getpid()) if config.tells_pid else "5"
+        super().__init__(said("2+3=5", "<answer>", answer, "</answer>"), pause_s=config.pause_s)
         self._asks = config.asks
 
     async def stream(self, request: DeviceRequest) -> AsyncGenerator[DeviceChunk]:

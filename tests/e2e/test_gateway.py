@@ -27,7 +27,7 @@ from selfroute.serve.app import Gateway, make_app
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.handoff import Pair
 from tests.servers import Exchange, Fault, Server, event, hang
-from tests.serving import DOWN, MemoryBudget, MemoryRecorder, ScriptedDevice, Step, said, serving
+from tests.serving import DOWN, MemoryBudget, MemoryRecorder, ScriptedDevice, Step, command, said, serving
 
 KEY = "sk-canary-0123456789"
 QUESTION: Any = [{"role": "user", "content": "2+3?"}]
@@ -304,27 +304,18 @@ def test_a_client_that_goes_away_cancels_the_cloud() -> None:
 
 def test_the_command_drains_on_sigterm(tmp_path: Path) -> None:
     """The device is one of this test's own, named by its dotted path; the cloud is the oracle."""
-    command = [
-        *(sys.executable, "-m", "selfroute", "serve", "port=0", "device.name=tests.serving:NamedDevice"),
-        *("device.pause_s=0.2", f"store={tmp_path / 'gateway.sqlite'}"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+    store = tmp_path / "gateway.sqlite"
+    with command("device.name=tests.serving:NamedDevice", "device.pause_s=0.2", f"store={store}") as (process, url):
         with OpenAI(base_url=url, api_key="any", max_retries=0) as client:
-            stream = client.chat.completions.create(model="selfroute", messages=QUESTION, stream=True)
-            first = next(iter(stream))
+            stream = iter(client.chat.completions.create(model="selfroute", messages=QUESTION, stream=True))
+            first = next(stream)
             process.send_signal(signal.SIGTERM)
             content = "".join(c.choices[0].delta.content or "" for c in (first, *stream))
         assert content == "5"
         assert process.wait(20) == 0
         assert "Traceback" not in (process.stderr.read() if process.stderr else "")
-        with sqlite3.connect(tmp_path / "gateway.sqlite") as store:
-            assert store.execute("SELECT route, status FROM requests").fetchall() == [("device", 200)]
-    finally:
-        process.kill()
-        process.communicate()
+    with sqlite3.connect(store) as connection:
+        assert connection.execute("SELECT route, status FROM requests").fetchall() == [("device", 200)]
 
 
 IN_PROCESS = "selfroute.device.hf:HFEngine"

@@ -16,6 +16,7 @@ from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.spending import Spending
 from selfroute.cloud.wire import Reply, message_of, parse_retry_after
 from selfroute.errors import CloudError
+from selfroute.trace import TRACE
 from selfroute.types import Bill
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Exchange:
         self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
         request = line.http.build_request(
             "POST", f"{c.base_url}/chat/completions", content=self._body,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **TRACE.get()},
         )  # fmt: skip
         self._response = await self._wait(line.http.send(request, stream=True))
         status = self._response.status_code

@@ -13,6 +13,7 @@ import httpx2
 
 from selfroute.cloud.wire import message_of
 from selfroute.errors import ContextError, DeviceError
+from selfroute.trace import TRACE
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class Wire:
         self, method: str, path: str, allowed_s: float, body: Mapping[str, Any] | None = None
     ) -> httpx2.Response:
         """An answer of status 200, its body yet to be read."""
-        request = self._http.build_request(method, self._base_url + path, json=body)
+        request = self._http.build_request(method, self._base_url + path, json=body, headers=dict(TRACE.get()))
         response = await self._wait(self._http.send(request, stream=True), allowed_s, "for the first byte")
         if response.status_code == 200:
             return response

@@ -76,6 +76,8 @@ class Gateway:
     active: int = 0
     """Requests under way that count towards `max_concurrent`."""
     keep_alive_s: float = KEEP_ALIVE_S
+    around: Callable[[ASGIApp], ASGIApp] | None = None
+    """What is put around the application, such as `tracing.Tracing.app`."""
     began: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -99,7 +101,8 @@ def make_app(gateway: Gateway) -> ASGIApp:
         ],
         exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
     )
-    return _Hosts(app, gateway.config)
+    served = _Hosts(app, gateway.config)
+    return gateway.around(served) if gateway.around else served
 
 
 Respond = Callable[[Gateway, Request, dict[str, str]], Awaitable[ASGIApp]]

@@ -63,7 +63,9 @@ class GatewayConfig(Config):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body."""
     max_concurrent: int = Field(256, ge=1)
-    """Requests at a time; further ones are refused with 429."""
+    """Requests at a time, in each worker; further ones are refused with 429."""
+    workers: int = Field(1, ge=1, le=256)
+    """Processes that serve, for engines by URL; about one a core."""
     drain_s: float = Field(30.0, ge=0)
     """Seconds that requests under way have to end after SIGTERM."""
 
@@ -74,6 +76,15 @@ class GatewayConfig(Config):
             if not host or any(c in host for c in "/@ ") or host != host.lower():
                 raise ValueError(f"{host!r} is no host name in lower case, such as gateway.example.org")
         return hosts
+
+    @model_validator(mode="after")
+    def _one_model(self) -> GatewayConfig:
+        if self.workers > 1 and self.device.name == "live":
+            raise ValueError(
+                f"each of {self.workers} workers would load the model, where one batches the requests of all: leave "
+                "workers=1, or name an engine by URL (device.name=http device.base_url=http://127.0.0.1:8080/v1)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _open_to_nobody(self) -> GatewayConfig:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from selfroute.errors import ConfigError, StoreError
-from selfroute.serve import history
+from selfroute.serve import history, workers
 from selfroute.serve.app import Gateway, make_app
 from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
@@ -22,11 +24,18 @@ from selfroute.serve.metrics import Counted, Metrics
 from selfroute.serve.recorder import Recorder
 from selfroute.serve.sessions import Sessions
 from selfroute.serve.store import Store
+from selfroute.trace import wanted
+
+if TYPE_CHECKING:
+    from selfroute.serve.tracing import Tracing
 
 HOLD_S = 3600.0
 """Longer than any call to the cloud may take, its repetitions included."""
 
 FORGET_S = 3600.0
+
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +50,9 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         StoreError: the store cannot be opened.
     """
     async with AsyncExitStack() as stack:
+        tracing = _tracing()
+        if tracing:
+            stack.push_async_callback(tracing.aclose)
         store = Store(config.store)
         stack.callback(store.close)
         device = await asyncio.to_thread(make_device, config.device)
@@ -56,10 +68,10 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         stack.push_async_callback(lambda: writing)
         stack.callback(recorder.close)
         pair = Pair(
-            device,
-            cloud,
+            tracing.device(device, config.device) if tracing else device,
+            tracing.cloud(cloud, config.cloud) if tracing else cloud,
             budget,
-            Counted(recorder, metrics, cloud),
+            Counted(tracing.recorder(recorder) if tracing else recorder, metrics, cloud),
             max_tokens=config.max_tokens,
             decide=config.decide,
             idle_s=config.device_idle_s,
@@ -67,7 +79,22 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         )
         ring = Keyring(store) if config.keys else None
         sessions = Sessions(store, ring) if ring else None
-        yield Gateway(config, pair, budget, ring, sessions, store, metrics)
+        around = tracing.app if tracing else None
+        yield Gateway(config, pair, budget, ring, sessions, store, metrics, around=around)
+
+
+def _tracing() -> Tracing | None:
+    """Traces, if the environment asks for them; without their libraries the gateway serves all the same."""
+    if not wanted(os.environ):
+        return None
+    try:
+        from selfroute.serve.tracing import Tracing, exporting
+    except ModuleNotFoundError as error:
+        _log.error(
+            "no traces: OTEL_* variables ask for them, and %s is missing: pip install 'selfroute[otel]'", error.name
+        )
+        return None
+    return Tracing(exporting())
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
@@ -92,6 +119,13 @@ class _Server(uvicorn.Server):
         """Nothing: uvicorn would raise the signal again at its end, before what is open is closed."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take one connection a turn of the loop, so that what waits is left for workers that have less to do."""
+        # For asyncio, the number that may wait is the number that is taken in a turn, too.
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
     def stop(self) -> None:
         """Take nobody new, and end when the others have; the second time, at once."""
         self.force_exit, self.should_exit = self.should_exit, True
@@ -103,29 +137,50 @@ def run(config: GatewayConfig, ready: Callable[[str], None]) -> None:
     Raises:
         ConfigError: the address cannot be listened on; and as from `opened`.
     """
-    asgi = uvicorn.Config("", loop="auto")
-    with asyncio.Runner(loop_factory=asgi.get_loop_factory()) as runner:
-        runner.run(_serve(config, ready))
-
-
-async def _serve(config: GatewayConfig, ready: Callable[[str], None]) -> None:
     with listening(config.host, config.port) as listener:
-        async with opened(config) as gateway:
-            server = _Server(
-                uvicorn.Config(
-                    make_app(gateway),
-                    lifespan="off",
-                    log_config=None,
-                    access_log=False,
-                    server_header=False,
-                    timeout_graceful_shutdown=round(config.drain_s),
-                )
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{listener.getsockname()[1]}/v1"
+        work = serve if config.workers == 1 else workers.run
+        work(config, listener, lambda: ready(url))
+
+
+def serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], None], parent: int | None = None) -> None:
+    """Serve in this process, on a socket, until SIGINT or SIGTERM, or until the pipe `parent` ends.
+
+    Raises:
+        ConfigError, DeviceError, StoreError: as from `opened`.
+    """
+    asgi = uvicorn.Config("", loop="auto", log_config=None)
+    with asyncio.Runner(loop_factory=asgi.get_loop_factory()) as runner:
+        runner.run(_serve(config, listener, ready, parent))
+
+
+async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], None], parent: int | None) -> None:
+    async with opened(config) as gateway:
+        server = _Server(
+            uvicorn.Config(
+                make_app(gateway),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=round(config.drain_s),
+                backlog=1,
             )
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, server.stop)
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            ready(f"http://{host}:{listener.getsockname()[1]}/v1")
-            await server.serve(sockets=[listener])
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
+        if parent is not None:
+            loop.add_reader(parent, _orphaned, server, parent)
+        ready()
+        await server.serve(sockets=[listener])
+
+
+def _orphaned(server: _Server, parent: int) -> None:
+    _log.error("the parent is gone: this worker drains and ends")
+    asyncio.get_running_loop().remove_reader(parent)
+    server.stop()
 
 
 @contextmanager
@@ -137,7 +192,7 @@ def listening(host: str, port: int) -> Generator[socket.socket]:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error} (host=, port=)") from error
     with listener:

@@ -133,7 +133,8 @@ class Telling:
         self._sent_at = time.monotonic()
         if not self._begun:
             self._begun = True
-            await self._start(send, "text/event-stream; charset=utf-8", self._known())
+            # nginx would gather events before it sends them on.
+            await self._start(send, "text/event-stream; charset=utf-8", {**self._known(), "x-accel-buffering": "no"})
         # JSON holds no line break, so that no text of a model or a client can make an event of its own.
         named = self._writer.named
         body = b"".join(

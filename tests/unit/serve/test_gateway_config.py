@@ -34,6 +34,12 @@ def test_settings_that_cannot_be(change: str) -> None:
         api.load_gateway_config(None, [change])
 
 
+def test_a_model_in_process_is_loaded_once() -> None:
+    with pytest.raises(ConfigError, match=r"leave workers=1, or name an engine by URL \(device.name=http"):
+        api.load_gateway_config(None, ["workers=2"])
+    assert api.load_gateway_config(None, ["workers=2", "device.name=http", "device.base_url=http://a/v1"]).workers == 2
+
+
 def test_a_device_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match="no such choice: 'lvie'"):
         make_device(Choice(name="lvie"))
