@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
-from selfroute.types import Handoff, Message, Policy
+from selfroute.types import Handoff, Message, Policy, Redact
 
 POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 
@@ -47,6 +47,7 @@ class Options(BaseModel):
     undecided: Literal["cloud", "device"] | None = None
     handoff: Handoff | None = None
     bias: float | None = Field(None, ge=-100, le=100)
+    redact: StrictBool | None = None
 
 
 class ChatRequest(BaseModel):
@@ -94,6 +95,7 @@ class Ask:
         stop: the answer ends before any of these.
         beyond: the field that asks for what the device cannot serve, or "".
         key: whose budget it counts towards, beside the gateway's.
+        redact: whether personal data leaves as placeholders.
     """
 
     id: str
@@ -110,6 +112,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     beyond: str = ""
     key: Scope | None = None
+    redact: bool = False
 
     @property
     def device_fields(self) -> dict[str, Any]:
@@ -162,10 +165,14 @@ def ask_of(
     bias: float,
     honours: Collection[str],
     key: Scope | None = None,
+    redact: Redact = "never",
 ) -> Ask:
     """What a request asks, its fields as they stand in the body.
 
     The other arguments are what its `selfroute` field may change, and who asks.
+
+    Raises:
+        RefusedError: it asks to be redacted, or not to be, against the gateway's setting.
     """
     own = request.selfroute
     fields = {name: value for name, value in body.items() if name not in _OURS}
@@ -186,7 +193,25 @@ def ask_of(
         stop=tuple(s for s in stop if s),
         beyond=beyond(request.messages, fields, honours),
         key=key,
+        redact=redacts(own.redact, redact),
     )
+
+
+def redacts(asked: bool | None, setting: Redact) -> bool:
+    """Whether a request is redacted: a client may ask for more than the gateway does, where it can, never for less.
+
+    >>> redacts(None, "always"), redacts(None, "asked"), redacts(True, "asked")
+    (True, False, True)
+
+    Raises:
+        RefusedError: it asks for less, or for what the gateway has not.
+    """
+    if asked is False and setting == "always":
+        message = "this gateway redacts whatever leaves it"
+        raise RefusedError(403, message, code="policy_not_allowed", param="selfroute.redact")
+    if asked and setting == "never":
+        raise _unsupported("selfroute.redact", "this gateway does not redact (privacy.redact)")
+    return setting == "always" or bool(asked)
 
 
 def beyond(messages: list[dict[str, Any]], fields: Mapping[str, Any], honours: Collection[str]) -> str:

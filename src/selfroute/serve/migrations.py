@@ -51,6 +51,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             expires_at DOUBLE PRECISION, revoked_at DOUBLE PRECISION)
         """,
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN rule TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE requests ADD COLUMN redacted TEXT NOT NULL DEFAULT ''",
+    ),
 )
 
 _LOCK = 5_370_117

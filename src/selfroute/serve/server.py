@@ -19,6 +19,7 @@ from selfroute.serve.config import GatewayConfig, make_device, make_serving_clou
 from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
 from selfroute.serve.recorder import Recorder
+from selfroute.serve.search import open_border
 from selfroute.serve.store import Store
 
 HOLD_S = 3600.0
@@ -54,6 +55,9 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         stack.callback(store.close)
         device = await asyncio.to_thread(make_device, config.device)
         stack.push_async_callback(device.aclose)
+        border, search = await asyncio.to_thread(open_border, config.privacy)
+        if search:
+            stack.callback(search.close)
         cloud = make_serving_cloud(config.cloud)
         stack.push_async_callback(cloud.aclose)
         budget = Budget(store, config.budget, hold_s=HOLD_S)
@@ -72,6 +76,7 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
             decide=config.decide,
             idle_s=config.device_idle_s,
             log_content=config.log_content,
+            border=border,
         )
         yield Gateway(config, pair, budget, Keyring(store) if config.keys else None)
 

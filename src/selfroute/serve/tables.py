@@ -41,6 +41,8 @@ REQUESTS = Table(
     Column("total_ms", Double),
     Column("request", Text),
     Column("response", Text),
+    Column("rule", Text),
+    Column("redacted", Text),
 )
 
 USAGE = Table(
