@@ -86,7 +86,7 @@ class Border:
             return Crossing(request)
         if self._privacy.unreadable == "block" and (part := unreadable(request.messages)):
             raise HeldBackError("privacy", 400, f"{part} holds no text that could be checked", param=part)
-        tree = {"messages": request.messages, "extra": request.extra}
+        tree = [request.messages, request.extra]
         texts = [text for text in texts_of(tree) if not self._passes(text)]
         length, most = sum(map(len, texts)), self._privacy.max_chars
         if length > most:
@@ -110,17 +110,17 @@ class Border:
         raise HeldBackError("privacy", 503, "the request cannot be checked now", retry_after_s=5)
 
     def _redacted(
-        self, request: CloudRequest, tree: Mapping[str, Any], texts: list[str], spans: Sequence[Sequence[Any]]
+        self, request: CloudRequest, tree: Sequence[Any], texts: list[str], spans: Sequence[Sequence[Any]]
     ) -> Crossing:
         if not any(spans):
             return Crossing(request)
         placeholders = Placeholders(texts)
         changed = {t: placeholders.put(t, [tuple(s) for s in found]) for t, found in zip(texts, spans, strict=True)}
-        tree = mapped(tree, lambda text: changed.get(plain(text), text))
+        messages, extra = mapped(tree, lambda text: changed.get(plain(text), text))
         form = request.extra.get("response_format")
         json_answer = isinstance(form, Mapping) and form.get("type") in ("json_object", "json_schema")
         return Crossing(
-            replace(request, messages=tuple(tree["messages"]), extra=tree["extra"]),
+            replace(request, messages=tuple(messages), extra=extra),
             placeholders.counts,
             Restoring(placeholders.originals, json_answer=json_answer),
         )
