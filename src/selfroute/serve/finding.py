@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +181,8 @@ def _word(character: str) -> bool:
 
 def _pipeline(language: str, model: str) -> Any:
     """The spaCy pipeline: a blank one, or a model that is there already; none is ever downloaded."""
-    if not model:
-        # Patterns need neither, and each costs seconds and hundreds of megabytes to import.
+    if not _has_transformer(model):
+        # Neither is needed then, and each costs seconds and hundreds of megabytes to import.
         for heavy in ("torch", "transformers"):
             sys.modules.setdefault(heavy, None)  # type: ignore[arg-type]
     import spacy.language
@@ -202,6 +204,16 @@ def _pipeline(language: str, model: str) -> Any:
         spacy.language.Language.component("selfroute_lower_case", func=_lower_case)
         pipeline.add_pipe("selfroute_lower_case")
     return pipeline
+
+
+def _has_transformer(model: str) -> bool:
+    """Whether a spaCy model says that it needs one."""
+    meta = Path(model) / "meta.json"
+    if model and meta.is_file():
+        needs = json.loads(meta.read_text(encoding="utf-8")).get("requirements") or []
+    else:
+        needs = metadata.requires(model) or [] if model and find_spec(model) else []
+    return any("transformers" in need for need in needs)
 
 
 def _lower_case(document: Any) -> Any:

@@ -51,10 +51,13 @@ class Search:
         self._idle: Queue[Pool] = Queue()
         self._finding, self._starting = ThreadPoolExecutor(PROCESSES), ThreadPoolExecutor(PROCESSES)
         try:
-            list(self._starting.map(self._start, self._pools))
+            # What cannot be used, the first one says; the others need not be waited for.
+            self._start(self._pools[0])
         except TaskError as error:
             self.close()
             raise ConfigError(f"hand-offs cannot be checked: {error}") from error
+        for pool in self._pools[1:]:
+            self._starting.submit(self._start, pool)
 
     async def find(self, texts: Sequence[str], redact: bool) -> Mapping[str, Any]:
         """As `finding.find`.

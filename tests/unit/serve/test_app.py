@@ -180,6 +180,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "a file": ({**CHAT, "messages": [{"role": "user", "content": [{"type": "file"}]}]}, 400, "messages.0.content"),
     "an unknown option": ({**CHAT, "selfroute": {"polcy": "auto"}}, 400, "selfroute.polcy"),
     "an unknown policy": ({**CHAT, "selfroute": {"policy": "any"}}, 400, "selfroute.policy"),
+    "redaction that there is not": ({**CHAT, "selfroute": {"redact": True}}, 400, "selfroute.redact"),
+    "half a redaction": ({**CHAT, "selfroute": {"redact": "some"}}, 400, "selfroute.redact"),
     "two policies": ({**CHAT, "model": "selfroute-device", "selfroute": {"policy": "auto"}}, 400, "selfroute.policy"),
     "beyond the device alone": ({**CHAT, "model": "selfroute-device", "logprobs": True}, 400, "logprobs"),
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from tests.serving import ScriptedFinder
 
 from selfroute.errors import TaskError
 from selfroute.serve.asking import Ask
@@ -18,28 +18,12 @@ from selfroute.types import CloudChunk, CloudRequest
 MAIL = "a@b.org"
 
 
-@dataclass
-class FakeFinder:
-    """Finds `MAIL`, and rules by their words; implements `border.Finder`."""
-
-    blocked: Sequence[str] = ()
-    failure: Exception | None = None
-    slow: bool = False
-    asked: list[tuple[list[str], bool]] = field(default_factory=list)
-
-    async def find(self, texts: Sequence[str], redact: bool) -> Mapping[str, Any]:
-        self.asked.append((list(texts), redact))
-        if self.failure:
-            raise self.failure
-        if self.slow:
-            await asyncio.Event().wait()
-        blocked = next((word for word in self.blocked if any(word in text for text in texts)), "")
-        places = [[[t.find(MAIL), t.find(MAIL) + len(MAIL), "EMAIL"]] if MAIL in t else [] for t in texts]
-        return {"blocked": blocked, "spans": places if redact else [[] for _ in texts]}
-
-
 def cross(
-    *messages: Mapping[str, Any], finder: FakeFinder | None = None, extra: Any = None, ask: Any = None, **settings: Any
+    *messages: Mapping[str, Any],
+    finder: ScriptedFinder | None = None,
+    extra: Any = None,
+    ask: Any = None,
+    **settings: Any,
 ) -> Crossing:
     border = Border(Privacy(**settings), finder)
     asked = Ask(**{"id": "r", "model": "m", "messages": messages, "redact": True, **(ask or {})})
@@ -57,13 +41,13 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def test_device_only_never_leaves() -> None:
-    for finder in (None, FakeFinder()):
+    for finder in (None, ScriptedFinder(MAIL)):
         error = held_back(user("hi"), finder=finder, ask={"policy": "device-only", "redact": False})
         assert (error.reason, error.status) == ("policy", 403)
 
 
 def test_without_rules_and_redaction_nothing_is_read() -> None:
-    finder, messages = FakeFinder(), [user(MAIL * 100_000)]
+    finder, messages = ScriptedFinder(MAIL), [user(MAIL * 100_000)]
     crossing = cross(*messages, finder=finder, ask={"redact": False})
     assert crossing.request.messages == tuple(messages)
     assert not finder.asked
@@ -77,7 +61,7 @@ def test_redacted_and_back() -> None:
     }
     crossing = cross(
         user([{"type": "text", "text": f"to {MAIL}"}]), call, user("bye"),
-        finder=FakeFinder(), extra={"user": MAIL, "metadata": {MAIL: "x"}, "seed": 3},
+        finder=ScriptedFinder(MAIL), extra={"user": MAIL, "metadata": {MAIL: "x"}, "seed": 3},
     )  # fmt: skip
     assert MAIL not in repr(crossing.request)
     assert crossing.request.messages[0]["content"][0]["text"] == "to <EMAIL_1>"
@@ -89,26 +73,26 @@ def test_redacted_and_back() -> None:
 
 def test_nothing_found_is_nothing_changed() -> None:
     messages = (user("hi"), user('{"a": "\\u00fc"}'))
-    crossing = cross(*messages, finder=FakeFinder())
+    crossing = cross(*messages, finder=ScriptedFinder(MAIL))
     assert crossing.request.messages == messages
     assert (crossing.counts, crossing.restoring) == ({}, None)
 
 
 def test_escapes_do_not_hide_it_from_the_rules() -> None:
-    finder = FakeFinder(blocked=["Müller"])
+    finder = ScriptedFinder(MAIL, "Müller")
     error = held_back({"role": "tool", "content": '{"n": "M\\u00fcller"}'}, finder=finder, rules="r.toml")
     assert (error.reason, error.status, error.rule, error.code) == ("rule", 403, "Müller", "rule")
 
 
 def test_rules_are_in_force_without_redaction() -> None:
-    finder = FakeFinder(blocked=["falcon"])
+    finder = ScriptedFinder(MAIL, "falcon")
     assert held_back(user("x"), user("falcon"), finder=finder, rules="r", ask={"redact": False}).rule == "falcon"
     assert finder.asked == [(["x", "falcon"], False)]
 
 
 @pytest.mark.parametrize(("content", "status"), [("x" * 101, 413), ([{"type": "image_url", "image_url": {}}], 400)])
 def test_what_cannot_be_checked_stays(content: Any, status: int) -> None:
-    finder = FakeFinder()
+    finder = ScriptedFinder(MAIL)
     for more in ({}, {"ask": {"redact": False}, "rules": "r.toml"}):
         error = held_back(user(content), finder=finder, max_chars=100, **more)
         assert (error.reason, error.status, error.code) == ("privacy", status, "cannot_be_checked")
@@ -118,7 +102,7 @@ def test_what_cannot_be_checked_stays(content: Any, status: int) -> None:
 def test_images_pass_where_the_config_says_so() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5000}}
     parts = [image, {"type": "text", "text": MAIL}]
-    finder = FakeFinder()
+    finder = ScriptedFinder(MAIL)
     crossing = cross(user(parts), finder=finder, unreadable="pass", max_chars=100)
     assert crossing.request.messages[0]["content"] == [image, {"type": "text", "text": "<EMAIL_1>"}]
     assert finder.asked == [([MAIL], True)]
@@ -127,7 +111,7 @@ def test_images_pass_where_the_config_says_so() -> None:
 
 
 def test_a_check_that_fails_or_is_slow_lets_nothing_out(caplog: pytest.LogCaptureFixture) -> None:
-    for finder in (FakeFinder(failure=TaskError("undecided")), FakeFinder(slow=True)):
+    for finder in (ScriptedFinder(MAIL, failure=TaskError("undecided")), ScriptedFinder(MAIL, slow=True)):
         error = held_back(user(MAIL), finder=finder, timeout_s=0.05)
         assert (error.reason, error.status, error.retry_after_s) == ("privacy", 503, 5)
     assert "request r: its check" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -69,7 +70,7 @@ MESSAGES: list[dict[str, Any]] = [
 ]  # fmt: skip
 EXTRA = {
     "user": "T17", "metadata": {"T18": "T19"}, "stop": ["T20"],
-    "tools": [{"type": "function", "function": {"name": "T21", "parameters": {"properties": {"T22": {"enum": ["T23"]}}}}}],
+    "tools": [{"function": {"name": "T21", "parameters": {"properties": {"T22": {"enum": ["T23"]}}}}}],
     "response_format": {"type": "json_schema", "json_schema": {"name": "T24"}}, "seed": 7, "x": None,
 }  # fmt: skip
 
@@ -130,7 +131,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)).map(lambda s: 
 def test_spans_that_overlap_become_one(spans: list[Any]) -> None:
     result = merged(spans)
     assert {i for s, e, _ in result for i in range(s, e)} == {i for s, e, _ in spans for i in range(s, e)}
-    assert all(a[1] <= b[0] for a, b in zip(result, result[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(result))
 
 
 def test_what_was_seen_once_is_seen_wherever_it_stands() -> None:

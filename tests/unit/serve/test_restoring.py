@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -38,7 +39,7 @@ def restored(text: str, cuts: list[int], **settings: Any) -> str:
     restorer = Restorer(ORIGINALS, **settings)
     edges = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
     told = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         told += restorer.feed(text[start:end])
         # What is held back is never more than a placeholder.
         assert end - len(restorer._held) >= end - max(map(len, ORIGINALS)) - 10

@@ -100,7 +100,7 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     "text", ["rules = 3", "rules = []", "[[rule]]\nname = 'x'", "x = ", "[[rules]]\nname=1\n[other]"]
 )
 def test_files_that_are_none(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="rules.toml"):
+    with pytest.raises(ConfigError, match=r"rules\.toml"):
         read(tmp_path, text)
 
 
