@@ -21,6 +21,9 @@ POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 _PRICED = ("models", "route", "service_tier", "plugins", "web_search_options", "prediction", "audio")
 """Fields of a provider's that choose another model, tier or a paid tool."""
 
+_OF_UPSTREAMS = ("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers")
+"""Fields by which a client would choose where a proxy behind the gateway sends its request, and with which key."""
+
 _PARTS = ("text", "image_url", "input_audio", "refusal")
 """Parts of a message whose tokens can be bounded."""
 
@@ -137,6 +140,9 @@ def read(body: Any) -> ChatRequest:
     for name in _PRICED:
         if body.get(name) is not None:
             raise _unsupported(name, "it changes what a call costs, and is not passed on")
+    for name in _OF_UPSTREAMS:
+        if name in body:
+            raise _unsupported(name, "where a request goes, and with which key, is the gateway's own business")
     for index, tool in enumerate(request.tools or ()):
         if tool.get("type") not in ("function", "custom"):
             raise _unsupported(f"tools.{index}", "only a client's own tools are passed on (type function or custom)")

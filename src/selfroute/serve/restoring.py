@@ -17,6 +17,9 @@ from selfroute.types import CloudChunk
 _TAIL = 16_384
 """Characters in which a link is looked for."""
 
+_FORM = re.compile(r"(?:<|\\u003[cC])[A-Z0-9_]+(?:>|\\u003[eE])")
+"""What looks like a placeholder."""
+
 _LINK = re.compile(r"""//[^\s"`]*$|\]\(\s*<[^\n]*//[^\n>]*$|=\s*"[^"]*//[^"]*$|=\s*'[^']*//[^']*$""")
 """A link that has not ended: a URL, or the places of Markdown and HTML that take one with spaces in it."""
 
@@ -41,7 +44,6 @@ class Restorer:
             for left, right in ((r"\u003c", r"\u003e"), (r"\u003C", r"\u003E")):
                 self._values |= {f"{left}{name[1:-1]}{right}": value for name, value in inside.items()}
             self._values |= inside
-        self._any = re.compile("|".join(map(re.escape, self._values)) or r"(?!)")
         self._beginnings = {name[:n] for name in self._values for n in range(1, len(name))}
         self._longest = max(map(len, self._values), default=1)
         self._held = self._tail = ""
@@ -50,7 +52,7 @@ class Restorer:
         """What is certain now."""
         text = self._held + text
         # A whole placeholder is found before another that its end may begin.
-        done = max((m.end() for m in self._any.finditer(text)), default=0)
+        done = max((m.end() for m in self._known(text)), default=0)
         first = max(done, len(text) - self._longest + 1)
         cut = next((at for at in range(first, len(text)) if text[at:] in self._beginnings), len(text))
         self._held = text[cut:]
@@ -63,7 +65,7 @@ class Restorer:
 
     def _restored(self, text: str) -> str:
         pieces, at = [], 0
-        for found in self._any.finditer(text):
+        for found in self._known(text):
             self._read(text[at : found.start()])
             pieces += [text[at : found.start()], found[0] if _LINK.search(self._tail) else self._values[found[0]]]
             # Its brackets end no link.
@@ -71,6 +73,9 @@ class Restorer:
             at = found.end()
         self._read(text[at:])
         return "".join([*pieces, text[at:]])
+
+    def _known(self, text: str) -> list[re.Match[str]]:
+        return [found for found in _FORM.finditer(text) if found[0] in self._values]
 
     def _read(self, text: str) -> None:
         self._tail = (self._tail + text)[-_TAIL:]

@@ -175,6 +175,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "hot": ({**CHAT, "temperature": 3}, 400, "temperature"),
     "top_p in words": ({**CHAT, "top_p": "most"}, 400, "top_p"),
     "a paid tier": ({**CHAT, "service_tier": "priority"}, 400, "service_tier"),
+    "another upstream": ({**CHAT, "base_url": "http://evil.example"}, 400, "base_url"),
+    "another key": ({**CHAT, "api_key": None}, 400, "api_key"),
     "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
     "no tools": ({**CHAT, "tools": 7}, 400, "tools"),
     "a file": ({**CHAT, "messages": [{"role": "user", "content": [{"type": "file"}]}]}, 400, "messages.0.content"),

@@ -56,7 +56,8 @@ def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
         insert(connection, "a")
         migrate(connection, longer)
         assert connection.execute(text("SELECT note FROM keys")).scalar() == "a"
-        assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [1, 2]
+        versions = connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all()
+        assert versions == [*range(1, len(longer) + 1)]
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
@@ -64,7 +65,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
         migrate(connection, (*MIGRATIONS, ("ALTER TABLE keys ADD COLUMN note TEXT", "UPDATE nothing SET note = 1")))
     with store.begin() as connection:
         assert "note" not in {c["name"] for c in inspect(connection).get_columns("keys")}
-        assert connection.execute(text("SELECT MAX(version) FROM migrations")).scalar() == 1
+        assert connection.execute(text("SELECT MAX(version) FROM migrations")).scalar() == len(MIGRATIONS)
 
 
 def test_a_store_of_a_newer_selfroute_is_refused(url: str, store: Store) -> None:
