@@ -38,18 +38,24 @@ _MAIL = r"(?<![\w.!#$%&'*+/=?^`{|}~-])[\w.!#$%&'*+/=?^`{|}~-]{1,64}@\w[\w-]{0,62
 _NAMED = frozenset({"PERSON", "LOCATION", "ORGANIZATION", "NRP"})
 """What a model finds beside the patterns."""
 
+_PROMISING = re.compile(r"[\d@:]|\w\.\w")
+"""What every text has in which a pattern finds something; most names and words of tools have none of it."""
+
+_CACHED, _SHORT = 4096, 1000
+"""Texts of so many characters at most whose findings a worker remembers."""
+
 _SHORTEST = 4
 """Characters of what is looked for again, where no recogniser saw it."""
 
 
 def find(settings: str, texts: Sequence[str], redact: bool) -> dict[str, Any]:
-    """What stands in the texts, by settings (JSON of `Finder`'s arguments): `{"blocked": rule, "spans": [[...], ...]}`.
+    """What stands in the texts, by settings (JSON of `_Finder`'s arguments): `{"blocked": rule, "spans": [[...]]}`.
 
     Raises:
         ValueError: the settings cannot be used.
         RuntimeError: it failed; no text is told.
     """
-    finder = _finder(settings)
+    finder = _made(settings)
     try:
         return finder.find(texts, redact)
     except Exception as error:
@@ -68,11 +74,11 @@ def entities(language: str, model: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _finder(settings: str) -> Finder:
-    return Finder(**json.loads(settings))
+def _made(settings: str) -> _Finder:
+    return _Finder(**json.loads(settings))
 
 
-class Finder:
+class _Finder:
     """Finds.
 
     Args:
@@ -89,7 +95,7 @@ class Finder:
     def __init__(
         self, wanted: Sequence[str], rules: Sequence[Mapping[str, Any]], language: str, model: str, min_score: float
     ) -> None:
-        self._min_score = min_score
+        self._min_score, self._by_patterns = min_score, not model
         made = [Rule(**rule) for rule in rules]
         self._matchers = [(rule, matcher(rule)) for rule in made if not rule.entity]
         self._entities = [rule for rule in made if rule.entity]
@@ -97,16 +103,19 @@ class Finder:
         self._wanted = frozenset(wanted) | (_NAMED if wanted and model else frozenset())
         self._analyse: Analyse | None = None
         if self._wanted or self._entities:
-            self._analyse = _analyser(language, model, self._wanted)
+            self._analyse = _analyser(language, model, self._wanted | {rule.entity for rule in self._entities})
+        # Tools and the beginning of a conversation come again with every request.
+        self._known = lru_cache(maxsize=_CACHED)(self._personal)
 
     def find(self, texts: Sequence[str], redact: bool) -> dict[str, Any]:
         """The first rule (in their order) that keeps the texts here, or the places of what is to be redacted."""
-        wanted = sorted((self._wanted if redact else frozenset()) | {rule.entity for rule in self._entities})
+        always = {rule.entity for rule in self._entities}
+        wanted = tuple(sorted(always | self._wanted if redact else always))
         blocked: set[str] = set()
         spans: list[list[Span]] = []
         for text in texts:
             found: list[Span] = []
-            for start, end, entity in self._personal(text, wanted):
+            for start, end, entity in (self._known if len(text) <= _SHORT else self._personal)(text, wanted):
                 names = {rule.name: rule.action for rule in self._entities if rule.entity == entity}
                 blocked |= {name for name, action in names.items() if action == "block"}
                 found.append((start, end, LABELS.get(entity, entity)))
@@ -120,10 +129,10 @@ class Finder:
             return {"blocked": next(name for name in self._order if name in blocked), "spans": []}
         return {"blocked": "", "spans": spread(texts, spans)}
 
-    def _personal(self, text: str, wanted: list[str]) -> list[Span]:
-        if not wanted or self._analyse is None:
+    def _personal(self, text: str, wanted: tuple[str, ...]) -> list[Span]:
+        if not wanted or self._analyse is None or (self._by_patterns and not _PROMISING.search(text)):
             return []
-        return [(r.start, r.end, r.entity_type) for r in self._analyse(text, wanted, self._min_score)]
+        return [(r.start, r.end, r.entity_type) for r in self._analyse(text, list(wanted), self._min_score)]
 
 
 def merged(spans: Sequence[Span]) -> list[Span]:
@@ -259,7 +268,7 @@ def _analyser(language: str, model: str, wanted: Collection[str]) -> Analyse:
     known = _known(language, model)
     if unknown := sorted(set(wanted) - known.keys()):
         raise ValueError(f"there is no {', '.join(unknown)} (privacy.entities; known: {', '.join(sorted(known))})")
-    recognisers = {id(r): r for made in known.values() for r in made}
+    recognisers = {id(r): r for entity in wanted for r in known[entity]}
     registry = RecognizerRegistry(list(recognisers.values()), supported_languages=[language])
     analyser = AnalyzerEngine(registry, engine, supported_languages=[language])
     return lambda text, wanted, score: analyser.analyze(text, language, wanted, score_threshold=score)
