@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -190,6 +191,28 @@ class MemoryRecorder:
 
     def record(self, record: RequestRecord) -> None:
         self.records.append(record)
+
+
+@dataclass
+class ScriptedFinder:
+    """Finds one text, as EMAIL, and the rules whose names stand in a text; implements `border.Finder`."""
+
+    text: str
+    blocked: str = ""
+    failure: Exception | None = None
+    slow: bool = False
+    asked: list[tuple[list[str], bool]] = field(default_factory=list)
+
+    async def find(self, texts: Sequence[str], redact: bool) -> Mapping[str, Any]:
+        self.asked.append((list(texts), redact))
+        if self.failure:
+            raise self.failure
+        if self.slow:
+            await asyncio.Event().wait()
+        if self.blocked and any(self.blocked in text for text in texts):
+            return {"blocked": self.blocked, "spans": []}
+        found = [re.finditer(re.escape(self.text), text) if redact else () for text in texts]
+        return {"blocked": "", "spans": [[(*m.span(), "EMAIL") for m in matches] for matches in found]}
 
 
 DOWN = DeviceError("the engine is down")

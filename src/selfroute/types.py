@@ -310,5 +310,8 @@ Handoff = Literal["problem", "reasoning"]
 Policy = Literal["auto", "device-only", "cloud-only"]
 """Who may answer a gateway's request: the device, and the cloud if it asks; the device alone; the cloud alone."""
 
+Redact = Literal["never", "asked", "always"]
+"""When personal data leaves as placeholders: never, where a request says so, or always."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how many responses are done, and of how many."""

@@ -283,6 +283,7 @@ async def _ask(
         bias=config.bias,
         honours=gateway.pair.device.honours,
         key=scope,
+        redact=config.privacy.redact,
     )
 
 

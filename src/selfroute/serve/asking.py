@@ -14,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
-from selfroute.types import Handoff, Message, Policy
+from selfroute.types import Handoff, Message, Policy, Redact
 
 POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 
 _PRICED = ("models", "route", "service_tier", "plugins", "web_search_options", "prediction", "audio")
 """Fields of a provider's that choose another model, tier or a paid tool."""
+
+_OF_UPSTREAMS = ("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers")
+"""Fields by which a client would choose where a proxy behind the gateway sends its request, and with which key."""
 
 _PARTS = ("text", "image_url", "input_audio", "refusal")
 """Parts of a message whose tokens can be bounded."""
@@ -47,6 +50,7 @@ class Options(BaseModel):
     undecided: Literal["cloud", "device"] | None = None
     handoff: Handoff | None = None
     bias: float | None = Field(None, ge=-100, le=100)
+    redact: StrictBool | None = None
 
 
 class ChatRequest(BaseModel):
@@ -94,6 +98,7 @@ class Ask:
         stop: the answer ends before any of these.
         beyond: the field that asks for what the device cannot serve, or "".
         key: whose budget it counts towards, beside the gateway's.
+        redact: whether personal data leaves as placeholders.
     """
 
     id: str
@@ -110,6 +115,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     beyond: str = ""
     key: Scope | None = None
+    redact: bool = False
 
     @property
     def device_fields(self) -> dict[str, Any]:
@@ -134,6 +140,9 @@ def read(body: Any) -> ChatRequest:
     for name in _PRICED:
         if body.get(name) is not None:
             raise _unsupported(name, "it changes what a call costs, and is not passed on")
+    for name in _OF_UPSTREAMS:
+        if name in body:
+            raise _unsupported(name, "where a request goes, and with which key, is the gateway's own business")
     for index, tool in enumerate(request.tools or ()):
         if tool.get("type") not in ("function", "custom"):
             raise _unsupported(f"tools.{index}", "only a client's own tools are passed on (type function or custom)")
@@ -162,10 +171,14 @@ def ask_of(
     bias: float,
     honours: Collection[str],
     key: Scope | None = None,
+    redact: Redact = "never",
 ) -> Ask:
     """What a request asks, its fields as they stand in the body.
 
     The other arguments are what its `selfroute` field may change, and who asks.
+
+    Raises:
+        RefusedError: it asks to be redacted, or not to be, against the gateway's setting.
     """
     own = request.selfroute
     fields = {name: value for name, value in body.items() if name not in _OURS}
@@ -186,7 +199,25 @@ def ask_of(
         stop=tuple(s for s in stop if s),
         beyond=beyond(request.messages, fields, honours),
         key=key,
+        redact=redacts(own.redact, redact),
     )
+
+
+def redacts(asked: bool | None, setting: Redact) -> bool:
+    """Whether a request is redacted: a client may ask for more than the gateway does, where it can, never for less.
+
+    >>> redacts(None, "always"), redacts(None, "asked"), redacts(True, "asked")
+    (True, False, True)
+
+    Raises:
+        RefusedError: it asks for less, or for what the gateway has not.
+    """
+    if asked is False and setting == "always":
+        message = "this gateway redacts whatever leaves it"
+        raise RefusedError(403, message, code="policy_not_allowed", param="selfroute.redact")
+    if asked and setting == "never":
+        raise _unsupported("selfroute.redact", "this gateway does not redact (privacy.redact)")
+    return setting == "always" or bool(asked)
 
 
 def beyond(messages: list[dict[str, Any]], fields: Mapping[str, Any], honours: Collection[str]) -> str:

@@ -127,6 +127,8 @@ def report(course: Course) -> dict[str, Any]:
         "route": course.route,
         "score": course.score,
         "denied": course.denied or None,
+        "rule": course.rule or None,
+        "redacted": dict(course.redacted),
         "cost_usd": course.cost_usd,
         "device": {
             "ms": course.device_ms,

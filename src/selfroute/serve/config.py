@@ -11,6 +11,7 @@ from selfroute.cloud import make_cloud
 from selfroute.config import Choice, Config, build
 from selfroute.errors import ConfigError
 from selfroute.serve.account import Limits
+from selfroute.serve.privacy import Privacy
 from selfroute.types import CloudClient, DeviceEngine, Handoff, Policy
 
 DEVICES = {"live": "selfroute.device.live:LiveEngine", "http": "selfroute.device.http:HTTPEngine"}
@@ -32,6 +33,8 @@ class GatewayConfig(Config):
     """The cloud, as in training."""
     budget: Limits = Limits()
     """What all requests together may ask of the cloud."""
+    privacy: Privacy = Privacy()
+    """What may leave the machine, and in which form."""
     policy: Policy = "auto"
     """Who answers the pair's requests, unless a request says: `auto`, `device-only` or `cloud-only`."""
     undecided: Literal["cloud", "device"] = "cloud"

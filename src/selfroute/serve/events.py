@@ -66,6 +66,8 @@ class Course:
     route: Literal["device", "cloud", "undecided", ""] = ""
     score: float | None = None
     denied: str = ""
+    rule: str = ""
+    redacted: Mapping[str, int] = field(default_factory=dict)
     status: int = 200
     error: str = ""
     device_prompt_tokens: int = 0

@@ -14,25 +14,27 @@ engine, cloud or store it is.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from selfroute.errors import CloudError, ContextError, DeviceError, StoreError
 from selfroute.protocol import handed_over, offered, reasoning_of
 from selfroute.serve.account import Denied, Scope
 from selfroute.serve.asking import Ask
+from selfroute.serve.border import Border, Crossing, HeldBackError
 from selfroute.serve.events import DECISIONS, Content, Course, Done, Event, Other, Reasoning, Tell, Turn
 from selfroute.serve.history import RequestRecord
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.recorder import record_of
+from selfroute.serve.refusal import RefusedError, cloud_failed, device_unavailable
 from selfroute.serve.stream import Ending, Reader, resumed, without_tags
 from selfroute.types import (
     Answer,
     Bill,
+    CloudChunk,
     CloudClient,
     CloudRequest,
     DeviceChunk,
@@ -79,6 +81,7 @@ class Pair:
         decide: how the device decides, see `types.DeviceRequest`.
         idle_s: seconds that the device may take for its next piece, the first one too.
         log_content: whether records hold what was asked and answered.
+        border: the way to the cloud.
     """
 
     device: DeviceEngine
@@ -89,6 +92,7 @@ class Pair:
     decide: Literal["sample", "threshold"] = "sample"
     idle_s: float = 60.0
     log_content: bool = False
+    border: Border = field(default_factory=Border)
 
 
 async def answer(ask: Ask, pair: Pair, tell: Tell, course: Course | None = None) -> None:
@@ -114,15 +118,16 @@ async def answer(ask: Ask, pair: Pair, tell: Tell, course: Course | None = None)
         raise RefusedError(500, f"selfroute failed; its log knows more of {ask.id}", code="internal_error") from error
     finally:
         course.total_ms = course.ms()
-        pair.recorder.record(_record(ask, pair, course))
+        pair.recorder.record(record_of(ask, course, content=pair.log_content))
 
 
 @dataclass(frozen=True, slots=True)
 class _Denial:
-    """Why the cloud may not be asked: a limit, or `store` where the budget cannot be read; and until when."""
+    """Why the cloud may not be asked: a limit, `store` where the budget cannot be read, or the border's reason."""
 
     limit: str
-    retry_after_s: float | None
+    retry_after_s: float | None = None
+    held_back: HeldBackError | None = None
 
 
 class _Story:
@@ -163,17 +168,19 @@ class _Story:
                 message = why or f"the device cannot serve {beyond}, and this request may not leave it"
                 code = "context_length_exceeded" if why else "unsupported_value"
                 raise RefusedError(400, message, code=code, param=beyond)
-            raise _device_unavailable()
+            raise device_unavailable()
         if why:
             await self._say(Turn("cloud", "beyond" if beyond else "device"))
         try:
             denied = await self._cloud(ask.messages)
         except CloudError as error:
             _log.warning("request %s: %s", ask.id, error)
-            raise _failed(error) from error
+            raise cloud_failed(error) from error
         if denied is None:
             return
         self.course.denied = denied.limit
+        if denied.held_back and (beyond or ask.policy == "cloud-only"):
+            raise denied.held_back
         if denied.limit == "store":
             raise RefusedError(503, "the budget cannot be asked now", code="store_unavailable", retry_after_s=5)
         message = f"the budget of cloud calls is used up ({denied.limit})"
@@ -183,7 +190,7 @@ class _Story:
             raise RefusedError(
                 400, f"the device cannot serve {beyond}, and {message}", code="budget_exceeded", param=beyond
             )
-        raise _device_unavailable()
+        raise device_unavailable()
 
     async def _hand_over(self, ending: Ending, why: str) -> str:
         """Let the cloud answer; what kept it from that, or ""."""
@@ -204,7 +211,7 @@ class _Story:
             return await self._device(ending.prefix, forbid_help=True)
         except DeviceError as error:
             _log.warning("request %s: %s", self.ask.id, error)
-            raise _device_unavailable() from error
+            raise device_unavailable() from error
 
     async def _conclude(self, ending: Ending, finished: bool) -> None:
         """The device's answer, or what it has in place of one."""
@@ -267,8 +274,12 @@ class _Story:
             RefusedError: there is no more of it.
         """
         ask, pair, course = self.ask, self.pair, self.course
-        request = CloudRequest(messages, temperature=None, extra=ask.fields)
-        bill = Bill(limit_usd=ATTEMPTS * pair.cloud.worst_usd(request))
+        try:
+            crossing = await pair.border.cross(ask, CloudRequest(messages, temperature=None, extra=ask.fields))
+        except HeldBackError as error:
+            course.rule = error.rule
+            return _Denial(error.reason, held_back=error)
+        bill = Bill(limit_usd=ATTEMPTS * pair.cloud.worst_usd(crossing.request))
         try:
             held = await pair.budget.reserve(bill.limit_usd, ask.key)
         except StoreError as error:
@@ -276,9 +287,10 @@ class _Story:
             return _Denial("store", 5.0)
         if isinstance(held, Denied):
             return _Denial(held.limit, held.retry_after_s)
+        course.redacted = crossing.counts
         began = time.monotonic()
         try:
-            finish_reason = await self._relay(request, bill)
+            finish_reason = await self._relay(crossing, bill)
         except CloudError as error:
             if not self._answering:
                 raise
@@ -292,25 +304,30 @@ class _Story:
         await self._done(finish_reason)
         return None
 
-    async def _relay(self, request: CloudRequest, bill: Bill) -> str:
+    async def _relay(self, crossing: Crossing, bill: Bill) -> str:
         """Tell the cloud's answer; its finish_reason."""
         course = self.course
         course.route = "cloud"
         finish_reason = "stop"
-        async with aclosing(self.pair.cloud.stream(request, bill)) as chunks:
+        async with aclosing(self.pair.cloud.stream(crossing.request, bill)) as chunks:
             async for chunk in chunks:
-                if chunk.reasoning:
-                    await self._reason("cloud", chunk.reasoning)
-                if chunk.text:
-                    await self._content(chunk.text)
-                if chunk.other:
-                    self._answering = True
-                    await self._say(Other(chunk.other))
+                for piece in crossing.restoring.feed(chunk) if crossing.restoring else (chunk,):
+                    await self._pass_on(piece)
                 if chunk.final:
                     finish_reason = chunk.finish_reason
                     course.cloud_prompt_tokens = chunk.final.prompt_tokens
                     course.cloud_completion_tokens = chunk.final.completion_tokens
         return finish_reason
+
+    async def _pass_on(self, chunk: CloudChunk) -> None:
+        """Tell a piece of the cloud's answer."""
+        if chunk.reasoning:
+            await self._reason("cloud", chunk.reasoning)
+        if chunk.text:
+            await self._content(chunk.text)
+        if chunk.other:
+            self._answering = True
+            await self._say(Other(chunk.other))
 
     async def _settle(self, held: Any, bill: Bill) -> None:
         try:
@@ -356,37 +373,3 @@ async def _pieces(stream: AsyncGenerator[DeviceChunk], idle_s: float) -> AsyncGe
             except TimeoutError:
                 raise DeviceError(f"the device wrote nothing for {idle_s:g} s") from None
             yield chunk
-
-
-def _device_unavailable() -> RefusedError:
-    return RefusedError(503, "the device cannot answer now", code="device_unavailable", retry_after_s=5)
-
-
-def _failed(error: CloudError) -> RefusedError:
-    """What a client of the cloud alone is told: what is its to mend, and nothing of where the cloud is."""
-    if error.status == 429:
-        return RefusedError(429, "the cloud is busy", code="cloud_rate_limit", retry_after_s=error.retry_after_s)
-    if error.status in (400, 413, 422):
-        return RefusedError(400, f"the cloud rejects the request: {error.said}", code="cloud_rejects")
-    return RefusedError(502, "the cloud cannot answer now", code="cloud_unavailable")
-
-
-def _record(ask: Ask, pair: Pair, course: Course) -> RequestRecord:
-    logged = pair.log_content
-    return RequestRecord(
-        id=ask.id,
-        at=course.at,
-        key_id=ask.key.name.removeprefix("key:") if ask.key else "",
-        model=ask.model,
-        policy=ask.policy,
-        request=json.dumps(ask.messages, ensure_ascii=False) if logged else None,
-        response="".join(course.said) if logged else None,
-        **{name: getattr(course, name) for name in _RECORDED},
-    )
-
-
-_RECORDED = (
-    *("decision", "route", "score", "denied", "status", "error"),
-    *("cost_usd", "first_ms", "device_ms", "cloud_ms", "total_ms"),
-    *("device_prompt_tokens", "device_completion_tokens", "cloud_prompt_tokens", "cloud_completion_tokens"),
-)

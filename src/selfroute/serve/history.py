@@ -50,7 +50,8 @@ class RequestRecord:
 
     `at` is when it arrived (seconds since 1970), `key_id` the virtual key's ("" without keys), `policy` what was asked
     for, `decision` what the device decided ("" where it was not asked, or failed), `route` where the answer came from,
-    `score` l at the decision point, `denied` the limit that a help call met, `status` the HTTP status and `error` its
+    `score` l at the decision point, `denied` the limit that a help call met, `rule` the one of the rule file that kept
+    it here, `redacted` what the cloud did not see (JSON: how many by kind), `status` the HTTP status and `error` its
     code, if it failed. Times count from the arrival, `first_ms` to the first byte of the answer; None where there was
     no such part. `request` and `response` are texts, and None unless content is logged.
     """
@@ -64,6 +65,8 @@ class RequestRecord:
     route: Literal["device", "cloud", "undecided", ""] = ""
     score: float | None = None
     denied: str = ""
+    rule: str = ""
+    redacted: str = ""
     status: int = 200
     error: str = ""
     device_prompt_tokens: int = 0
@@ -279,7 +282,7 @@ _PLAIN = tuple(f.name for f in fields(RequestRecord) if f.name != "cost_usd")
 
 def _row(record: RequestRecord) -> dict[str, Any]:
     row = {name: _fit(getattr(record, name)) for name in _PLAIN}
-    for name in ("key_id", "model", "policy", "denied", "error"):
+    for name in ("key_id", "model", "policy", "denied", "error", "rule"):
         row[name] = row[name][:_LONGEST]
     # These two are never missing.
     return {**row, "total_ms": row["total_ms"] or 0.0, "cost_nano": nano(max(0.0, record.cost_usd))}

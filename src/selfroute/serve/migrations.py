@@ -72,6 +72,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
         "CREATE TABLE sessions (hash TEXT PRIMARY KEY, key_id TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL)",
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN rule TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE requests ADD COLUMN redacted TEXT NOT NULL DEFAULT ''",
+    ),
 )
 
 _LOCK = 5_370_117

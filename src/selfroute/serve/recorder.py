@@ -8,6 +8,7 @@ depend on them.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import deque
 from dataclasses import replace
@@ -15,6 +16,8 @@ from typing import Protocol
 
 from selfroute.errors import StoreError
 from selfroute.serve import history
+from selfroute.serve.asking import Ask
+from selfroute.serve.events import Course
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.store import Store
 
@@ -103,3 +106,25 @@ class Recorder:
                 await self._closing.wait()
         except TimeoutError:
             return
+
+
+def record_of(ask: Ask, course: Course, *, content: bool) -> RequestRecord:
+    """The record of a request, with what was asked and answered or without."""
+    return RequestRecord(
+        id=ask.id,
+        at=course.at,
+        key_id=ask.key.name.removeprefix("key:") if ask.key else "",
+        model=ask.model,
+        policy=ask.policy,
+        request=json.dumps(ask.messages, ensure_ascii=False) if content else None,
+        response="".join(course.said) if content else None,
+        redacted=json.dumps(course.redacted) if course.redacted else "",
+        **{name: getattr(course, name) for name in _RECORDED},
+    )
+
+
+_RECORDED = (
+    *("decision", "route", "score", "denied", "rule", "status", "error"),
+    *("cost_usd", "first_ms", "device_ms", "cloud_ms", "total_ms"),
+    *("device_prompt_tokens", "device_completion_tokens", "cloud_prompt_tokens", "cloud_completion_tokens"),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from selfroute.errors import SelfrouteError
+from selfroute.errors import CloudError, SelfrouteError
 
 _KINDS = {
     400: "invalid_request_error",
@@ -36,3 +36,17 @@ class RefusedError(SelfrouteError):
         """The API's form of it."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def device_unavailable() -> RefusedError:
+    """Nobody is left to answer."""
+    return RefusedError(503, "the device cannot answer now", code="device_unavailable", retry_after_s=5)
+
+
+def cloud_failed(error: CloudError) -> RefusedError:
+    """What a client of the cloud alone is told: what is its to mend, and nothing of where the cloud is."""
+    if error.status == 429:
+        return RefusedError(429, "the cloud is busy", code="cloud_rate_limit", retry_after_s=error.retry_after_s)
+    if error.status in (400, 413, 422):
+        return RefusedError(400, f"the cloud rejects the request: {error.said}", code="cloud_rejects")
+    return RefusedError(502, "the cloud cannot answer now", code="cloud_unavailable")

@@ -22,6 +22,7 @@ from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
 from selfroute.serve.metrics import Counted, Metrics
 from selfroute.serve.recorder import Recorder
+from selfroute.serve.search import open_border
 from selfroute.serve.sessions import Sessions
 from selfroute.serve.store import Store
 from selfroute.trace import wanted
@@ -57,6 +58,9 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         stack.callback(store.close)
         device = await asyncio.to_thread(make_device, config.device)
         stack.push_async_callback(device.aclose)
+        border, search = await asyncio.to_thread(open_border, config.privacy)
+        if search:
+            stack.callback(search.close)
         cloud = make_serving_cloud(config.cloud)
         stack.push_async_callback(cloud.aclose)
         budget = Budget(store, config.budget, hold_s=HOLD_S)
@@ -76,6 +80,7 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
             decide=config.decide,
             idle_s=config.device_idle_s,
             log_content=config.log_content,
+            border=border,
         )
         ring = Keyring(store) if config.keys else None
         sessions = Sessions(store, ring) if ring else None

@@ -42,6 +42,8 @@ REQUESTS = Table(
     Column("request", Text),
     Column("response", Text),
     Column("decision", Text),
+    Column("rule", Text),
+    Column("redacted", Text),
 )
 
 USAGE = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ LIMITS: Mapping[str, str] = {
     "requests_per_minute": "requests a minute",
     "store": "the store could not be asked",
     "cloud": "the cloud failed",
+    "rule": "a rule: it must not leave",
+    "privacy": "it could not be checked",
 }
 """What kept a help call from being answered."""
 
@@ -136,6 +139,15 @@ def outcome(record: RequestRecord) -> tuple[str, str]:
     }[record.route]
 
 
+def hidden(redacted: str) -> str:
+    """What the cloud did not see of a request, as its record has it.
+
+    >>> hidden('{"EMAIL_ADDRESS": 2, "PERSON": 1}')
+    'EMAIL_ADDRESS 2, PERSON 1'
+    """
+    return ", ".join(f"{kind} {number}" for kind, number in json.loads(redacted).items())
+
+
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "usd": usd,
     "mark": mark,
@@ -146,5 +158,6 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "ago": ago,
     "clock": clock,
     "outcome": outcome,
+    "hidden": hidden,
 }
 """What the pages' templates may call."""

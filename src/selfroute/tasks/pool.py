@@ -52,10 +52,20 @@ class Pool:
         size: most workers.
         memory_bytes: address space that a worker may take.
         folders: where the function's module may be, beside where this process finds modules.
+        first: arguments of a call with which each worker begins, before it counts as started.
     """
 
-    def __init__(self, path: str, *, size: int, memory_bytes: int = 2 * 2**30, folders: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        size: int,
+        memory_bytes: int = 2 * 2**30,
+        folders: Sequence[str] = (),
+        first: tuple[Any, ...] | None = None,
+    ) -> None:
         self.path, self.size, self.memory_bytes, self.folders = path, size, memory_bytes, tuple(folders)
+        self.first = first
         self._empty()
         atexit.register(self.close)
 
@@ -67,7 +77,7 @@ class Pool:
         self._live: set[_Worker] = set()
 
     def start(self) -> None:
-        """Have a worker that has imported the function: one that cannot be imported is found out before it is needed.
+        """Have a worker that has started: a function that cannot be imported is found out before it is needed.
 
         Raises:
             TaskError: no worker can be started.
@@ -118,7 +128,7 @@ class Pool:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-            worker = _Worker(self.path, self.memory_bytes, self.folders)
+            worker = _Worker(self.path, self.memory_bytes, self.folders, self.first)
             self._live.add(worker)
             return worker
 
@@ -134,8 +144,10 @@ class Pool:
 class _Worker:
     """A process and the line to it; `usable` says whether it may be called again."""
 
-    def __init__(self, path: str, memory_bytes: int, folders: Sequence[str]) -> None:
-        self.path, self.calls, self.ready, self.usable = path, 0, False, False
+    def __init__(
+        self, path: str, memory_bytes: int, folders: Sequence[str], first: tuple[Any, ...] | None = None
+    ) -> None:
+        self.path, self.first, self.calls, self.ready, self.usable = path, first, 0, False, False
         ours, theirs = socket.socketpair()
         with theirs:
             number = str(theirs.fileno())
@@ -154,6 +166,9 @@ class _Worker:
 
     def call(self, arguments: tuple[Any, ...], limit_s: float) -> Done:
         self.start()
+        return self._ask(arguments, limit_s)
+
+    def _ask(self, arguments: tuple[Any, ...], limit_s: float) -> Done:
         self.usable = False
         self.calls += 1
         started, own = time.monotonic(), OwnTime(limit_s, PATIENCE * limit_s)
@@ -177,7 +192,7 @@ class _Worker:
         return done(reply["result"])
 
     def start(self) -> None:
-        """Wait until it has imported the function, where it has not yet."""
+        """Wait until it has imported the function and made its first call, where it has not yet."""
         if self.ready:
             return
         try:
@@ -188,6 +203,8 @@ class _Worker:
             raise TaskError(f"a worker for {self.path} died at its start: is there memory left?") from error
         if "error" in reply:
             raise TaskError(f"a worker for {self.path} cannot start: {reply['error']}")
+        if self.first is not None and (failure := self._ask(self.first, START_S).failure):
+            raise TaskError(f"a worker for {self.path} cannot start: {failure}")
         self.ready = self.usable = True
 
     def kill(self) -> None:

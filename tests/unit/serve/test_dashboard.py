@@ -197,6 +197,15 @@ def test_one_request_with_its_content_only_where_that_is_kept(site: Site, logged
     assert "The device asked for help." in html
 
 
+def test_what_a_rule_kept_here_and_what_the_cloud_did_not_see_are_told(site: Site) -> None:
+    site.write(record(1, denied="rule", rule="no-contracts"), record(2, redacted='{"EMAIL_ADDRESS": 2}'))
+    with site.client() as client:
+        kept, hidden = (client.get(f"/dashboard/requests/r{n}").text for n in (1, 2))
+    assert "a rule: it must not leave" in kept
+    assert "no-contracts" in kept
+    assert "EMAIL_ADDRESS 2" in hidden
+
+
 class Loads(HTMLParser):
     """What a page would load or run."""
 
@@ -221,7 +230,7 @@ def test_hostile_content_is_text_and_loads_and_runs_nothing(site: Site) -> None:
     site.keyed = True
     admin, _ = site.make_key("ops", admin=True)
     _, hostile = site.make_key(HOSTILE)
-    texts: dict[str, Any] = dict.fromkeys(("model", "policy", "error", "request", "response"), HOSTILE)
+    texts: dict[str, Any] = dict.fromkeys(("model", "policy", "error", "rule", "request", "response"), HOSTILE)
     site.write(record(1, key_id=hostile.id, **texts, status=500), record(2, key_id=HOSTILE, denied=HOSTILE))
     with site.client() as client:
         sign_in(client, admin)

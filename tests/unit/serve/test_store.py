@@ -60,9 +60,8 @@ def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
         insert(connection, "a")
         migrate(connection, longer)
         assert connection.execute(text("SELECT note FROM keys")).scalar() == "a"
-        assert connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all() == [
-            *range(1, len(longer) + 1)
-        ]
+        versions = connection.execute(text("SELECT version FROM migrations ORDER BY version")).scalars().all()
+        assert versions == [*range(1, len(longer) + 1)]
 
 
 def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:

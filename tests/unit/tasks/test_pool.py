@@ -188,3 +188,14 @@ time.sleep(0.3)
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(worker), done.stderr
+
+
+def test_a_worker_begins_with_its_first_call() -> None:
+    pool = Pool(PATH, size=1, memory_bytes=2**30, first=("raise",))
+    with pytest.raises(TaskError, match="cannot start: undecided: ValueError: as told"):
+        pool.start()
+    assert pool.process_ids == []
+    pool.first = ("sleep", 0.3)
+    # It belongs to the start, which has its own limit.
+    assert not pool.call("pid", limit_s=0.25).failure
+    pool.close()

@@ -22,6 +22,8 @@ const DENIED = {
   calls_per_minute: "too many calls this minute",
   store: "the budget could not be asked",
   cloud: "the cloud failed",
+  rule: "a rule says that it must not leave",
+  privacy: "what must not leave could not be checked",
 };
 
 let running = null;

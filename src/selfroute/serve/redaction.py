@@ -1,0 +1,171 @@
+"""Placeholders: what leaves in the place of what is found, the same for the same text all through a request.
+
+A request to the cloud is walked as the tree that it is: every text in it counts, but the API's own words do not. A
+placeholder, such as `<EMAIL_1>`, is none that stands in the request already. Left out on purpose: finding
+(`finding`), and the way back (`restoring`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic_core import from_json
+
+from selfroute.serve.finding import Span
+
+_OF_THE_API = frozenset({
+    "role", "content", "name", "type", "text", "refusal", "tool_calls", "tool_call_id", "id", "function", "arguments",
+    "custom", "input", "index", "function_call", "functions", "image_url", "url", "detail", "input_audio", "data",
+    "format", "tools", "tool_choice", "parallel_tool_calls", "parameters", "description", "strict", "properties",
+    "required", "additionalProperties", "items", "enum", "anyOf", "response_format", "json_schema", "schema", "stop",
+    "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "user", "metadata", "logprobs",
+    "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty", "reasoning_effort", "reasoning_content",
+    "modalities",
+})  # fmt: skip
+"""Names of the API's fields; any other is a text, as the client chose it."""
+
+_KINDS = frozenset({
+    "system", "developer", "user", "assistant", "tool", "function", "custom", "text", "refusal", "image_url",
+    "input_audio", "object", "string", "number", "integer", "boolean", "array", "null", "json_object", "json_schema",
+})  # fmt: skip
+"""What a `role` or `type` may say without being a text."""
+
+_OPAQUE = ("image_url", "input_audio")
+"""Parts of a message that hold no text."""
+
+_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)((?:\\u[0-9a-fA-F]{4})+)")
+
+
+def unreadable(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The first part of a message that holds no text, or "".
+
+    >>> unreadable([{"role": "user", "content": [{"type": "text"}, {"type": "image_url"}]}])
+    'messages.0.content.1'
+    """
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        for at, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, Mapping) and part.get("type") in _OPAQUE:
+                return f"messages.{index}.content.{at}"
+    return ""
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A tree of JSON with each text changed, the names that the client chose too.
+
+    >>> mapped({"role": "user", "content": "hi", "metadata": {"hi": 1}}, str.upper)
+    {'role': 'user', 'content': 'HI', 'metadata': {'HI': 1}}
+    """
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [mapped(member, change) for member in value]
+    if not isinstance(value, Mapping):
+        return value
+    result = {}
+    for name, member in value.items():
+        fixed = name in ("role", "type") and isinstance(member, str) and member in _KINDS
+        result[name if name in _OF_THE_API else change(name)] = member if fixed else mapped(member, change)
+    return result
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts of a tree, in the order in which `mapped` comes to them."""
+    texts: list[str] = []
+
+    def collect(text: str) -> str:
+        texts.append(text)
+        return text
+
+    mapped(value, collect)
+    return texts
+
+
+def plain(text: str) -> str:
+    r"""A text that is JSON, as tools' arguments are, with letters in place of their escapes; any other as it is.
+
+    >>> print(plain(r'{"name": "M\u00fcller", "quote": "\u0022"}'), plain(r"M\u00fcller"))
+    {"name": "Müller", "quote": "\u0022"} M\u00fcller
+    """
+    if r"\u" not in text or text.lstrip()[:1] not in ("{", "["):
+        return text
+    try:
+        from_json(text)
+    except ValueError:
+        return text
+    return _ESCAPED.sub(lambda m: m[1] + _letters(m[2]), text)
+
+
+def _letters(escapes: str) -> str:
+    units = bytes.fromhex(escapes.replace(r"\u", ""))
+    try:
+        letters = units.decode("utf-16-be")
+    except UnicodeDecodeError:
+        return escapes
+    return "".join(c if c >= " " and c not in '"\\' else f"\\u{ord(c):04x}" for c in letters)
+
+
+class Placeholders:
+    """What stands for what, in one request.
+
+    Args:
+        texts: all that leaves, in which no placeholder may stand already.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._free: dict[str, Iterator[int]] = {}
+        self._of: dict[str, str] = {}
+        self._kinds: Counter[str] = Counter()
+
+    @property
+    def originals(self) -> dict[str, str]:
+        """The texts, by placeholder."""
+        return {placeholder: original for original, placeholder in self._of.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Different texts by their kind."""
+        return dict(sorted(self._kinds.items()))
+
+    def put(self, text: str, spans: Sequence[Span]) -> str:
+        """A text with placeholders in the place of its spans."""
+        pieces, at = [], 0
+        for start, end, kind in spans:
+            pieces += [text[at:start], self._placeholder(_value(text, start, end), kind)]
+            at = end
+        return "".join([*pieces, text[at:]])
+
+    def _placeholder(self, original: str, kind: str) -> str:
+        if original not in self._of:
+            # A rule's name may tell what it hides.
+            label = "REDACTED" if kind.startswith("rule:") else re.sub(r"[^A-Z0-9]+", "_", kind.upper())
+            if label not in self._free:
+                self._free[label] = self._numbers(label)
+            self._of[original] = f"<{label}_{next(self._free[label])}>"
+            self._kinds[kind.removeprefix("rule:")] += 1
+        return self._of[original]
+
+    def _numbers(self, label: str) -> Iterator[int]:
+        """Numbers from 1 that stand behind the label nowhere."""
+        taken = {n for text in self._texts for n in re.findall(rf"{label}_(\d+)", text, re.IGNORECASE)}
+        number = 0
+        while True:
+            number += 1
+            if str(number) not in taken:
+                yield number
+
+
+def _value(text: str, start: int, end: int) -> str:
+    """What a span says; in a text that is JSON, without its escapes."""
+    said = text[start:end]
+    if "\\" not in said or text.lstrip()[:1] not in ("{", "["):
+        return said
+    try:
+        value = from_json(f'"{said}"')
+    except ValueError:
+        return said
+    return value if isinstance(value, str) else said
