@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import signal
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -34,6 +36,12 @@ HOLD_S = 3600.0
 """Longer than any call to the cloud may take, its repetitions included."""
 
 FORGET_S = 3600.0
+
+COME_S = 2.0
+"""The longest that connections are still taken after a signal, where there is no end of them."""
+
+SAY_S = 0.1
+"""What the last ones have to send their request."""
 
 BACKLOG = 2048
 """Connections that may wait to be taken."""
@@ -130,6 +138,19 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve first whoever has come: the system cuts off who waits, and uvicorn who has said nothing yet."""
+        waiting = select.poll()
+        for listener in sockets or ():
+            waiting.register(listener, select.POLLIN)
+        by = time.monotonic() + COME_S
+        while waiting.poll(0) and time.monotonic() < by:
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(SAY_S)
+        await super().shutdown(sockets)
 
     def stop(self) -> None:
         """Take nobody new, and end when the others have; the second time, at once."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import socket
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -13,7 +17,7 @@ from selfroute.serve import keys
 from selfroute.serve.account import Limits
 from selfroute.serve.app import make_app
 from selfroute.serve.config import GatewayConfig
-from selfroute.serve.server import opened
+from selfroute.serve.server import listening, opened, serve
 from selfroute.serve.store import Store
 from selfroute.tasks.countdown import Countdown, CountdownConfig
 
@@ -86,3 +90,13 @@ def test_keys_budget_and_records_are_those_of_the_store(tmp_path: Path) -> None:
         )
         assert (spent, held) == (costs, 0)
         assert connection.execute("SELECT COUNT(*) FROM reservations").fetchone() == (0,)
+
+
+def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> None:
+    config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(tmp_path / "gateway.sqlite"))
+    with listening("127.0.0.1", 0) as listener, ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(50)]
+        for client in clients:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        serve(config, listener, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
