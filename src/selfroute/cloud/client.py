@@ -13,14 +13,13 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-import httpx2
-
 from selfroute.cloud.breaker import Breaker
 from selfroute.cloud.endpoint import OpenAIConfig, read_key
 from selfroute.cloud.exchange import Exchange, Line, TransientError, UnreadableError
 from selfroute.cloud.prices import price_of
 from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
+from selfroute.cloud.transport import Transport
 from selfroute.cloud.wire import Collected, Reply, Usage
 from selfroute.errors import CloudError
 from selfroute.protocol import text_of
@@ -60,11 +59,7 @@ class OpenAICloud:
             config.model, config.usd_per_million_prompt_tokens, config.usd_per_million_completion_tokens
         )
         key = read_key(config.api_key_var)
-        http = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(None, connect=config.connect_timeout_s),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
-        )
+        http = Transport(key, config.connect_timeout_s, keep=True, trust_env=True)
         self._line = Line(config, key, http, Spending(config.spend_limit_usd))
         self._gate = asyncio.Semaphore(config.concurrency)
         patience = config.max_retries + 1 if config.breaker_waits else 0
