@@ -189,3 +189,31 @@ def test_a_password_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
 def test_urls_that_cannot_be_stores(bad: str) -> None:
     with pytest.raises(ConfigError):
         Store(bad)
+
+
+def test_of_works_that_wait_for_a_writer_one_that_fails_spoils_no_other(store: Store) -> None:
+    """On SQLite those that wait share a transaction, which is undone with the one that fails."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first(connection: Connection) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def fails(connection: Connection) -> None:
+        insert(connection, "c")
+        raise ValueError("a fault of its own")
+
+    async def run() -> list[object]:
+        writing = [asyncio.create_task(store.write(first))]
+        await asyncio.to_thread(begun.wait, 10)
+        works = [lambda c, name=name: insert(c, name) for name in ("a", "b")]
+        writing += [asyncio.create_task(store.write(work)) for work in (works[0], fails, works[1], works[0])]
+        await asyncio.sleep(0)
+        go_on.set()
+        return await asyncio.gather(*writing, return_exceptions=True)
+
+    none, a, c, b, again = asyncio.run(run())
+    assert (none, a, b) == (None, None, None)
+    assert isinstance(c, ValueError)
+    assert isinstance(again, StoreError)
+    assert asyncio.run(store.read(names)) == ["a", "b"]
