@@ -150,8 +150,9 @@ class Exchange:
                 )
             yield piece
 
-    async def _events(self) -> AsyncGenerator[Reply]:
-        """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
+    async def _events(self) -> AsyncGenerator[list[Reply]]:
+        """The stream's events, those that came together in one list. Comments keep it alive and are no events; an end
+        without `[DONE]` is one too.
 
         Raises:
             CloudError: as from `pieces`, or the provider sends an error in the stream.
@@ -159,16 +160,28 @@ class Exchange:
         rest = b""
         async for piece in self.pieces():
             *lines, rest = (rest + piece).split(b"\n")
+            events, done, failed = [], False, None
             for line in lines:
                 if not line.startswith(b"data:"):
                     continue
                 data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    await self._drain()
-                    return
-                yield self.read(data)
+                if done := data == b"[DONE]":
+                    break
+                try:
+                    events.append(self.read(data))
+                except CloudError as error:
+                    failed = error
+                    break
+            # What came before a failure is there all the same.
+            if events:
+                yield events
+            if failed:
+                raise failed
+            if done:
+                await self._drain()
+                return
         if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
-            yield self.read(data)
+            yield [self.read(data)]
 
     async def _drain(self) -> None:
         """Read the end of the body, which comes at once: only then can the connection be used again."""

@@ -39,6 +39,8 @@ _PRAGMAS = (
     "journal_mode = WAL",
     # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
     "synchronous = NORMAL",
+    # Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands.
+    "wal_autocheckpoint = 10000",
     # What retention deletes is overwritten, not only forgotten.
     "secure_delete = ON",
 )
