@@ -79,7 +79,8 @@ class Exchange:
         self._worst_usd, self._bill = worst_usd, bill
         self._held = False
         self.cost_usd = 0.0
-        """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
+        """What it costs, as far as is known: the worst, nothing where it was not sent or the provider did not take it
+        on, or its bill."""
         self.billed = False
 
     async def __aenter__(self) -> Exchange:
@@ -101,10 +102,10 @@ class Exchange:
         """
         line, c = self._line, self._line.config
         await line.spending.reserve(self._worst_usd)
-        self._held, self.cost_usd = True, self._worst_usd
+        self._held = True
         now = time.monotonic()
         self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
-        sending = line.http.send("POST", f"{c.base_url}/chat/completions", self._body)
+        sending = line.http.send("POST", f"{c.base_url}/chat/completions", self._body, self._sent)
         self._response = await self._wait(sending)
         status = self._response.status
         if status != 200:
@@ -117,6 +118,9 @@ class Exchange:
                 if len(said) > 4096:
                     break
             raise refusal(c, line.key, status, said, self._response.header("Retry-After"))
+
+    def _sent(self) -> None:
+        self.cost_usd = self._worst_usd
 
     def bill(self, cost_usd: float) -> None:
         """The whole answer came, and this is what it costs."""
@@ -221,8 +225,6 @@ class Exchange:
         except TimeoutError:
             raise TransientError(f"{where} took longer than {allowed_s:g} s {name}") from None
         except BrokenError as error:
-            if not error.connected:
-                self.cost_usd = 0.0
             if error.slow:
                 raise TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
             raise TransientError(f"{where} cannot be reached: {error}") from error

@@ -7,18 +7,23 @@ piece is waited for, which differ between clouds and engines.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import aiohttp
 import truststore
 
+KEEP_S = 4.0
+"""Seconds that an idle connection is kept: less than servers do (uvicorn 5 s), or one would be closed just as a request
+takes it."""
+
 
 class BrokenError(Exception):
-    """No answer, or no more of it: `connected` is whether the request may have come through, `slow` that connecting
-    took too long. The message never holds the key."""
+    """No answer, or no more of it; `slow` is that connecting took too long. The message never holds the key."""
 
-    def __init__(self, text: str, *, connected: bool = True, slow: bool = False) -> None:
+    def __init__(self, text: str, *, slow: bool = False) -> None:
         super().__init__(text)
-        self.connected, self.slow = connected, slow
+        self.slow = slow
 
 
 class Incoming:
@@ -63,14 +68,19 @@ class Transport:
         self._keep, self._trust_env = keep, trust_env
         self._opened: aiohttp.ClientSession | None = None
 
-    async def send(self, method: str, url: str, body: bytes | None = None) -> Incoming:
-        """An answer, its body yet to be read.
+    async def send(
+        self, method: str, url: str, body: bytes | None = None, sent: Callable[[], None] | None = None
+    ) -> Incoming:
+        """An answer, its body yet to be read; `sent` is called just before the request's body goes out.
 
         Raises:
             BrokenError: there is none.
         """
         try:
-            return Incoming(await self._session().request(method, url, data=body, allow_redirects=False))
+            response = await self._session().request(
+                method, url, data=body, allow_redirects=False, trace_request_ctx=sent
+            )
+            return Incoming(response)
         except (aiohttp.ClientError, OSError) as error:
             raise _broken(error) from None
 
@@ -80,23 +90,33 @@ class Transport:
             await self._opened.close()
 
     def _session(self) -> aiohttp.ClientSession:
+        if self._opened:
+            return self._opened
+        tell = aiohttp.TraceConfig()
+        tell.on_request_chunk_sent.append(_sent)
         # It belongs to the event loop of the first request.
-        self._opened = self._opened or aiohttp.ClientSession(
+        self._opened = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,
                 ssl=truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
                 force_close=not self._keep,
+                keepalive_timeout=KEEP_S if self._keep else None,
             ),
             headers=self._headers,
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=self._trust_env,
+            trace_configs=[tell],
         )
         return self._opened
+
+
+async def _sent(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
+    if context.trace_request_ctx:
+        context.trace_request_ctx()
 
 
 def _broken(error: Exception) -> BrokenError:
     # Without its cause: aiohttp's errors hold the request's headers, and so the key.
     slow = isinstance(error, aiohttp.ConnectionTimeoutError)
-    connected = not slow and not isinstance(error, aiohttp.ClientConnectorError)
-    return BrokenError(f"{type(error).__name__} {error}".strip(), connected=connected, slow=slow)
+    return BrokenError(f"{type(error).__name__} {error}".strip(), slow=slow)
