@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -49,11 +49,9 @@ ROOT = Path(__file__).parents[1]
 PRICES = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_completion_tokens": 2.0}
 FAULT_SHARE = 0.2
 FAULTS = ("429", "500", "closed", "hangs", "stalls", "cut", "garbage")
-CODES = {
-    *("cloud_unavailable", "cloud_rate_limit", "cloud_broke_off", "budget_exceeded", "rate_limit_exceeded"),
-    *("device_unavailable",),
-}
-"""Errors that a request may end with here."""
+FOR_LIMITS = {"budget_exceeded", "rate_limit_exceeded"}
+CODES = FOR_LIMITS | {"cloud_unavailable", "cloud_rate_limit", "cloud_broke_off", "device_unavailable"}
+"""Errors that a request may end with: without a fault, and with one."""
 LIMITS: Mapping[str, Mapping[str, str]] = {
     "free": {},
     "poor": {"--usd-per-day": "0.05"},
@@ -98,6 +96,7 @@ class Book:
         self.lines: list[dict[str, Any]] = []
         self.calls: Counter[str] = Counter()
         self.down: set[str] = set()
+        self.up_since = time.monotonic()
 
     def begin(self, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
         request = CloudRequest(tuple(body["messages"]), temperature=None, extra={"max_tokens": body["max_tokens"]})
@@ -161,8 +160,8 @@ class Faulty(Upstream):
 class Clients:
     """Ask, one request after the other each, and check what comes."""
 
-    def __init__(self, port: int, keys: Mapping[str, str], seed: int) -> None:
-        self._port, self._keys, self._random = port, keys, random.Random(seed)
+    def __init__(self, port: int, keys: Mapping[str, str], book: Book, seed: int) -> None:
+        self._port, self._keys, self._book, self._random = port, keys, book, random.Random(seed)
         self.ended: Counter[str] = Counter()
         self.failures: list[str] = []
         self.number = 0
@@ -179,7 +178,11 @@ class Clients:
                     if wanted["at"] == "client":
                         await self._leave(connection, wanted)
                         continue
-                    self._check(wanted, await connection.ask(self._request(wanted)))
+                    asked_at = time.monotonic()
+                    answer = await connection.ask(self._request(wanted))
+                    # A breaker needs a moment to find that the cloud is up again.
+                    calm = not (wanted["fault"] or self._book.down) and asked_at > self._book.up_since + 2
+                    self._check(wanted, answer, FOR_LIMITS if calm else CODES)
             except (OSError, ValueError, KeyError) as error:
                 self.failures.append(f"{wanted}: {error!r}")
                 connection = None
@@ -224,19 +227,19 @@ class Clients:
         asking = asyncio.create_task(connection.ask(self._request(wanted)))
         await asyncio.wait({asking}, timeout=0.3)
         if asking.done():
-            self._check(wanted, asking.result())
+            self._check(wanted, asking.result(), CODES)
             return
         connection.transport.abort()
         await asyncio.gather(asking, return_exceptions=True)
         self.ended["client gone"] += 1
 
-    def _check(self, wanted: Mapping[str, Any], answer: bytes) -> None:
+    def _check(self, wanted: Mapping[str, Any], answer: bytes, codes: Collection[str]) -> None:
         status = int(answer.split(b" ", 2)[1])
         # A stream's error is its last event.
         code = re.search(rb'"error":\{"message":"(?:[^"\\]|\\.)*","type":"\w+","param":\w+,"code":"(\w+)"\}\}', answer)
         if code:
             name = code[1].decode()
-            if name not in CODES or (status == 200) != wanted["stream"] * (status == 200):
+            if name not in codes or (status == 200 and not wanted["stream"]):
                 self.failures.append(f"{wanted}: {answer!r:.600}")
             self.ended[f"{name}{' in mid-stream' if status == 200 else ''}"] += 1
             return
@@ -330,6 +333,7 @@ async def ups_and_downs(book: Book, until: float) -> None:
             book.down.add(who)
             await asyncio.sleep(1)
             book.down.discard(who)
+            book.up_since = time.monotonic()
 
 
 async def measure(folder: Path, seconds: float, clients: int, seed: int) -> dict[str, Any]:
@@ -347,7 +351,7 @@ async def measure(folder: Path, seconds: float, clients: int, seed: int) -> dict
     )  # fmt: skip
     try:
         url = await asyncio.to_thread(process.stdout.readline)  # type: ignore[union-attr]
-        asking = Clients(int(url.split(":")[2].partition("/")[0]), {n: t for n, (t, _) in keys.items()}, seed)
+        asking = Clients(int(url.split(":")[2].partition("/")[0]), {n: t for n, (t, _) in keys.items()}, book, seed)
         caps = {f"key:{keys[n][1]}": round(float(o["--usd-per-day"]) * 1e9) for n, o in LIMITS.items()
                 if "--usd-per-day" in o}  # fmt: skip
         watch = Watch(process, store, caps)

@@ -4,7 +4,7 @@
     python benchmarks/loopback.py generate      takes a load on each line that it reads, and writes what came of it
 
 Both speak HTTP over asyncio's bare protocols, since they share two cores with what they measure. What a request wants
-stands in its last message, as JSON, which any proxy passes on:
+stands in the user's last message, as JSON, which any proxy passes on:
 
     {"name": "a7", "pieces": 3, "every_ms": 0, "device": "answer"}      ->  "a7-0 a7-1 a7-2 "
 
@@ -79,7 +79,8 @@ class Upstream(asyncio.Protocol):
             self.whole({"object": "list", "data": models})
             return
         asked = json.loads(body[:length])
-        self.asked(asked, json.loads(asked["messages"][-1]["content"]))
+        said = [message["content"] for message in asked["messages"] if message["role"] == "user"]
+        self.asked(asked, json.loads(said[-1]))
 
     def asked(self, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Answer a request."""
