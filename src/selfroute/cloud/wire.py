@@ -63,6 +63,8 @@ class Choice(BaseModel):
     def other(self) -> dict[str, Any]:
         """What a piece holds beside text, such as tool calls."""
         said = self.delta.model_extra if self.delta else None
+        if not (said or self.logprobs):
+            return {}
         delta = {name: value for name, value in (said or {}).items() if name != "role" and value is not None}
         return ({"delta": delta} if delta else {}) | ({"logprobs": self.logprobs} if self.logprobs else {})
 
@@ -116,6 +118,8 @@ def merged(chunks: Sequence[CloudChunk]) -> list[CloudChunk]:
     >>> [c.text or c.reasoning for c in merged([CloudChunk(reasoning="2+2"), CloudChunk(text="fo"), CloudChunk("ur")])]
     ['2+2', 'four']
     """
+    if len(chunks) < 2:
+        return [*chunks]
     made: list[CloudChunk] = []
     for (text, reasoning, other), run in groupby(chunks, lambda c: (bool(c.text), bool(c.reasoning), bool(c.other))):
         together = list(run)

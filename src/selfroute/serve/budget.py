@@ -102,7 +102,7 @@ class Budget:
                 _save(connection, scopes, [account.arrive(now, 1) for account in accounts])
             return refused
 
-        return await self._store.write(work)
+        return await self._store.write(work, brief=True)
 
     async def reserve(self, worst_usd: float, key: Scope | None = None) -> Reservation | Denied:
         """Hold back the most that a call may cost, if no limit is passed by it.
@@ -132,7 +132,7 @@ class Budget:
             return held
 
         try:
-            return await self._store.write(work)
+            return await self._store.write(work, brief=True)
         except asyncio.CancelledError:
             if reserved:
                 with suppress(StoreError):
@@ -253,7 +253,7 @@ class Budget:
                     _SAVE.run(connection, {"of": scope, **_row(account.take_back(reservation.at))})
             return True
 
-        return await self._store.write(work)
+        return await self._store.write(work, brief=True)
 
 
 def _first(refusals: Iterable[Denied | None]) -> Denied | None:

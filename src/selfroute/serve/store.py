@@ -3,7 +3,8 @@
 Every transaction runs whole in a thread of the store's own, one hop there and one back, however many statements it
 has. An asynchronous driver hops for each of them: with aiosqlite a reservation took three times as long. SQLite takes
 one writer at a time, so one thread writes and another reads beside it, and what came in while it wrote shares the next
-transaction; PostgreSQL gets a few threads of each, and a transaction for each work.
+transaction; brief ones, which take less than the hop, are run at once where nobody else writes. PostgreSQL gets a few
+threads of each, and a transaction for each work.
 
 Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import URL, ClauseElement, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.dialects import sqlite
@@ -34,13 +35,16 @@ DEFAULT = "runs/gateway.sqlite"
 _BUSY_MS = 5000
 """How long a transaction waits for another's lock."""
 
+# Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands, and
+# never in the event loop's thread.
+_WAITING = (f"PRAGMA busy_timeout = {_BUSY_MS}", "PRAGMA wal_autocheckpoint = 10000")
+_AT_ONCE = ("PRAGMA busy_timeout = 0", "PRAGMA wal_autocheckpoint = 0")
+
 _PRAGMAS = (
     f"busy_timeout = {_BUSY_MS}",
     "journal_mode = WAL",
     # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
     "synchronous = NORMAL",
-    # Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands.
-    "wal_autocheckpoint = 10000",
     # What retention deletes is overwritten, not only forgotten.
     "secure_delete = ON",
 )
@@ -97,6 +101,7 @@ class Store:
         self._errors = (SQLAlchemyError, sqlite3.Error, self._engine.dialect.loaded_dbapi.Error)
         self._reading = self._engine.execution_options(write=False)
         self._writing = self._engine.execution_options(write=True)
+        self._at_once = self._engine.execution_options(write=True, waits=False) if is_sqlite else None
         self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
         self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
         self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
@@ -109,30 +114,39 @@ class Store:
             raise
 
     @contextmanager
-    def begin(self, *, write: bool = True) -> Iterator[Connection]:
+    def begin(self, *, write: bool = True, waits: bool = True) -> Iterator[Connection]:
         """A transaction in the caller's thread: all of it, or nothing.
 
         Raises:
             StoreError: the database refused, or could not be reached.
         """
         try:
-            with (self._writing if write else self._reading).begin() as connection:
+            engine = self._at_once if self._at_once and not waits else self._writing if write else self._reading
+            with engine.begin() as connection:
                 yield connection
         except self._errors as error:
             # The first line names the cause; below it, PostgreSQL repeats what was to be written.
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             raise StoreError(f"the store {self.name} failed: {cause}") from error
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, brief: bool = False) -> T:
         """What `work` returns, run in a transaction that may write; others' works may be run in the same one.
 
-        Where another's fails, the transaction is undone, and `work` is run again in one of its own. A transaction that
-        has begun cannot be called back: a task that is cancelled meanwhile goes on to its end first, so that the caller
-        can undo what it did.
+        Where another's fails, the transaction is undone, and `work` is run again in one of its own. One that is `brief`
+        (tenths of a millisecond on SQLite) may be run in the event loop's thread. A transaction that has begun cannot
+        be called back: a task that is cancelled meanwhile goes on to its end first, so that the caller can undo what it
+        did.
 
         Raises:
             StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
         """
+        if brief and self._at_once and not self._writers_busy:
+            outcomes = self._together([work], waits=False)
+            if outcomes:
+                [(result, error)] = outcomes
+                if error:
+                    raise error
+                return cast(T, result)
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, done))
         self._write_on()
@@ -171,17 +185,22 @@ class Store:
 
         running.add_done_callback(written)
 
-    def _together(self, works: list[Work]) -> list[tuple[Any, Exception | None]]:
-        """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other."""
+    def _together(self, works: list[Work], *, waits: bool = True) -> list[tuple[Any, Exception | None]]:
+        """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other.
+
+        Nothing where it would have to wait for another writer, and does not.
+        """
         results: list[Any] = []
         begun = False
         try:
-            with self.begin() as connection:
+            with self.begin(waits=waits) as connection:
                 begun = True
                 for work in works:
                     results.append(work(connection))
             return [(result, None) for result in results]
         except Exception as error:
+            if not begun and not waits:
+                return []
             if len(works) == 1 or not begun or len(results) == len(works):
                 return [(None, error)] * len(works)
         return [outcome for work in works for outcome in self._together([work])]
@@ -249,9 +268,11 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         # A writer that began by reading could be refused when it comes to write.
-        write = connection.get_execution_options().get("write")
+        options = connection.get_execution_options()
         driver: Any = connection.connection.driver_connection
-        driver.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        for pragma in _WAITING if options.get("waits", True) else _AT_ONCE:
+            driver.execute(pragma)
+        driver.execute("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
     return engine
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -215,3 +216,35 @@ def test_of_works_that_wait_for_a_writer_one_that_fails_spoils_no_other(store: S
     results = asyncio.run(run())
     assert sorted(type(r).__name__ for r in results if r is not None) == ["StoreError", "ValueError"]
     assert asyncio.run(store.read(names)) == ["a", "b"]
+
+
+def test_a_brief_transaction_waits_for_no_thread_and_stops_no_event_loop(tmp_path: Path) -> None:
+    """On SQLite it is run at once, where nobody else writes; else the writer's thread waits for it."""
+    path = str(tmp_path / "gateway.sqlite")
+    ours, other = Store(path), Store(path)
+    threads: list[int] = []
+
+    def work(name: str) -> Callable[[Connection], None]:
+        def insert_it(connection: Connection) -> None:
+            threads.append(threading.get_ident())
+            insert(connection, name)
+
+        return insert_it
+
+    async def run() -> list[str]:
+        await ours.write(work("a"), brief=True)
+        assert threads == [threading.get_ident()]
+        with pytest.raises(StoreError):
+            await ours.write(work("a"), brief=True)
+        with other.begin() as connection:
+            insert(connection, "b")
+            writing = asyncio.create_task(ours.write(work("c"), brief=True))
+            await asyncio.sleep(0.05)
+            assert not writing.done()
+        await writing
+        assert threads[-1] != threading.get_ident()
+        return await ours.read(names)
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+    ours.close()
+    other.close()
