@@ -11,7 +11,7 @@ sends garbage, for the first attempt or for all. Besides, both are down for a wh
     every request ends with the text that was wanted, or with an error of the documented codes
     spent money is what the cloud saw, to the nano-USD, by key and in all, and so are the records' costs
     money spent and held back never passes a limit, looked at five times a second
-    one record a request
+    one record a request that was let in
     when all is over: no money held back, no task and no socket more than before, and memory has not grown
 
 What broke off may have been charged, and counts at its worst case on both sides. FILE gets the figures and
@@ -193,7 +193,8 @@ class Clients:
         r = self._random
         at = r.choices(("", "cloud", "device", "client"), (1 - FAULT_SHARE, *(FAULT_SHARE / 3,) * 3))[0]
         model = r.choices(("selfroute", "selfroute-cloud", "selfroute-device"), (6, 3, 1))[0]
-        slow = {"pieces": 60, "every_ms": 25} if at == "client" else {}
+        # Who goes away does so long before the answer is whole, or the two sides might see different ends of it.
+        slow = {"pieces": 400, "every_ms": 25} if at == "client" else {}
         return {
             "name": name,
             "key": r.choices(tuple(LIMITS), (5, 2, 2, 1))[0],
@@ -394,8 +395,10 @@ def verdict(
             failures.append(f"{name or 'all'}: {spent} spent and {held} held; the cloud saw {book.spent_nano(name)}")
     [(records, cost)] = watch.query("SELECT COUNT(*), COALESCE(SUM(cost_nano), 0) FROM requests")
     at_the_door = asking.ended["rate_limit_exceeded"]
-    if records != asking.number - at_the_door or cost != book.spent_nano():
-        failures.append(f"{records} records of {cost} nano-USD; {asking.number} requests, {at_the_door} not let in")
+    # Who went away before the request was read has none.
+    most, gone = asking.number - at_the_door, asking.ended["client gone"]
+    if not most - gone <= records <= most or cost != book.spent_nano():
+        failures.append(f"{records} records of {cost} nano-USD; {most} requests, of which {gone} may have none")
     if after["tasks"] > before["tasks"] or after["sockets"] > before["sockets"]:
         failures.append(f"open before {dict(before)}, after {dict(after)}")
     # The first fifth fills caches and pools.
