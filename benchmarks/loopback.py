@@ -91,7 +91,8 @@ class Upstream(asyncio.Protocol):
             message = {"role": "assistant", "content": "".join(pieces)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-            self.whole({**whole, "usage": usage_of(len(pieces))})
+            ready_s = len(pieces) * wanted["every_ms"] / 1000
+            asyncio.get_running_loop().call_later(ready_s, self.whole, {**whole, "usage": usage_of(len(pieces))})
             return
         self.transport.write(STREAM + chunk(event({"role": "assistant", "content": ""})))
         self._go_on(self._events(body, pieces), wanted["every_ms"] / 1000)
