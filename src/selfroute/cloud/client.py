@@ -13,15 +13,14 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-import httpx2
-
 from selfroute.cloud.breaker import Breaker
 from selfroute.cloud.endpoint import OpenAIConfig, read_key
 from selfroute.cloud.exchange import Exchange, Line, TransientError, UnreadableError
 from selfroute.cloud.prices import price_of
 from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
-from selfroute.cloud.wire import Collected, Reply, Usage
+from selfroute.cloud.transport import Transport
+from selfroute.cloud.wire import Collected, Reply, Usage, merged
 from selfroute.errors import CloudError
 from selfroute.protocol import text_of
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
@@ -60,11 +59,7 @@ class OpenAICloud:
             config.model, config.usd_per_million_prompt_tokens, config.usd_per_million_completion_tokens
         )
         key = read_key(config.api_key_var)
-        http = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(None, connect=config.connect_timeout_s),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
-        )
+        http = Transport(key, config.connect_timeout_s, keep=True, trust_env=True)
         self._line = Line(config, key, http, Spending(config.spend_limit_usd))
         self._gate = asyncio.Semaphore(config.concurrency)
         patience = config.max_retries + 1 if config.breaker_waits else 0
@@ -102,9 +97,10 @@ class OpenAICloud:
 
         async def attempt() -> CloudAnswer:
             started = time.monotonic()
-            async with self._exchange(request, stream=False) as exchange:
-                body = b"".join([piece async for piece in exchange.pieces()])
-                answer = self._answer(exchange.read(body), request, time.monotonic() - started)
+            body = self._body(request, stream=False)
+            async with Exchange(self._line, body, self.worst_usd(request)) as exchange:
+                read = b"".join([piece async for piece in exchange.pieces()])
+                answer = self._answer(exchange.read(read), request, time.monotonic() - started)
                 exchange.bill(answer.cost_usd)
                 return answer
 
@@ -123,16 +119,16 @@ class OpenAICloud:
             started = time.monotonic()
             worst_usd = self.worst_usd(request)
             exchange, first = await self._retrying(
-                lambda: self._begin(request, bill),
+                lambda: self._begin(request, worst_usd, bill),
                 lambda: bill is None or bill.usd + worst_usd <= bill.limit_usd,
             )
             try:
                 collected = Collected()
-                event: Reply | None = first
-                while event is not None:
-                    for chunk in collected.add(event):
+                events: list[Reply] | None = first
+                while events is not None:
+                    for chunk in merged([chunk for event in events for chunk in collected.add(event)]):
                         yield chunk
-                    event = await anext(exchange.events, None)
+                    events = await anext(exchange.events, None)
                 for chunk in collected.rest():
                     yield chunk
                 reply = collected.reply()
@@ -144,9 +140,9 @@ class OpenAICloud:
                 await exchange.close()
             yield CloudChunk(final=answer, finish_reason=reply.choices[0].finish_reason or "")
 
-    async def _begin(self, request: CloudRequest, bill: Bill | None) -> tuple[Exchange, Reply]:
-        """An open stream, and its first event."""
-        exchange = self._exchange(request, stream=True, bill=bill)
+    async def _begin(self, request: CloudRequest, worst_usd: float, bill: Bill | None) -> tuple[Exchange, list[Reply]]:
+        """An open stream, and its first events."""
+        exchange = Exchange(self._line, self._body(request, stream=True), worst_usd, bill)
         try:
             await exchange.open()
             first = await anext(exchange.events, None)
@@ -156,9 +152,6 @@ class OpenAICloud:
         except BaseException:
             await exchange.close()
             raise
-
-    def _exchange(self, request: CloudRequest, *, stream: bool, bill: Bill | None = None) -> Exchange:
-        return Exchange(self._line, self._body(request, stream=stream), self.worst_usd(request), bill)
 
     def _body(self, request: CloudRequest, *, stream: bool) -> dict[str, Any]:
         c = self.config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-import httpx2
 from pydantic import AfterValidator, Field, field_validator
 
 from selfroute.config import Config
@@ -19,13 +19,13 @@ _NOT_EXTRA = {
 
 
 def _plain(base_url: str) -> str:
-    try:
-        url = httpx2.URL(base_url)
-    except httpx2.InvalidURL as error:
-        raise ValueError(str(error)) from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if not base_url.isprintable() or " " in base_url:
+        raise ValueError("holds characters that no URL has")
+    url = urlsplit(base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError("must begin with https:// or http:// and name a host")
-    if url.userinfo or url.query or url.fragment:
+    # Reading the port raises what is wrong with it.
+    if url.port == 0 or url.username is not None or url.query or url.fragment:
         raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
     return base_url.rstrip("/")
 

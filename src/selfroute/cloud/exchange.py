@@ -6,23 +6,26 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx2
 from pydantic import ValidationError
 
 from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.spending import Spending
+from selfroute.cloud.transport import BrokenError, Incoming, Transport
 from selfroute.cloud.wire import Reply, message_of, parse_retry_after
 from selfroute.errors import CloudError
-from selfroute.trace import TRACE
 from selfroute.types import Bill
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 * 2**20
 """An answer longer than this is a fault."""
+
+DRAIN_S = 0.05
+"""Seconds for a body to end after its last event."""
 
 MAX_RETRY_AFTER_S = 120.0
 """A provider that asks to be left alone for longer is an error at once."""
@@ -34,7 +37,7 @@ class Line:
 
     config: OpenAIConfig
     key: str
-    http: httpx2.AsyncClient
+    http: Transport
     spending: Spending
 
 
@@ -69,14 +72,15 @@ class Exchange:
     def __init__(self, line: Line, body: Mapping[str, Any], worst_usd: float, bill: Bill | None = None) -> None:
         self._line = line
         self._body = json.dumps(body).encode()
-        self._response: httpx2.Response | None = None
+        self._response: Incoming | None = None
         self._deadline = self._first_byte_by = 0.0
         self._started = False
         self.events = self._events()
         self._worst_usd, self._bill = worst_usd, bill
         self._held = False
         self.cost_usd = 0.0
-        """What it costs, as far as is known: the worst, nothing where the provider did not take it on, or its bill."""
+        """What it costs, as far as is known: the worst, nothing where it was not sent or the provider did not take it
+        on, or its bill."""
         self.billed = False
 
     async def __aenter__(self) -> Exchange:
@@ -98,15 +102,12 @@ class Exchange:
         """
         line, c = self._line, self._line.config
         await line.spending.reserve(self._worst_usd)
-        self._held, self.cost_usd = True, self._worst_usd
+        self._held = True
         now = time.monotonic()
         self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
-        request = line.http.build_request(
-            "POST", f"{c.base_url}/chat/completions", content=self._body,
-            headers={"Content-Type": "application/json", **TRACE.get()},
-        )  # fmt: skip
-        self._response = await self._wait(line.http.send(request, stream=True))
-        status = self._response.status_code
+        sending = line.http.send("POST", f"{c.base_url}/chat/completions", self._body, self._sent)
+        self._response = await self._wait(sending)
+        status = self._response.status
         if status != 200:
             # A gateway's time-out or its bad upstream may come after the model has run.
             if (status < 500 and status != 408) or status == 503:
@@ -116,7 +117,10 @@ class Exchange:
                 said += piece
                 if len(said) > 4096:
                     break
-            raise refusal(c, line.key, status, said, self._response.headers.get("Retry-After"))
+            raise refusal(c, line.key, status, said, self._response.header("Retry-After"))
+
+    def _sent(self) -> None:
+        self.cost_usd = self._worst_usd
 
     def bill(self, cost_usd: float) -> None:
         """The whole answer came, and this is what it costs."""
@@ -131,7 +135,7 @@ class Exchange:
             await self._line.spending.settle(self._worst_usd, self.cost_usd, abandoned=not self.billed)
         await self.events.aclose()
         if self._response is not None:
-            await self._response.aclose()
+            self._response.close()
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes.
@@ -140,12 +144,8 @@ class Exchange:
             CloudError: it stalls, breaks off, or is too long.
         """
         assert self._response is not None
-        pieces, size = self._response.aiter_bytes(), 0
-        while True:
-            try:
-                piece = await self._wait(anext(pieces))
-            except StopAsyncIteration:
-                return
+        size = 0
+        while piece := await self._wait(self._response.piece()):
             self._started = True
             size += len(piece)
             if size > MAX_BODY_BYTES:
@@ -154,8 +154,9 @@ class Exchange:
                 )
             yield piece
 
-    async def _events(self) -> AsyncGenerator[Reply]:
-        """The stream's events. Comments keep it alive and are no events; an end without `[DONE]` is one too.
+    async def _events(self) -> AsyncGenerator[list[Reply]]:
+        """The stream's events, those that came together in one list. Comments keep it alive and are no events; an end
+        without `[DONE]` is one too.
 
         Raises:
             CloudError: as from `pieces`, or the provider sends an error in the stream.
@@ -163,15 +164,36 @@ class Exchange:
         rest = b""
         async for piece in self.pieces():
             *lines, rest = (rest + piece).split(b"\n")
+            events, done, failed = [], False, None
             for line in lines:
                 if not line.startswith(b"data:"):
                     continue
                 data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    return
-                yield self.read(data)
+                if done := data == b"[DONE]":
+                    break
+                try:
+                    events.append(self.read(data))
+                except CloudError as error:
+                    failed = error
+                    break
+            # What came before a failure is there all the same.
+            if events:
+                yield events
+            if failed:
+                raise failed
+            if done:
+                await self._drain()
+                return
         if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
-            yield self.read(data)
+            yield [self.read(data)]
+
+    async def _drain(self) -> None:
+        """Read the end of the body, which comes at once: only then can the connection be used again."""
+        assert self._response is not None
+        with suppress(TimeoutError, BrokenError):
+            async with asyncio.timeout(DRAIN_S):
+                while await self._response.piece():
+                    pass
 
     def read(self, data: bytes) -> Reply:
         """An answer, or a piece of one.
@@ -202,13 +224,10 @@ class Exchange:
                 return await what
         except TimeoutError:
             raise TransientError(f"{where} took longer than {allowed_s:g} s {name}") from None
-        except httpx2.ConnectTimeout:
-            self.cost_usd = 0.0
-            raise TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
-        except httpx2.HTTPError as error:
-            if isinstance(error, httpx2.ConnectError):
-                self.cost_usd = 0.0
-            raise TransientError(f"{where} cannot be reached: {type(error).__name__} {error}".rstrip()) from error
+        except BrokenError as error:
+            if error.slow:
+                raise TransientError(f"{where} took longer than {c.connect_timeout_s:g} s to connect") from None
+            raise TransientError(f"{where} cannot be reached: {error}") from error
 
 
 def refusal(config: OpenAIConfig, key: str, status: int, body: bytes, retry_after: str | None = None) -> CloudError:

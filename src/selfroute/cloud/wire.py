@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,6 +63,8 @@ class Choice(BaseModel):
     def other(self) -> dict[str, Any]:
         """What a piece holds beside text, such as tool calls."""
         said = self.delta.model_extra if self.delta else None
+        if not (said or self.logprobs):
+            return {}
         delta = {name: value for name, value in (said or {}).items() if name != "role" and value is not None}
         return ({"delta": delta} if delta else {}) | ({"logprobs": self.logprobs} if self.logprobs else {})
 
@@ -106,6 +110,25 @@ class Collected:
         """The same as an answer that was not streamed."""
         message = Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
         return Reply(choices=[Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
+
+
+def merged(chunks: Sequence[CloudChunk]) -> list[CloudChunk]:
+    """Chunks that came together, those of one kind in a row as one.
+
+    >>> [c.text or c.reasoning for c in merged([CloudChunk(reasoning="2+2"), CloudChunk(text="fo"), CloudChunk("ur")])]
+    ['2+2', 'four']
+    """
+    if len(chunks) < 2:
+        return [*chunks]
+    made: list[CloudChunk] = []
+    for (text, reasoning, other), run in groupby(chunks, lambda c: (bool(c.text), bool(c.reasoning), bool(c.other))):
+        together = list(run)
+        if other or (text and reasoning):
+            made += together
+        else:
+            joined = "".join(c.text for c in together), "".join(c.reasoning for c in together)
+            made.append(CloudChunk(*joined))
+    return made
 
 
 def message_of(body: bytes) -> str:

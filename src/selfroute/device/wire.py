@@ -9,11 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx2
-
+from selfroute.cloud.transport import BrokenError, Incoming, Transport
 from selfroute.cloud.wire import message_of
 from selfroute.errors import ContextError, DeviceError
-from selfroute.trace import TRACE
 
 T = TypeVar("T")
 
@@ -48,15 +46,9 @@ class Wire:
     def __init__(self, base_url: str, key: str, patience: Patience) -> None:
         self.where = f"the engine at {base_url}"
         self._base_url, self._key, self._patience = base_url, key, patience
-        self._http = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(None, connect=patience.connect_s),
-            # An engine may close a connection that is kept just as the next request takes it.
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
-            # A proxy that the environment names would see what is not to leave the device.
-            trust_env=False,
-            follow_redirects=False,
-        )
+        # An engine may close a connection that is kept just as the next request takes it; and a proxy that the
+        # environment names would see what is not to leave the device.
+        self._http = Transport(key, patience.connect_s, keep=False, trust_env=False)
 
     async def aclose(self) -> None:
         """Close the connections, which stops what is under way."""
@@ -73,7 +65,7 @@ class Wire:
             async with aclosing(self._lines(response)) as lines:
                 return self._json(b"".join([line async for line in lines]))
         finally:
-            await response.aclose()
+            response.close()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
         """The events of a streamed answer; closing the generator closes the connection.
@@ -96,15 +88,15 @@ class Wire:
                         raise self._refusal(500, data)
                     yield event
         finally:
-            await response.aclose()
+            response.close()
 
-    async def _send(
-        self, method: str, path: str, allowed_s: float, body: Mapping[str, Any] | None = None
-    ) -> httpx2.Response:
+    async def _send(self, method: str, path: str, allowed_s: float, body: Mapping[str, Any] | None = None) -> Incoming:
         """An answer of status 200, its body yet to be read."""
-        request = self._http.build_request(method, self._base_url + path, json=body, headers=dict(TRACE.get()))
-        response = await self._wait(self._http.send(request, stream=True), allowed_s, "for the first byte")
-        if response.status_code == 200:
+        sent = None if body is None else json.dumps(body).encode()
+        response = await self._wait(
+            self._http.send(method, self._base_url + path, sent), allowed_s, "for the first byte"
+        )
+        if response.status == 200:
             return response
         said = b""
         try:
@@ -114,16 +106,12 @@ class Wire:
                     if len(said) > 4096:
                         break
         finally:
-            await response.aclose()
-        raise self._refusal(response.status_code, said)
+            response.close()
+        raise self._refusal(response.status, said)
 
-    async def _lines(self, response: httpx2.Response) -> AsyncGenerator[bytes]:
-        rest, pieces = b"", response.aiter_bytes()
-        while True:
-            try:
-                piece = await self._wait(anext(pieces), self._patience.idle_s, "between two pieces")
-            except StopAsyncIteration:
-                break
+    async def _lines(self, response: Incoming) -> AsyncGenerator[bytes]:
+        rest = b""
+        while piece := await self._wait(response.piece(), self._patience.idle_s, "between two pieces"):
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 yield line
@@ -154,7 +142,7 @@ class Wire:
                 return await what
         except TimeoutError:
             raise DeviceError(f"{self.where} took longer than {allowed_s:g} s {name}") from None
-        except httpx2.ConnectTimeout:
-            raise DeviceError(f"{self.where} took longer than {self._patience.connect_s:g} s to connect") from None
-        except httpx2.HTTPError as error:
-            raise DeviceError(f"{self.where} cannot be reached: {type(error).__name__} {error}".rstrip()) from error
+        except BrokenError as error:
+            if error.slow:
+                raise DeviceError(f"{self.where} took longer than {self._patience.connect_s:g} s to connect") from None
+            raise DeviceError(f"{self.where} cannot be reached: {error}") from error

@@ -15,21 +15,20 @@ denied.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, insert, or_, select, update
+from pydantic_core import from_json, to_json
+from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
 
 from selfroute.errors import StoreError
 from selfroute.serve import keys
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, Window, nano
-from selfroute.serve.store import Store
+from selfroute.serve.store import Prepared, Store
 from selfroute.serve.tables import ACCOUNTS, RESERVATIONS, upsert
 
 GATEWAY = "gateway"
@@ -113,7 +112,7 @@ class Budget:
                 _save(connection, scopes, [account.arrive(now, 1) for account in accounts])
             return refused
 
-        return await self._store.write(work)
+        return await self._store.write(work, brief=True)
 
     async def reserve(self, worst_usd: float, key: Scope | None = None) -> Reservation | Denied:
         """Hold back the most that a call may cost, if no limit is passed by it.
@@ -138,16 +137,16 @@ class Budget:
             day, scope = accounts[0].day, key.name if key else ""
             held = Reservation(uuid.uuid4().hex, now, now + self._hold_s, scope, day, worst)
             _save(connection, scopes, [account.hold(now, worst) for account in accounts])
-            connection.execute(_HOLD, asdict(held))
+            _HOLD.run(connection, asdict(held))
             reserved.append(held)
             return held
 
         try:
-            return await self._store.write(work)
+            return await self._store.write(work, brief=True)
         except asyncio.CancelledError:
             if reserved:
                 with suppress(StoreError):
-                    await self.release(reserved[0])
+                    await self.release(reserved[-1])
             raise
 
     async def settle(self, reservation: Reservation, cost_usd: float) -> bool:
@@ -248,22 +247,22 @@ class Budget:
         scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
 
         def work(connection: Connection) -> bool:
-            if connection.execute(_REMOVE, {"id": reservation.id}).rowcount == 0:
+            if _REMOVE.run(connection, {"id": reservation.id}).rowcount == 0:
                 return False
             paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": cost}
-            connection.execute(_PAY, [{"of": scope, **paid} for scope in scopes])
+            _PAY.run(connection, *({"of": scope, **paid} for scope in scopes))
             if not called:
                 for scope, account in _accounts(connection, reservation.scope, lock=True).items():
-                    connection.execute(_SAVE, {"of": scope, **_row(account.take_back(reservation.at))})
+                    _SAVE.run(connection, {"of": scope, **_row(account.take_back(reservation.at))})
             return True
 
-        return await self._store.write(work)
+        return await self._store.write(work, brief=True)
 
 
 def usages(connection: Connection, scopes: Sequence[Scope], now: float) -> list[Usage]:
     """What each of these has used."""
     rows = connection.execute(select(ACCOUNTS).where(ACCOUNTS.c.scope.in_([scope.name for scope in scopes])))
-    accounts = {row.scope: _account(row) for row in rows}
+    accounts = {scope: _account(*rest) for scope, *rest in rows}
     found = []
     for scope in scopes:
         account = accounts.get(scope.name, Account())
@@ -284,39 +283,35 @@ def _first(refusals: Iterable[Denied | None]) -> Denied | None:
     return next((refused for refused in refusals if refused), None)
 
 
-_READ = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == GATEWAY, ACCOUNTS.c.scope == bindparam("scope")))
-_LOCK = _READ.order_by(ACCOUNTS.c.scope).with_for_update()
-_SAVE = update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of"))
+_OF = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == bindparam("gateway"), ACCOUNTS.c.scope == bindparam("key")))
+_READ = Prepared(_OF)
+_LOCK = Prepared(_OF.order_by(ACCOUNTS.c.scope).with_for_update())
+_SAVE = Prepared(update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of")))
 # Of a day that is over nothing is kept.
-_PAY = (
+_PAY = Prepared(
     update(ACCOUNTS)
     .where(ACCOUNTS.c.scope == bindparam("of"), ACCOUNTS.c.day == bindparam("on"))
     .values(held_nano=ACCOUNTS.c.held_nano - bindparam("worst"), spent_nano=ACCOUNTS.c.spent_nano + bindparam("cost"))
 )
-_HOLD = insert(RESERVATIONS)
-_REMOVE = delete(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("id"))
+_HOLD = Prepared(insert(RESERVATIONS))
+_REMOVE = Prepared(delete(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("id")))
 _EXPIRED = select(RESERVATIONS).where(RESERVATIONS.c.expires_at <= bindparam("now"))
 
 
 def _accounts(connection: Connection, key: str, *, lock: bool) -> dict[str, Account]:
     """The gateway's account and a key's, where they are there; locked in this order, so nobody waits in a circle."""
-    rows = connection.execute(_LOCK if lock else _READ, {"scope": key})
-    return {row.scope: _account(row) for row in rows}
+    rows = (_LOCK if lock else _READ).run(connection, {"gateway": GATEWAY, "key": key}).fetchall()
+    return {scope: _account(*rest) for scope, *rest in rows}
 
 
-def _account(row: Row[Any]) -> Account:
-    return Account(
-        row.day,
-        row.spent_nano,
-        row.held_nano,
-        Window(60, _slots(row.minute_counts)),
-        Window(row.window_s, _slots(row.window_counts)),
-    )
+def _account(day: int, spent: int, held: int, minute: str, window_s: int, window: str) -> Account:
+    return Account(day, spent, held, Window(60, _slots(minute)), Window(window_s, _slots(window)))
 
 
 def _save(connection: Connection, scopes: Sequence[Scope], accounts: Sequence[Account]) -> None:
-    connection.execute(
-        _SAVE, [{"of": scope.name, **_row(account)} for scope, account in zip(scopes, accounts, strict=True)]
+    _SAVE.run(
+        connection,
+        *({"of": scope.name, **_row(account)} for scope, account in zip(scopes, accounts, strict=True)),
     )
 
 
@@ -325,11 +320,11 @@ def _row(account: Account) -> dict[str, str | int]:
         "day": account.day,
         "spent_nano": account.spent,
         "held_nano": account.held,
-        "minute_counts": json.dumps(account.minute.slots),
+        "minute_counts": to_json(account.minute.slots).decode(),
         "window_s": account.window.length_s,
-        "window_counts": json.dumps(account.window.slots),
+        "window_counts": to_json(account.window.slots).decode(),
     }
 
 
 def _slots(written: str) -> tuple[tuple[int, int, int], ...]:
-    return tuple(map(tuple, json.loads(written)))
+    return tuple(map(tuple, from_json(written)))

@@ -48,7 +48,7 @@ class Recorder:
         content: bool = False,
         capacity: int = 10_000,
         batch: int = 100,
-        interval_s: float = 0.05,
+        interval_s: float = 0.25,
         tries: int = 6,
     ) -> None:
         self._store, self._dropped, self._content = store, dropped, content

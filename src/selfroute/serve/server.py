@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import select
@@ -199,6 +200,9 @@ async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable
             loop.add_signal_handler(number, server.stop)
         if parent is not None:
             loop.add_reader(parent, _orphaned, server, parent)
+        # What is there now stays: the collector need not go through it again and again, milliseconds at a time.
+        gc.collect()
+        gc.freeze()
         ready()
         await server.serve(sockets=[listener])
 

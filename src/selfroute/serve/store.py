@@ -2,7 +2,9 @@
 
 Every transaction runs whole in a thread of the store's own, one hop there and one back, however many statements it
 has. An asynchronous driver hops for each of them: with aiosqlite a reservation took three times as long. SQLite takes
-one writer at a time, so one thread writes and another reads beside it; PostgreSQL gets a few of each.
+one writer at a time, so one thread writes and another reads beside it, and what came in while it wrote shares the next
+transaction; brief ones, which take less than the hop, are run at once where nobody else writes. PostgreSQL gets a few
+threads of each, and a transaction for each work.
 
 Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
 """
@@ -13,13 +15,15 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, ClauseElement, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from selfroute.errors import ConfigError, StoreError
@@ -30,6 +34,11 @@ DEFAULT = "runs/gateway.sqlite"
 
 _BUSY_MS = 5000
 """How long a transaction waits for another's lock."""
+
+# Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands, and
+# never in the event loop's thread.
+_WAITING = (f"PRAGMA busy_timeout = {_BUSY_MS}", "PRAGMA wal_autocheckpoint = 10000")
+_AT_ONCE = ("PRAGMA busy_timeout = 0", "PRAGMA wal_autocheckpoint = 0")
 
 _PRAGMAS = (
     f"busy_timeout = {_BUSY_MS}",
@@ -44,6 +53,31 @@ _PRAGMAS = (
 _POSTGRES = f"-c lock_timeout={_BUSY_MS} -c statement_timeout=30000 -c idle_in_transaction_session_timeout=10000"
 
 T = TypeVar("T")
+Work = Callable[[Connection], Any]
+
+
+class Prepared:
+    """A statement that is put into words once and then given to the driver itself.
+
+    What runs for every request goes this way: past the driver, SQLAlchemy takes several times as long as SQLite does.
+    """
+
+    def __init__(self, statement: ClauseElement) -> None:
+        self._statement = statement
+        self._texts: dict[str, str] = {}
+
+    def run(self, connection: Connection, *rows: Mapping[str, Any]) -> Any:
+        """The driver's cursor, after the statement was run for each row of parameters."""
+        name = connection.dialect.name
+        if name not in self._texts:
+            dialect = sqlite.dialect(paramstyle="named") if name == "sqlite" else connection.dialect
+            self._texts[name] = str(self._statement.compile(dialect=dialect, column_keys=list(rows[0])))
+        cursor = connection.connection.cursor()
+        if len(rows) == 1:
+            cursor.execute(self._texts[name], rows[0])
+        else:
+            cursor.executemany(self._texts[name], rows)
+        return cursor
 
 
 class Store:
@@ -58,15 +92,20 @@ class Store:
 
     def __init__(self, url: str = DEFAULT) -> None:
         parsed = _parse(url)
-        sqlite = parsed.get_backend_name() == "sqlite"
-        self.name = parsed.database if sqlite else f"{parsed.host or 'localhost'}/{parsed.database or ''}"
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        self.name = parsed.database if is_sqlite else f"{parsed.host or 'localhost'}/{parsed.database or ''}"
         """For messages: no password."""
-        writers, readers = (1, 1) if sqlite else (8, 2)
-        self._engine = _sqlite(parsed) if sqlite else _postgres(parsed, writers + readers)
+        # Together, on PostgreSQL, works would lock rows in an order that another replica's may cross.
+        self._most_writers, readers, self._most_together = (1, 1, 64) if is_sqlite else (8, 2, 1)
+        self._engine = _sqlite(parsed) if is_sqlite else _postgres(parsed, self._most_writers + readers)
+        self._errors = (SQLAlchemyError, sqlite3.Error, self._engine.dialect.loaded_dbapi.Error)
         self._reading = self._engine.execution_options(write=False)
         self._writing = self._engine.execution_options(write=True)
-        self._writers = ThreadPoolExecutor(writers, "selfroute-store-writer")
+        self._at_once = self._engine.execution_options(write=True, waits=False) if is_sqlite else None
+        self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
         self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
+        self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
+        self._writers_busy = 0
         try:
             with self.begin() as connection:
                 migrate(connection)
@@ -75,30 +114,43 @@ class Store:
             raise
 
     @contextmanager
-    def begin(self, *, write: bool = True) -> Iterator[Connection]:
+    def begin(self, *, write: bool = True, waits: bool = True) -> Iterator[Connection]:
         """A transaction in the caller's thread: all of it, or nothing.
 
         Raises:
             StoreError: the database refused, or could not be reached.
         """
         try:
-            with (self._writing if write else self._reading).begin() as connection:
+            engine = self._at_once if self._at_once and not waits else self._writing if write else self._reading
+            with engine.begin() as connection:
                 yield connection
-        except (SQLAlchemyError, sqlite3.Error) as error:
+        except self._errors as error:
             # The first line names the cause; below it, PostgreSQL repeats what was to be written.
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             raise StoreError(f"the store {self.name} failed: {cause}") from error
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns, run in a transaction that may write.
+    async def write(self, work: Callable[[Connection], T], *, brief: bool = False) -> T:
+        """What `work` returns, run in a transaction that may write; others' works may be run in the same one.
 
-        A transaction that has begun cannot be called back: a task that is cancelled meanwhile goes on to its end first,
-        so that the caller can undo what it did.
+        Where another's fails, the transaction is undone, and `work` is run again in one of its own. One that is `brief`
+        (tenths of a millisecond on SQLite) may be run in the event loop's thread. A transaction that has begun cannot
+        be called back: a task that is cancelled meanwhile goes on to its end first, so that the caller can undo what it
+        did.
 
         Raises:
             StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
         """
-        return await self._run(self._writers, True, work)
+        if brief and self._at_once and not self._writers_busy:
+            outcomes = self._together([work], waits=False)
+            if outcomes:
+                [(result, error)] = outcomes
+                if error:
+                    raise error
+                return cast(T, result)
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, done))
+        self._write_on()
+        return await _to_its_end(done)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, run in a transaction that only reads; on SQLite it waits for no writer.
@@ -106,21 +158,52 @@ class Store:
         Raises:
             StoreError: as from `begin`.
         """
-        return await self._run(self._readers, False, work)
 
-    async def _run(self, threads: ThreadPoolExecutor, write: bool, work: Callable[[Connection], T]) -> T:
         def transact() -> T:
-            with self.begin(write=write) as connection:
+            with self.begin(write=False) as connection:
                 return work(connection)
 
-        running = asyncio.get_running_loop().run_in_executor(threads, transact)
+        return await _to_its_end(asyncio.get_running_loop().run_in_executor(self._readers, transact))
+
+    def _write_on(self) -> None:
+        """Give what waits to a writer that is idle."""
+        if not self._waiting or self._writers_busy == self._most_writers:
+            return
+        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most_together))]
+        self._writers_busy += 1
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._writers, self._together, [work for work, _ in group])
+
+        def written(running: asyncio.Future[list[tuple[Any, Exception | None]]]) -> None:
+            self._writers_busy -= 1
+            for (_, done), (result, error) in zip(group, running.result(), strict=True):
+                if error is None:
+                    done.set_result(result)
+                else:
+                    done.set_exception(error)
+            self._write_on()
+
+        running.add_done_callback(written)
+
+    def _together(self, works: list[Work], *, waits: bool = True) -> list[tuple[Any, Exception | None]]:
+        """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other.
+
+        Nothing where it would have to wait for another writer, and does not.
+        """
+        results: list[Any] = []
+        begun = False
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait({running})
-            with suppress(StoreError):
-                running.result()
-            raise
+            with self.begin(waits=waits) as connection:
+                begun = True
+                for work in works:
+                    results.append(work(connection))
+            return [(result, None) for result in results]
+        except Exception as error:
+            if not begun and not waits:
+                return []
+            if len(works) == 1 or not begun or len(results) == len(works):
+                return [(None, error)] * len(works)
+        return [outcome for work in works for outcome in self._together([work])]
 
     def close(self) -> None:
         """Finish what was asked for and let go of the database."""
@@ -131,6 +214,16 @@ class Store:
     async def aclose(self) -> None:
         """`close`, without stopping the event loop meanwhile."""
         await asyncio.to_thread(self.close)
+
+
+async def _to_its_end(running: asyncio.Future[T]) -> T:
+    """Its result; whoever is cancelled waits for it all the same."""
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()
+        raise
 
 
 def _parse(text: str) -> URL:
@@ -175,9 +268,11 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         # A writer that began by reading could be refused when it comes to write.
-        write = connection.get_execution_options().get("write")
+        options = connection.get_execution_options()
         driver: Any = connection.connection.driver_connection
-        driver.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        for pragma in _WAITING if options.get("waits", True) else _AT_ONCE:
+            driver.execute(pragma)
+        driver.execute("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
     return engine
 

@@ -181,8 +181,8 @@ TRANSIENT: dict[str, tuple[Fault, str, dict[str, Any]]] = {
     "no first byte": (hang, r"longer than 0.2 s for the first byte", {"first_byte_timeout_s": 0.2}),
     "a stall": (stall_in_the_body, r"longer than 0.2 s between two pieces", {"idle_timeout_s": 0.2}),
     "a drip": (drip, r"longer than 0.4 s in all", {"total_timeout_s": 0.4, "idle_timeout_s": 0.3}),
-    "cut": (cut_in_the_body, "cannot be reached: RemoteProtocolError", {}),
-    "closed": (close_at_once, "cannot be reached: RemoteProtocolError", {}),
+    "cut": (cut_in_the_body, "cannot be reached: ClientPayloadError", {}),
+    "closed": (close_at_once, "cannot be reached: ServerDisconnectedError", {}),
     "no JSON": (status(200, b'{"choices": [{"mess'), "cannot be read: Invalid JSON", {}),
     "other JSON": (status(200, {"choices": [{"message": {"content": ["four"]}}]}), "cannot be read", {}),
     "no choice": (status(200, reply(choices=[])), "without a choice", {}),
@@ -287,7 +287,7 @@ def test_a_long_retry_after_is_an_error_and_not_a_wait() -> None:
 def test_nothing_listens() -> None:
     with Server() as server:
         pass
-    with pytest.raises(CloudError, match="cannot be reached: ConnectError"):
+    with pytest.raises(CloudError, match="cannot be reached: ClientConnectorError"):
         complete(server)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -210,3 +211,61 @@ def test_a_password_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
 def test_urls_that_cannot_be_stores(bad: str) -> None:
     with pytest.raises(ConfigError):
         Store(bad)
+
+
+def test_of_works_that_wait_for_a_writer_one_that_fails_spoils_no_other(store: Store) -> None:
+    """On SQLite those that wait share a transaction, which is undone with the one that fails."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first(connection: Connection) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def fails(connection: Connection) -> None:
+        insert(connection, "c")
+        raise ValueError("a fault of its own")
+
+    async def run() -> list[object]:
+        writing = [asyncio.create_task(store.write(first))]
+        await asyncio.to_thread(begun.wait, 10)
+        works = [lambda c, name=name: insert(c, name) for name in ("a", "b")]
+        writing += [asyncio.create_task(store.write(work)) for work in (works[0], fails, works[1], works[0])]
+        await asyncio.sleep(0)
+        go_on.set()
+        return await asyncio.gather(*writing, return_exceptions=True)
+
+    results = asyncio.run(run())
+    assert sorted(type(r).__name__ for r in results if r is not None) == ["StoreError", "ValueError"]
+    assert asyncio.run(store.read(names)) == ["a", "b"]
+
+
+def test_a_brief_transaction_waits_for_no_thread_and_stops_no_event_loop(tmp_path: Path) -> None:
+    """On SQLite it is run at once, where nobody else writes; else the writer's thread waits for it."""
+    path = str(tmp_path / "gateway.sqlite")
+    ours, other = Store(path), Store(path)
+    threads: list[int] = []
+
+    def work(name: str) -> Callable[[Connection], None]:
+        def insert_it(connection: Connection) -> None:
+            threads.append(threading.get_ident())
+            insert(connection, name)
+
+        return insert_it
+
+    async def run() -> list[str]:
+        await ours.write(work("a"), brief=True)
+        assert threads == [threading.get_ident()]
+        with pytest.raises(StoreError):
+            await ours.write(work("a"), brief=True)
+        with other.begin() as connection:
+            insert(connection, "b")
+            writing = asyncio.create_task(ours.write(work("c"), brief=True))
+            await asyncio.sleep(0.05)
+            assert not writing.done()
+        await writing
+        assert threads[-1] != threading.get_ident()
+        return await ours.read(names)
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+    ours.close()
+    other.close()
