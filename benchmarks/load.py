@@ -9,8 +9,8 @@ mid-answer, or a device or a cloud that is busy (429), fails (500), closes, hang
 sends garbage, for the first attempt or for all. Besides, both are down for a while, again and again. Checked are:
 
     every request ends with the text that was wanted, or with an error of the documented codes
-    spent money is what the cloud saw, to the nano-USD, by key and in all, and what the records say; only of a call whose
-    client went away may it be more, up to the worst case, where the cloud's last word crossed the client's leaving
+    spent money is what the cloud saw, to the nano-USD, by key and in all, and what the records say; only of a call
+    whose client went away may it be more, up to the worst case, where the cloud's last word crossed the leaving
     money spent and held back never passes a limit, looked at five times a second
     one record a request that was let in
     when all is over: no money held back, no task and no socket more than before, and memory has not grown
