@@ -247,7 +247,7 @@ def turn(sides: Sides, seconds: float, connections: Sequence[int]) -> dict[str, 
         found = {"rps_ratio_vs_litellm": min(ratios["plain"]), "stream_rps_ratio_vs_litellm": min(ratios["stream"])}
     for kind in (*KINDS, "handoff"):
         most = sides.load("gateway", kind, seconds, note="capacity", connections=256, every_ms=EVERY_MS)
-        rate = most["per_second"] / 2
+        rate = max(10.0, most["per_second"] / 2)
         paced = {side: sides.load(side, kind, 2 * seconds, note="half load", rate=rate, every_ms=EVERY_MS)
                  for side in ("direct", "gateway")}  # fmt: skip
         name = "" if kind == "plain" else f"{kind}_"

@@ -105,12 +105,15 @@ class Upstream(asyncio.Protocol):
             last += event({}, choices=[], usage=usage_of(len(pieces)))
         yield chunk(last + b"data: [DONE]\n\n") + chunk(b"")
 
-    def _go_on(self, events: Iterator[bytes], every_s: float) -> None:
+    def _go_on(self, events: Iterator[bytes], every_s: float, at: float | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        at = loop.time() if at is None else at
         for data in events:
             self.transport.write(data)
             if every_s:
+                # By the clock from the first on, so that a stream takes as long as the whole answer does.
                 if not self.gone:
-                    asyncio.get_running_loop().call_later(every_s, self._go_on, events, every_s)
+                    loop.call_at(at + every_s, self._go_on, events, every_s, at + every_s)
                 return
 
     def whole(self, body: Any, status: int = 200, headers: bytes = b"") -> None:
