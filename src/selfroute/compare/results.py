@@ -150,7 +150,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
 
 def _decided(columns: Columns) -> Columns:
     """The columns with the responses that have no score of their own left out of the AUC."""
-    return replace(columns, score=np.where(np.abs(columns.score) == ASK_FIRST, -math.inf, columns.score))
+    return replace(columns, score=np.where(np.abs(columns.score) >= ASK_FIRST, -math.inf, columns.score))
 
 
 def _mean(values: NDArray[Any]) -> float:

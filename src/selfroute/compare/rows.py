@@ -60,7 +60,7 @@ class Record:
 
 
 ASK_FIRST = 1e3
-"""The score of a response without a readable answer, above any other; its negative is below any other."""
+"""A response without a readable answer scores at least this, above any other; its negative is below any other."""
 
 
 def ordering(problem: str, score: float | None, undecided: bool) -> float:
@@ -71,8 +71,8 @@ def ordering(problem: str, score: float | None, undecided: bool) -> float:
     """
     if score is not None and not undecided:
         return score
-    chance = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6]) / 2**48
-    return (ASK_FIRST if undecided else -ASK_FIRST) + chance
+    place = ASK_FIRST + int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6]) / 2**48
+    return place if undecided else -place
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,8 @@ def test_of_more_responses_without_an_answer_than_the_budget_pays_for_some_are_a
 
 
 def test_a_response_without_an_answer_is_asked_first_and_an_unusual_one_last(tmp_path: Path) -> None:
-    assert ordering("a", None, False) < -ASK_FIRST + 1 < ordering("a", 0.9, False) == 0.9 < ASK_FIRST
-    assert ASK_FIRST < ordering("a", None, True) == ordering("a", 2.0, True) < ASK_FIRST + 1
+    assert ordering("a", None, False) <= -ASK_FIRST < ordering("a", 0.9, False) == 0.9 < ASK_FIRST
+    assert ASK_FIRST <= ordering("a", None, True) == ordering("a", 2.0, True) < ASK_FIRST + 1
     records = [
         replace(RECORD, problem="a", score=0.9, asked=False),
         replace(RECORD, problem="b", score=None, undecided=True, asked=False),

@@ -157,9 +157,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("expression", HOSTILE, ids=lambda e: ascii(e[:24]))
 def test_hostile_expressions_are_wrong_fast_and_never_raise(expression: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     verdict = verify(expression, [3, 7, 25], 46)
-    elapsed = time.perf_counter() - started
+    elapsed = time.process_time() - started
     assert not verdict.correct
     assert verdict.reason
     assert elapsed < 1e-3 * max(1, len(expression) / 1000) + 1e-3
