@@ -44,6 +44,9 @@ COME_S = 2.0
 SAY_S = 0.1
 """What the last ones have to send their request."""
 
+SETTLE_S = 5.0
+"""What requests that are broken off may take to tell their clients, to settle and to be recorded."""
+
 BACKLOG = 2048
 """Connections that may wait to be taken."""
 
@@ -152,6 +155,11 @@ class _Server(uvicorn.Server):
             server.close()
         await asyncio.sleep(SAY_S)
         await super().shutdown(sockets)
+        # It cancels what is left after `drain_s` (the second time, nothing) and waits for none of it.
+        if left := set(self.server_state.tasks):
+            for task in left if self.force_exit else ():
+                task.cancel()
+            await asyncio.wait(left, timeout=SETTLE_S)
 
     def stop(self) -> None:
         """Take nobody new, and end when the others have; the second time, at once."""
