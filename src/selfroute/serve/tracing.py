@@ -76,8 +76,8 @@ class Tracing:
             if scope["type"] != "http" or scope["path"] not in _PATHS:
                 await app(scope, receive, send)
                 return
-            # Baggage is not read: it would be the client's own words.
-            sent = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n.startswith(b"trace")}
+            # Neither baggage nor tracestate is read: they hold the client's own words, which no border would have seen.
+            sent = {"traceparent": v.decode("latin-1") for n, v in scope["headers"] if n == b"traceparent"}
             method, path = str(scope["method"]), str(scope["path"])
             span = self._tracer.start_span(
                 f"{method} {path}",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from tests.servers import Exchange, Server, event
 
 from selfroute.config import Choice
 from selfroute.serve import keys
@@ -22,7 +23,6 @@ from selfroute.serve.config import GatewayConfig
 from selfroute.serve.server import listening, opened, serve
 from selfroute.serve.store import Store
 from selfroute.tasks.countdown import Countdown, CountdownConfig
-from tests.servers import Exchange, Server, event
 
 
 def test_keys_budget_and_records_are_those_of_the_store(tmp_path: Path) -> None:
