@@ -204,6 +204,7 @@ class _Story:
             denied = await self._cloud(handed_over(self.ask.messages, reasoning))
         except CloudError as error:
             _log.warning("request %s goes on on the device: %s", self.ask.id, error)
+            self.course.route = ""
             return "cloud"
         return denied.limit if denied else ""
 

@@ -175,6 +175,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "hot": ({**CHAT, "temperature": 3}, 400, "temperature"),
     "top_p in words": ({**CHAT, "top_p": "most"}, 400, "top_p"),
     "a paid tier": ({**CHAT, "service_tier": "priority"}, 400, "service_tier"),
+    "another provider": ({**CHAT, "provider": {"order": ["dear"]}}, 400, "provider"),
+    "a paid search": ({**CHAT, "search_parameters": {"mode": "on"}}, 400, "search_parameters"),
     "another upstream": ({**CHAT, "base_url": "http://evil.example"}, 400, "base_url"),
     "another key": ({**CHAT, "api_key": None}, 400, "api_key"),
     "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
