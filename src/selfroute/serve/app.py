@@ -33,7 +33,7 @@ from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
 from selfroute.serve.handoff import Budget, Pair, answer
 from selfroute.serve.metrics import CONTENT_TYPE, Metrics
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.refusal import RefusedError, shutting_down
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
@@ -130,6 +130,9 @@ class _Endpoint:
         except RefusedError as refusal:
             gateway.metrics.refuse(refusal)
             await refuse(send, refusal, headers)
+        except asyncio.CancelledError:
+            # The server ends, and nothing was answered yet: a body that is still coming, for instance.
+            await refuse(send, shutting_down(), headers)
         except ClientDisconnect:
             return
         finally:
@@ -300,7 +303,8 @@ class _Hosts:
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._app = app
         self._named = set(config.hosts)
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", config.host, *config.hosts}
+        own = f"[{config.host}]" if ":" in config.host else config.host
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", own.lower(), *config.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

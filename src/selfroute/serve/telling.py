@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from selfroute.serve.events import Course, Event, Tell, Turn
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.refusal import RefusedError, shutting_down
 
 KEEP_ALIVE_S = 15.0
 
@@ -82,7 +82,7 @@ class Telling:
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            ending = RefusedError(503, "the gateway ends before the answer does", code="shutting_down", retry_after_s=5)
+            ending = shutting_down()
             self._course.status, self._course.error = ending.status, ending.code
         finally:
             watch.cancel()

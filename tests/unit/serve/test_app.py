@@ -257,6 +257,11 @@ def test_host_names_that_are_ours(host: str) -> None:
         assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
+def test_the_address_that_is_listened_on_is_a_name_of_ours() -> None:
+    with World(config={"host": "FD00::1", "keys": True}).client() as client:
+        assert client.get("/healthz", headers={"host": "[fd00::1]:8000"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [

@@ -138,10 +138,15 @@ def test_what_is_broken_off_at_the_end_is_told_settled_and_recorded(
             drain_s=0.4 if signals == 1 else 30,
         )
         url = f"http://localhost:{listener.getsockname()[1]}/v1/chat/completions"
+        slow = socket.create_connection(listener.getsockname(), timeout=30)
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         clients = [threading.Thread(target=ask, args=(url, stream)) for stream in (True, False)]
         serve(config, listener, lambda: [client.start() for client in clients] and None)
         for client in clients:
             client.join()
+        with slow:
+            # Its body was still coming.
+            assert b" 503 " in slow.recv(1000)
     *_, last = (line for line in answers[True].text.splitlines() if line)
     assert '"content":"fo"' in answers[True].text
     assert "shutting_down" in last
