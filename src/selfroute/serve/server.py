@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -79,8 +79,8 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         metrics = Metrics()
         recorder = Recorder(store, metrics.dropped, content=config.log_content)
         for work in (budget.run(), _forgetting(store, config.retention_days)):
-            stack.push_async_callback(_ended, asyncio.create_task(work))
-        writing = asyncio.create_task(recorder.run())
+            stack.push_async_callback(_ended, _begun(work))
+        writing = _begun(recorder.run())
         stack.push_async_callback(lambda: writing)
         stack.callback(recorder.close)
         pair = Pair(
@@ -112,6 +112,18 @@ def _tracing() -> Tracing | None:
         )
         return None
     return Tracing(exporting())
+
+
+def _begun(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    """A task that runs as long as the gateway does; one that fails says so, when it does."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_told)
+    return task
+
+
+def _told(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        _log.critical("a part of the gateway has ended: restart it", exc_info=error)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -20,6 +21,7 @@ from selfroute.serve import keys
 from selfroute.serve.account import Limits
 from selfroute.serve.app import make_app
 from selfroute.serve.config import GatewayConfig
+from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import listening, opened, serve
 from selfroute.serve.store import Store
 from selfroute.tasks.countdown import Countdown, CountdownConfig
@@ -159,3 +161,22 @@ def test_what_is_broken_off_at_the_end_is_told_settled_and_recorded(
         assert connection.execute("SELECT COUNT(*) FROM reservations").fetchone() == (0,)
         spent, held = connection.execute("SELECT spent_nano, held_nano FROM accounts").fetchone()
         assert (spent, held) == (sum(row[2] for row in rows), 0)
+
+
+def test_a_part_that_fails_says_so_while_the_rest_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        store = tmp_path / "gateway.sqlite"
+        async with opened(GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(store))) as gateway:
+            # No error of the store's own, as a fault of ours would be.
+            gateway.pair.recorder.record(RequestRecord(id="r1", at=0.0, status=cast(Any, "200")))
+            async with asyncio.timeout(10):
+                while "has ended" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            http = httpx2.ASGITransport(app=make_app(gateway))
+            async with httpx2.AsyncClient(transport=http, base_url="http://localhost") as client:
+                body = {"model": "selfroute", "messages": [{"role": "user", "content": "2+3?"}]}
+                assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+    with pytest.raises(TypeError, match="not supported"):
+        asyncio.run(main())
+    assert "Traceback" in caplog.text
