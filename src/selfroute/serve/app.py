@@ -99,7 +99,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
             Route("/metrics", _Endpoint(gateway, _metrics, limited=False), methods=["GET"]),
             *(dashboard.routes(gateway, gateway.store) if gateway.store else ()),
         ],
-        exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _http_error, Exception: _fault},  # type: ignore[dict-item]
     )
     served = _Hosts(app, gateway.config)
     return gateway.around(served) if gateway.around else served
@@ -294,6 +294,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     """What the router refuses, in the API's form."""
     refusal = RefusedError(error.status_code, f"{request.method} is not served here: {error.detail}", code="not_found")
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """What nobody thought of, in the API's form; the server logs it."""
+    return JSONResponse(RefusedError(500, "selfroute failed; its log knows more", code="internal_error").body(), 500)
 
 
 class _Hosts:

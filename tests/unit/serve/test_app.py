@@ -233,6 +233,17 @@ def test_other_paths_and_methods() -> None:
             assert response.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
 
 
+def test_a_fault_of_ours_has_the_apis_form_and_tells_nothing() -> None:
+    class Broken(FakeKeys):
+        async def check(self, authorization: str | None) -> FakeKey | None:
+            raise KeyError("canary")
+
+    with World(keys=Broken({})).client() as client:
+        failed = post(client)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+    assert "canary" not in failed.text
+
+
 def test_models_and_health() -> None:
     world = World()
     with world.client() as client:
