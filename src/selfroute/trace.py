@@ -1,6 +1,6 @@
 """Which trace a call upstream belongs to (W3C Trace Context), for whoever sends it.
 
-Left out on purpose: spans, which `serve.tracing` makes, and OpenTelemetry's baggage, which never goes upstream.
+Left out on purpose: spans, which `serve.tracing` makes, and a client's baggage and tracestate, which never go upstream.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 
 TRACE: ContextVar[Mapping[str, str]] = ContextVar("selfroute_trace", default={})  # noqa: B039 (nobody writes to it)
-"""The headers `traceparent` and `tracestate` of the call that a task makes; empty where nothing is traced."""
+"""The header `traceparent` of the call that a task makes; empty where nothing is traced."""
 
 
 def wanted(environ: Mapping[str, str]) -> bool:

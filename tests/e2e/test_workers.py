@@ -25,6 +25,7 @@ from openai import OpenAI
 from selfroute.cloud.client import OpenAICloud
 from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.serve.handoff import ATTEMPTS
+from selfroute.tasks.processes import family
 from selfroute.types import CloudRequest
 from tests.postgres import server as postgres_server
 from tests.servers import Exchange, Server, event
@@ -100,6 +101,13 @@ def test_workers_share_the_work_are_replaced_and_drain(tmp_path: Path) -> None:
         until(lambda: len(children(process.pid) - {killed}) == 3)
         assert "" not in asyncio.run(pids(url, 30))
 
+        # Whichever is asked tells what all of them counted, the one that died too, but not what it was doing then.
+        for _ in range(3):
+            told = httpx2.get(url.replace("/v1", "/metrics")).text
+            (answered_in_all,) = re.findall(r'selfroute_requests_total\{.*status="200"\} (\S+)', told)
+            assert 60 + 100 + 30 - loaded[""] <= float(answered_in_all) <= 60 + 100 + 30
+            assert "\nselfroute_requests_in_flight 0.0\n" in told
+
         with OpenAI(base_url=url, api_key="any", max_retries=0) as client:
             stream = iter(client.chat.completions.create(model="selfroute", messages=QUESTION, stream=True))
             begun = next(stream)
@@ -140,6 +148,55 @@ def test_workers_that_cannot_start(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.search("no worker can be started: .*NoSuchDevice", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_workers_that_redact_and_trace_end_in_time_and_leave_nothing(tmp_path: Path) -> None:
+    """All that a gateway may have at once, its collector of traces down; it ends while an answer is under way."""
+    mail, store = "bob@example.org", tmp_path / "gateway.sqlite"
+
+    async def writes(exchange: Exchange) -> None:
+        await exchange.begin_stream()
+        await exchange.events(event("Write to <EMAIL_1>", "stop"))
+        if "wait" in exchange.body["messages"][0]["content"]:
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(60)
+        await exchange.events({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, "[DONE]")
+
+    traced = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        "TEST_CLOUD_KEY": "sk-canary",
+    }
+    with (
+        Server(otherwise=writes) as cloud,
+        command(
+            "workers=2", NAMED, "device.asks=true", "cloud.name=openai", f"cloud.base_url={cloud.url}",
+            "cloud.model=gpt-4.1", "cloud.api_key_var=TEST_CLOUD_KEY", "privacy.redact=always", "privacy.timeout_s=30",
+            "drain_s=1", f"store={store}", env={**os.environ, **traced},
+        ) as (process, url),
+    ):  # fmt: skip
+        theirs = set(family(process.pid)) - {process.pid}
+        assert len(theirs) >= 2 + 2
+        headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": f"theirs={mail}"}
+
+        def ask(text: str) -> httpx2.Response:
+            body = {"model": "selfroute", "messages": [{"role": "user", "content": f"{text} {mail}"}]}
+            return httpx2.post(f"{url}/chat/completions", json=body, headers=headers, timeout=60)
+
+        assert ask("Mail").json()["choices"][0]["message"]["content"] == f"Write to {mail}"
+        ended = ask("Please wait")
+        assert (ended.status_code, ended.json()["error"]["code"]) == (503, "shutting_down")
+        assert process.wait(30) == 0
+        until(lambda: not any(map(alive, theirs)))
+        errors = process.stderr.read() if process.stderr else ""
+        assert not any(mail in f"{exchange.headers} {exchange.body}" for exchange in cloud.requests)
+        assert all("a" * 32 in exchange.headers["traceparent"] for exchange in cloud.requests)
+    assert not any(secret in errors for secret in (mail, "sk-canary", "Traceback")), errors
+    with sqlite3.connect(store) as connection:
+        rows = connection.execute("SELECT status, redacted FROM requests ORDER BY at").fetchall()
+        assert rows == [(200, '{"EMAIL": 1}'), (503, '{"EMAIL": 1}')]
+        assert connection.execute("SELECT COUNT(*) FROM reservations").fetchone() == (0,)
 
 
 @pytest.mark.slow

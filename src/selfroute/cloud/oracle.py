@@ -80,7 +80,7 @@ class Oracle:
     @staticmethod
     def check_question(question: str) -> None:
         """Raises CloudError: it cannot answer this one."""
-        _solve(question)
+        _solve(question, told=f", not {question[:80]!r}")
 
     def worst_usd(self, request: CloudRequest) -> float:
         """What every answer costs."""
@@ -109,11 +109,12 @@ class Oracle:
         return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"
 
 
-def _solve(question: str) -> Solved:
+def _solve(question: str, told: str = "") -> Solved:
     solved = next((found for answer in SOLVERS if (found := answer(question))), None)
     if solved is None:
         raise CloudError(
-            f"the oracle cloud answers Countdown and addition questions only, not {question[:80]!r}: name a real one "
+            # In a gateway this comes into the log, where nothing is to stand that was asked.
+            f"the oracle cloud answers Countdown and addition questions only{told}: name a real one "
             "in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
         )
     return solved

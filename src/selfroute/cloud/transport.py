@@ -9,6 +9,8 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import truststore
@@ -61,7 +63,8 @@ class Transport:
         key: sent as a bearer token; "" for none.
         connect_timeout_s: seconds to connect.
         keep: whether connections are used again.
-        trust_env: whether a proxy that the environment names is used.
+        trust_env: whether a proxy that the environment names is used (HTTPS_PROXY, NO_PROXY); never what it has of keys
+            (~/.netrc).
     """
 
     def __init__(self, key: str, connect_timeout_s: float, *, keep: bool, trust_env: bool) -> None:
@@ -79,7 +82,7 @@ class Transport:
             BrokenError: there is none.
         """
         try:
-            response = await self._session().request(
+            response = await self._session(url).request(
                 method, url, data=body, headers=TRACE.get(), allow_redirects=False, trace_request_ctx=sent
             )
             return Incoming(response)
@@ -91,7 +94,7 @@ class Transport:
         if self._opened:
             await self._opened.close()
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _session(self, url: str) -> aiohttp.ClientSession:
         if self._opened:
             return self._opened
         tell = aiohttp.TraceConfig()
@@ -107,10 +110,18 @@ class Transport:
             headers=self._headers,
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=self._trust_env,
+            # aiohttp's `trust_env` would send ~/.netrc's password to an endpoint that has no key, fail at one that has,
+            # and look both up in a thread for each request.
+            proxy=_proxy(url) if self._trust_env else None,
             trace_configs=[tell],
         )
         return self._opened
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address."""
+    place = urlsplit(url)
+    return None if proxy_bypass(place.netloc) else getproxies().get(place.scheme)
 
 
 async def _sent(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:

@@ -33,7 +33,7 @@ from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
 from selfroute.serve.handoff import Budget, Pair, answer
 from selfroute.serve.metrics import CONTENT_TYPE, Metrics
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.refusal import RefusedError, shutting_down
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
@@ -99,7 +99,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
             Route("/metrics", _Endpoint(gateway, _metrics, limited=False), methods=["GET"]),
             *(dashboard.routes(gateway, gateway.store) if gateway.store else ()),
         ],
-        exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _http_error, Exception: _fault},  # type: ignore[dict-item]
     )
     served = _Hosts(app, gateway.config)
     return gateway.around(served) if gateway.around else served
@@ -130,6 +130,9 @@ class _Endpoint:
         except RefusedError as refusal:
             gateway.metrics.refuse(refusal)
             await refuse(send, refusal, headers)
+        except asyncio.CancelledError:
+            # The server ends, and nothing was answered yet: a body that is still coming, for instance.
+            await refuse(send, shutting_down(), headers)
         except ClientDisconnect:
             return
         finally:
@@ -293,6 +296,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
 
 
+async def _fault(request: Request, error: Exception) -> Response:
+    """What nobody thought of, in the API's form; the server logs it."""
+    return JSONResponse(RefusedError(500, "selfroute failed; its log knows more", code="internal_error").body(), 500)
+
+
 class _Hosts:
     """Serves the gateway's own names and pages only: a page of another site, under a name that leads here or in its
     own, asks in vain."""
@@ -300,7 +308,8 @@ class _Hosts:
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._app = app
         self._named = set(config.hosts)
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", config.host, *config.hosts}
+        own = f"[{config.host}]" if ":" in config.host else config.host
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", own.lower(), *config.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

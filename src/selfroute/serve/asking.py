@@ -18,8 +18,11 @@ from selfroute.types import Handoff, Message, Policy, Redact
 
 POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 
-_PRICED = ("models", "route", "service_tier", "plugins", "web_search_options", "prediction", "audio")
-"""Fields of a provider's that choose another model, tier or a paid tool."""
+_PRICED = (
+    *("models", "route", "provider", "service_tier", "plugins", "web_search_options", "search_parameters"),
+    *("enable_search", "prediction", "audio", "best_of"),
+)
+"""Fields of providers that choose another model, provider, tier or paid tool, or more answers than one."""
 
 _OF_UPSTREAMS = ("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers")
 """Fields by which a client would choose where a proxy behind the gateway sends its request, and with which key."""

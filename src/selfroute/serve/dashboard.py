@@ -78,6 +78,8 @@ def routes(gateway: Gateway, store: Store) -> list[BaseRoute]:
 class _Pages:
     def __init__(self, gateway: Gateway, store: Store) -> None:
         self._gateway, self._store = gateway, store
+        # Pages take tens of milliseconds of a store that has few readers, and keys are read there, too.
+        self._one = asyncio.Semaphore(1)
         self._templates = Environment(
             loader=PackageLoader("selfroute.serve", "pages"),
             autoescape=True,
@@ -118,7 +120,8 @@ class _Pages:
         before = request.query_params.get("before", "")[:64]
         own = None if key is None or key.admin else key.scope
         limits = self._gateway.config.budget
-        found = await self._store.read(lambda c: board.read(c, board.SPANS[span], limits, own, before=before))
+        async with self._one:
+            found = await self._store.read(lambda c: board.read(c, board.SPANS[span], limits, own, before=before))
         cloud = words.cloud(found.health, resting(self._gateway.pair.cloud))
         return {"board": found, "chosen": span, "before": before, "cloud": cloud}
 

@@ -98,7 +98,8 @@ class Pair:
 async def answer(ask: Ask, pair: Pair, tell: Tell, course: Course | None = None) -> None:
     """Answer one request, telling what comes of it, `Done` at the end; then record it.
 
-    Cancelling the task stops the device or the cloud, settles, and records that the client is gone.
+    Cancelling the task stops the device or the cloud, settles, and records that the client is gone, unless the course
+    has another cause.
 
     Raises:
         RefusedError: there is no answer, or no more of it.
@@ -110,7 +111,8 @@ async def answer(ask: Ask, pair: Pair, tell: Tell, course: Course | None = None)
         course.status, course.error = refusal.status, refusal.code
         raise
     except asyncio.CancelledError:
-        course.status, course.error = 499, "client_gone"
+        if not course.error:
+            course.status, course.error = 499, "client_gone"
         raise
     except Exception as error:
         course.status, course.error = 500, "internal_error"
@@ -202,6 +204,7 @@ class _Story:
             denied = await self._cloud(handed_over(self.ask.messages, reasoning))
         except CloudError as error:
             _log.warning("request %s goes on on the device: %s", self.ask.id, error)
+            self.course.route = ""
             return "cloud"
         return denied.limit if denied else ""
 

@@ -1,9 +1,9 @@
 """What Prometheus is told: counts and times of this gateway's requests, and its budget as the store has it.
 
 Labels are words of ours (policies, routes, limits, statuses, codes of refusals) and ids of keys; nothing that a client
-or a model writes becomes one. Several worker processes on one machine count together where the environment of the
-command names a folder in PROMETHEUS_MULTIPROC_DIR before this is imported: each writes what it counts there, and
-whichever is asked sums up. The budget comes from the store and is the same whoever is asked.
+or a model writes becomes one. Several workers count together: each writes what it counts into the folder that the
+environment names when this is imported (`workers` makes it, for prometheus_client), and whichever is asked sums up. The
+budget comes from the store and is the same whoever is asked.
 """
 
 from __future__ import annotations

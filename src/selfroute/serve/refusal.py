@@ -43,6 +43,11 @@ def device_unavailable() -> RefusedError:
     return RefusedError(503, "the device cannot answer now", code="device_unavailable", retry_after_s=5)
 
 
+def shutting_down() -> RefusedError:
+    """The gateway ends before the answer does."""
+    return RefusedError(503, "the gateway ends before the answer does", code="shutting_down", retry_after_s=5)
+
+
 def cloud_failed(error: CloudError) -> RefusedError:
     """What a client of the cloud alone is told: what is its to mend, and nothing of where the cloud is."""
     if error.status == 429:

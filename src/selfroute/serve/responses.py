@@ -86,7 +86,7 @@ def _content(content: Any, where: str) -> Any:
     for index, given in enumerate(_list(content, f"{where}.content")):
         part = _dict(given, f"{where}.content.{index}")
         kind = part.get("type")
-        if kind in _PARTS:
+        if isinstance(kind, str) and kind in _PARTS:
             parts.append({"type": "text", "text": part.get("text")})
         elif kind == "refusal":
             parts.append({"type": "refusal", "refusal": part.get("refusal")})

@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,9 @@ COME_S = 2.0
 SAY_S = 0.1
 """What the last ones have to send their request."""
 
+SETTLE_S = 5.0
+"""What requests that are broken off may take to tell their clients, to settle and to be recorded."""
+
 BACKLOG = 2048
 """Connections that may wait to be taken."""
 
@@ -76,8 +79,8 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         metrics = Metrics()
         recorder = Recorder(store, metrics.dropped, content=config.log_content)
         for work in (budget.run(), _forgetting(store, config.retention_days)):
-            stack.push_async_callback(_ended, asyncio.create_task(work))
-        writing = asyncio.create_task(recorder.run())
+            stack.push_async_callback(_ended, _begun(work))
+        writing = _begun(recorder.run())
         stack.push_async_callback(lambda: writing)
         stack.callback(recorder.close)
         pair = Pair(
@@ -109,6 +112,18 @@ def _tracing() -> Tracing | None:
         )
         return None
     return Tracing(exporting())
+
+
+def _begun(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    """A task that runs as long as the gateway does; one that fails says so, when it does."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_told)
+    return task
+
+
+def _told(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        _log.critical("a part of the gateway has ended: restart it", exc_info=error)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
@@ -152,6 +167,11 @@ class _Server(uvicorn.Server):
             server.close()
         await asyncio.sleep(SAY_S)
         await super().shutdown(sockets)
+        # It cancels what is left after `drain_s` (the second time, nothing) and waits for none of it.
+        if left := set(self.server_state.tasks):
+            for task in left if self.force_exit else ():
+                task.cancel()
+            await asyncio.wait(left, timeout=SETTLE_S)
 
     def stop(self) -> None:
         """Take nobody new, and end when the others have; the second time, at once."""

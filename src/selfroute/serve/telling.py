@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from selfroute.serve.events import Course, Event, Tell, Turn
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.refusal import RefusedError, shutting_down
 
 KEEP_ALIVE_S = 15.0
 
@@ -71,38 +71,49 @@ class Telling:
         self._story, self._writer, self._course, self._stream = story, writer, course, stream
         self._own, self._keep_alive_s = dict(headers), keep_alive_s
         self._turns: list[Event] = []
-        self._begun = False
+        self._begun = self._whole = False
         self._sent_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client goes away first."""
+        """Answer, unless the client goes away first, or the server ends: then with an error, if there is no answer."""
         work = asyncio.create_task(self._answer(send))
         watch = asyncio.create_task(self._watch(receive, send))
+        ending = None
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            ending = shutting_down()
+            self._course.status, self._course.error = ending.status, ending.code
         finally:
             watch.cancel()
             work.cancel()
             # Stopping the device and settling take their time, and are waited for even by a server that shuts down.
             await asyncio.shield(asyncio.gather(work, watch, return_exceptions=True))
-        if work.done() and not work.cancelled():
+        if not work.cancelled():
             work.result()
+        elif ending and not self._whole:
+            await self._fail(send, ending)
 
     async def _answer(self, send: Send) -> None:
         try:
             await self._story(lambda event: self._tell(event, send))
         except RefusedError as refusal:
-            if not self._begun:
-                await refuse(send, refusal, self._own)
-                return
-            await self._write(send, self._writer.failure(refusal), more=False)
+            await self._fail(send, refusal)
             return
+        self._whole = True
         if self._stream:
             await self._write(send, [], self._writer.last, more=False)
         else:
             body = to_json(self._writer.whole())
             await self._start(send, "application/json", {**self._report(), "content-length": str(len(body))})
             await send({"type": "http.response.body", "body": body})
+
+    async def _fail(self, send: Send, refusal: RefusedError) -> None:
+        """An error with its status, or, where a stream has begun, as its last event."""
+        if self._begun:
+            await self._write(send, self._writer.failure(refusal), more=False)
+        else:
+            await refuse(send, refusal, self._own)
 
     async def _tell(self, event: Event, send: Send) -> None:
         if not self._stream:

@@ -76,12 +76,12 @@ class Tracing:
             if scope["type"] != "http" or scope["path"] not in _PATHS:
                 await app(scope, receive, send)
                 return
-            # Baggage is not read: it would be the client's own words.
-            sent = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"] if n.startswith(b"trace")}
+            # Neither baggage nor tracestate is read: they hold the client's own words, which no border would have seen.
+            parent = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
             method, path = str(scope["method"]), str(scope["path"])
             span = self._tracer.start_span(
                 f"{method} {path}",
-                context=_W3C.extract(sent),
+                context=_W3C.extract({"traceparent": parent}),
                 kind=SpanKind.SERVER,
                 attributes={"http.request.method": method, "http.route": path, "url.path": path},
             )

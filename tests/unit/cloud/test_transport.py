@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +154,49 @@ def test_what_breaks_is_told_without_the_key() -> None:
         assert error.__cause__ is None
         assert "sk-canary" not in f"{error!r} {error.__dict__}"
     assert sent == ["half"]
+
+
+async def fine(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize("key", ["sk-canary", ""])
+def test_passwords_of_the_environment_go_nowhere(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password canary-2\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+
+    async def run() -> str:
+        async with Peer(fine) as peer:
+            transport = Transport(key, 1, keep=True, trust_env=True)
+            answer = await transport.send("POST", f"{peer.url}/chat", b"{}")
+            assert answer.status == 200
+            answer.close()
+            await transport.aclose()
+            return peer.heads[0]
+
+    sent = [line for line in asyncio.run(run()).splitlines() if line.lower().startswith("authorization")]
+    assert sent == ([f"Authorization: Bearer {key}"] if key else [])
+
+
+@pytest.mark.parametrize(
+    ("trust_env", "exempt", "proxied"), [(True, "", 1), (True, "cloud.invalid", 0), (False, "", 0)]
+)
+def test_a_proxy_of_the_environment(
+    trust_env: bool, exempt: str, proxied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> list[str]:
+        async with Peer(fine) as peer:
+            monkeypatch.setenv("http_proxy", peer.url.removesuffix("/v1").replace("//", "//me:canary@"))
+            monkeypatch.setenv("no_proxy", exempt)
+            transport = Transport("sk-canary", 1, keep=True, trust_env=trust_env)
+            with suppress(BrokenError):
+                (await transport.send("POST", "http://cloud.invalid/v1/chat", b"{}")).close()
+            await transport.aclose()
+            return peer.heads
+
+    heads = asyncio.run(run())
+    assert len(heads) == proxied
+    for head in heads:
+        assert head.startswith("POST http://cloud.invalid/v1/chat ")
+        assert f"Proxy-Authorization: Basic {base64.b64encode(b'me:canary').decode()}" in head

@@ -175,6 +175,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "hot": ({**CHAT, "temperature": 3}, 400, "temperature"),
     "top_p in words": ({**CHAT, "top_p": "most"}, 400, "top_p"),
     "a paid tier": ({**CHAT, "service_tier": "priority"}, 400, "service_tier"),
+    "another provider": ({**CHAT, "provider": {"order": ["dear"]}}, 400, "provider"),
+    "a paid search": ({**CHAT, "search_parameters": {"mode": "on"}}, 400, "search_parameters"),
     "another upstream": ({**CHAT, "base_url": "http://evil.example"}, 400, "base_url"),
     "another key": ({**CHAT, "api_key": None}, 400, "api_key"),
     "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
@@ -231,6 +233,17 @@ def test_other_paths_and_methods() -> None:
             assert response.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
 
 
+def test_a_fault_of_ours_has_the_apis_form_and_tells_nothing() -> None:
+    class Broken(FakeKeys):
+        async def check(self, authorization: str | None) -> FakeKey | None:
+            raise KeyError("canary")
+
+    with World(keys=Broken({})).client() as client:
+        failed = post(client)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+    assert "canary" not in failed.text
+
+
 def test_models_and_health() -> None:
     world = World()
     with world.client() as client:
@@ -253,6 +266,11 @@ def test_a_host_name_that_is_not_ours(host: str) -> None:
 def test_host_names_that_are_ours(host: str) -> None:
     with World(config={"hosts": ["gateway.example.org"]}).client() as client:
         assert client.get("/healthz", headers={"host": host}).status_code == 200
+
+
+def test_the_address_that_is_listened_on_is_a_name_of_ours() -> None:
+    with World(config={"host": "FD00::1", "keys": True}).client() as client:
+        assert client.get("/healthz", headers={"host": "[fd00::1]:8000"}).status_code == 200
 
 
 @pytest.mark.parametrize(

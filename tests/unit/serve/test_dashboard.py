@@ -404,3 +404,31 @@ def test_a_store_that_fails_says_so(site: Site) -> None:
     assert page.status_code == 503
     assert "The store cannot be read now" in page.text
     assert "usage" not in page.text
+
+
+def test_pages_are_read_one_after_the_other(tmp_path: Path) -> None:
+    """Many at once would have the keys of everybody's requests wait for them."""
+
+    class Counting(Store):
+        now = most = 0
+
+        async def read(self, work: Any) -> Any:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            try:
+                return await super().read(work)
+            finally:
+                self.now -= 1
+
+    async def main() -> set[int]:
+        budget = Budget(store, LIMITS)
+        pair = Pair(ScriptedDevice(said("5")), ScriptedCloud("five"), budget, MemoryRecorder())
+        http = httpx2.ASGITransport(app=make_app(Gateway(GatewayConfig(), pair, budget, store=store)))
+        async with httpx2.AsyncClient(transport=http, base_url="http://localhost") as client:
+            asked = [client.get(path) for path in ("/dashboard?span=30d", "/dashboard/live") for _ in range(5)]
+            return {response.status_code for response in await asyncio.gather(*asked)}
+
+    store = Counting(str(tmp_path / "counted.sqlite"))
+    assert asyncio.run(main()) == {200}
+    assert store.most == 1
+    store.close()

@@ -285,6 +285,14 @@ def test_a_device_that_fails_when_nobody_else_may() -> None:
     both.closed()
 
 
+def test_nobody_answered_where_the_cloud_fails_and_then_the_device() -> None:
+    world = World(ScriptedDevice(ASKS, [DOWN]), ScriptedCloud(UNREACHABLE))
+    assert world.refused().status == 503
+    # Else it would count as denied and as answered by the cloud.
+    assert (world.recorder.records[0].route, world.recorder.records[0].denied) == ("", "cloud")
+    world.closed()
+
+
 def test_a_cloud_that_fails_before_it_answers_leaves_it_to_the_device() -> None:
     world = World(ScriptedDevice(ASKS, said("<answer>6</answer>")), ScriptedCloud(UNREACHABLE))
     world.ask()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from selfroute.serve.asking import read
 from selfroute.serve.events import Content, Course, Done, Event, Other, Reasoning, Turn
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.responses import ResponsesWriter, chat_body
@@ -82,6 +84,45 @@ def test_requests_that_cannot_be_said_there(changes: dict[str, Any], param: str)
     with pytest.raises(RefusedError) as caught:
         chat_body({**ASKED, **changes})
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+WHOLE: Any = {
+    **ASKED,
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "2+3?"}, {"type": "refusal"}]},
+        {"role": "user", "content": [{"type": "input_image", "image_url": "data:x", "detail": "low"}]},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "5"}]},
+    ],
+    "tools": [{"type": "function", "name": "add", "parameters": {}}],
+    "tool_choice": {"type": "function", "name": "add"},
+    "text": {"format": {"type": "json_schema", "schema": {}}},
+    "reasoning": {"effort": "low"},
+    "selfroute": {"policy": "auto", "bias": 0.5},
+}
+ODD: list[Any] = [None, True, -1, 10**30, "", [], ["x"], [None], {}, {"type": ["x"]}, {"type": {}}, [{}], {"": {}}]
+
+
+def with_odd_parts(value: Any) -> Iterator[Any]:
+    """The value with each of its parts, in turn, as each of the odd ones."""
+    yield from ODD
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for at, member in members:
+        for odd in with_odd_parts(member):
+            changed = value.copy()
+            changed[at] = odd
+            yield changed
+
+
+def test_whatever_a_request_holds_it_is_read_or_refused() -> None:
+    statuses = []
+    for body in with_odd_parts(WHOLE):
+        try:
+            read(chat_body(body))
+        except RefusedError as refusal:
+            statuses.append(refusal.status)
+    assert len(statuses) > 200
+    assert set(statuses) == {400}
 
 
 def written(*events: Event) -> tuple[ResponsesWriter, list[Any]]:

@@ -7,16 +7,21 @@ import os
 import signal
 import socket
 import sqlite3
+import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import httpx2
+import pytest
+from tests.servers import Exchange, Server, event
 
 from selfroute.config import Choice
 from selfroute.serve import keys
 from selfroute.serve.account import Limits
 from selfroute.serve.app import make_app
 from selfroute.serve.config import GatewayConfig
+from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import listening, opened, serve
 from selfroute.serve.store import Store
 from selfroute.tasks.countdown import Countdown, CountdownConfig
@@ -100,3 +105,78 @@ def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> N
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         serve(config, listener, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_is_broken_off_at_the_end_is_told_settled_and_recorded(
+    signals: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that has begun its answer, and one that has said nothing: after `drain_s`, or at the second signal."""
+    path = tmp_path / "gateway.sqlite"
+    asked: list[Exchange] = []
+
+    async def begins(exchange: Exchange) -> None:
+        await exchange.begin_stream()
+        if exchange.body["messages"][0]["content"] == "stream":
+            await exchange.events(event("fo"))
+        asked.append(exchange)
+        for _ in range(signals if len(asked) == 2 else 0):
+            # Two that come together are one.
+            await asyncio.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+    answers: dict[bool, httpx2.Response] = {}
+
+    def ask(url: str, stream: bool) -> None:
+        body = {"model": "selfroute", "messages": [{"role": "user", "content": "stream" if stream else "whole"}]}
+        answers[stream] = httpx2.post(url, json={**body, "stream": stream}, timeout=30)
+
+    with Server(otherwise=begins) as cloud, listening("127.0.0.1", 0) as listener:
+        config = GatewayConfig(
+            device=Choice(name="tests.serving:NamedDevice", asks=True),
+            cloud=Choice(name="openai", base_url=cloud.url, model="gpt-4.1"),
+            store=str(path),
+            drain_s=0.4 if signals == 1 else 30,
+        )
+        url = f"http://localhost:{listener.getsockname()[1]}/v1/chat/completions"
+        slow = socket.create_connection(listener.getsockname(), timeout=30)
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        clients = [threading.Thread(target=ask, args=(url, stream)) for stream in (True, False)]
+        serve(config, listener, lambda: [client.start() for client in clients] and None)
+        for client in clients:
+            client.join()
+        with slow:
+            # Its body was still coming.
+            assert b" 503 " in slow.recv(1000)
+    *_, last = (line for line in answers[True].text.splitlines() if line)
+    assert '"content":"fo"' in answers[True].text
+    assert "shutting_down" in last
+    assert (answers[False].status_code, answers[False].json()["error"]["code"]) == (503, "shutting_down")
+    assert answers[False].headers["retry-after"] == "5"
+    assert "Traceback" not in caplog.text
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT status, error, cost_nano FROM requests").fetchall()
+        assert [row[:2] for row in rows] == [(503, "shutting_down")] * 2
+        assert connection.execute("SELECT COUNT(*) FROM reservations").fetchone() == (0,)
+        spent, held = connection.execute("SELECT spent_nano, held_nano FROM accounts").fetchone()
+        assert (spent, held) == (sum(row[2] for row in rows), 0)
+
+
+def test_a_part_that_fails_says_so_while_the_rest_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        store = tmp_path / "gateway.sqlite"
+        async with opened(GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(store))) as gateway:
+            # No error of the store's own, as a fault of ours would be.
+            gateway.pair.recorder.record(RequestRecord(id="r1", at=0.0, status=cast(Any, "200")))
+            async with asyncio.timeout(10):
+                while "has ended" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            http = httpx2.ASGITransport(app=make_app(gateway))
+            async with httpx2.AsyncClient(transport=http, base_url="http://localhost") as client:
+                body = {"model": "selfroute", "messages": [{"role": "user", "content": "2+3?"}]}
+                assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+    with pytest.raises(TypeError, match="not supported"):
+        asyncio.run(main())
+    assert "Traceback" in caplog.text
