@@ -16,7 +16,9 @@ from selfroute.types import CloudClient, DeviceEngine, Handoff, Policy
 
 DEVICES = {"live": "selfroute.device.live:LiveEngine", "http": "selfroute.device.http:HTTPEngine"}
 
-_IMPATIENT = {"openai": {"max_retries": 2, "first_byte_timeout_s": 60.0, "breaker_waits": False}}
+_IMPATIENT = {
+    "openai": {"max_retries": 2, "first_byte_timeout_s": 60.0, "breaker_waits": False, "concurrency": 256},
+}
 """Settings of clouds where somebody waits for the answer, unless the config says otherwise."""
 
 _LOCAL = ("torch", "transformers", "peft", "safetensors", "tokenizers")

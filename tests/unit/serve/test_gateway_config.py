@@ -48,7 +48,7 @@ def test_a_device_that_there_is_not() -> None:
 def test_a_cloud_that_somebody_waits_for() -> None:
     cloud = make_serving_cloud(Choice(name="openai", base_url="http://127.0.0.1:9/v1", model="gpt-4.1", max_retries=7))
     assert isinstance(cloud, OpenAICloud)
-    assert (cloud.config.max_retries, cloud.config.breaker_waits) == (7, False)
+    assert (cloud.config.max_retries, cloud.config.breaker_waits, cloud.config.concurrency) == (7, False, 256)
 
 
 def test_a_port_that_is_taken() -> None:
