@@ -142,7 +142,13 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     values = read(name)
     if name in names() and not values.keys() <= kind.model_fields.keys():
         raise ConfigError(f"{name} is a config of another command: {_command(name)}")
-    return validate(kind, override(values, overrides), name)
+    return validate(kind, override({**defaults(kind), **values}, overrides), name)
+
+
+def defaults(kind: type[BaseModel]) -> dict[str, Any]:
+    """The choices by name that a config has where a file says nothing, so that overrides reach into them."""
+    fields = kind.model_fields.items()
+    return {name: field.default.model_dump() for name, field in fields if isinstance(field.default, Choice)}
 
 
 def read(name: str) -> dict[str, Any]:

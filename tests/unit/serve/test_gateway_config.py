@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,15 @@ def test_every_setting_of_the_device_and_the_cloud_is_written_out() -> None:
     assert config.device.settings["max_streams"] == LiveConfig().max_streams
     # As the gateway makes it, with less patience than training has.
     assert (config.cloud.settings["max_retries"], config.cloud.settings["breaker_waits"]) == (2, False)
+
+
+def test_a_setting_of_the_device_or_the_cloud_that_is_there_by_default(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text("port = 9000")
+    for name in (None, str(file)):
+        config = api.load_gateway_config(name, ["cloud.accuracy=0.7", "device.max_streams=3"])
+        assert (config.cloud.name, config.cloud.settings["accuracy"]) == ("oracle", 0.7)
+        assert (config.device.name, config.device.settings["max_streams"]) == ("live", 3)
 
 
 @pytest.mark.parametrize(
