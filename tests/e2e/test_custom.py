@@ -29,8 +29,11 @@ def test_a_new_task_is_tested_checked_trained_on_and_evaluated(tmp_path: Path, m
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q"], capture_output=True, text=True)
     assert tested.returncode == 0, tested.stdout
     assert "Add the numbers 303 and 960." in selfroute("tasks", "show", "mine.toml")
-    assert selfroute("tasks", "check", "mine.toml") == "all 6 problems pass\n"
-    assert selfroute("tasks", "check", "mine.toml", "verifier=number", "test=2") == "all 2 problems pass\n"
+    assert selfroute("tasks", "check", "mine.toml") == "checking 6 problems\nall 6 problems pass\n"
+    assert (
+        selfroute("tasks", "check", "mine.toml", "verifier=number", "test=2")
+        == "checking 2 problems\nall 2 problems pass\n"
+    )
     assert '"verifier": "mine:verify"' in selfroute("train", "mine.toml", "--dry-run")
     selfroute("train", "mine.toml", "steps=2", "problems_per_step=4", "num_responses=2")
     selfroute("evaluate", "runs/mine")
