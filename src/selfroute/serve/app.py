@@ -319,9 +319,8 @@ class _Hosts:
         host = named[0].decode("latin-1").lower() if len(named) == 1 else ""
         bare = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if bare not in self._hosts:
-            await refuse(
-                send, RefusedError(421, "this host name is not served here (hosts=...)", code="unknown_host"), {}
-            )
+            message = f"the gateway does not answer to the host name {bare[:100]!r}: its config can say so (hosts)"
+            await refuse(send, RefusedError(421, message, code="unknown_host"), {})
             return
         if not self._own(scope, host):
             message = "pages of other sites may not ask here (Origin)"

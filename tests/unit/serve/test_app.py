@@ -248,7 +248,9 @@ def test_models_and_health() -> None:
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "[::2]:80"])
 def test_a_host_name_that_is_not_ours(host: str) -> None:
     with World().client() as client:
-        assert client.get("/healthz", headers={"host": host}).status_code in (400, 421)
+        refused = client.get("/healthz", headers={"host": host})
+        assert refused.status_code in (400, 421)
+        assert repr(host.removesuffix(":80")) in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1:1", "[::1]:80", "gateway.example.org"])
