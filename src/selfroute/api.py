@@ -21,7 +21,7 @@ from selfroute.records import (
     write_json,
     write_records,
 )
-from selfroute.serve.config import GatewayConfig, whole_gateway
+from selfroute.serve.config import GatewayConfig
 from selfroute.tasks import TASKS, Task
 from selfroute.train.config import TrainConfig, whole
 from selfroute.types import Progress
@@ -106,11 +106,10 @@ def require_training() -> None:
 
 
 def load_gateway_config(name: str | None = None, overrides: Sequence[str] = ()) -> GatewayConfig:
-    """A gateway's config by path, or the one that needs none, changed by `key=value` overrides, with every default
-    written out."""
+    """A gateway's config by path, or the one that needs none, changed by `key=value` overrides."""
     if name is None:
-        return whole_gateway(validate(GatewayConfig, override(defaults(GatewayConfig), overrides), "this gateway"))
-    return whole_gateway(load_config(GatewayConfig, name, overrides))
+        return validate(GatewayConfig, override(defaults(GatewayConfig), overrides), "this gateway")
+    return load_config(GatewayConfig, name, overrides)
 
 
 def serve(config: GatewayConfig, ready: Callable[[str], None] = print) -> None:

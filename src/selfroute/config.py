@@ -44,14 +44,14 @@ class Choice(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 
-def build(choice: Choice, known: Mapping[str, str]) -> Any:
-    """The object that a choice names: `Class(Class.Config(**settings))`.
+def build(choice: Choice, known: Mapping[str, str], key: str = "") -> Any:
+    """The object that a choice names: `Class(Class.Config(**settings))`. `key` is where it stands in its config.
 
     Raises:
         ConfigError: an unknown name, or settings that its Config refuses.
     """
-    made = chosen(choice, known)
-    return made(validate(made.Config, choice.settings, choice.name))
+    made = chosen(choice, known, key)
+    return made(_settings(made, choice, key))
 
 
 def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
@@ -62,9 +62,14 @@ def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
     Raises:
         ConfigError: as from `build`.
     """
-    made = chosen(choice, known, key)
-    settings = validate(made.Config, choice.settings, f"{key} {choice.name!r}", under=f"{key}.")
+    settings = _settings(chosen(choice, known, key), choice, key)
     return Choice(name=choice.name, **settings.model_dump(mode="json"))
+
+
+def _settings(made: Any, choice: Choice, key: str) -> BaseModel:
+    where, under = (f"{key} {choice.name!r}", f"{key}.") if key else (choice.name, "")
+    settings: BaseModel = validate(made.Config, choice.settings, where, under=under)
+    return settings
 
 
 def chosen(choice: Choice, known: Mapping[str, str], key: str = "") -> Any:

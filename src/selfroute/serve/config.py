@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from selfroute.cloud import CLOUDS, make_cloud
+from selfroute.cloud import CLOUDS
 from selfroute.config import Choice, Config, build, resolve
 from selfroute.errors import ConfigError
 from selfroute.serve.account import Limits
@@ -113,7 +113,7 @@ def loopback(host: str) -> bool:
         return False
 
 
-def whole_gateway(config: GatewayConfig) -> GatewayConfig:
+def whole(config: GatewayConfig) -> GatewayConfig:
     """A gateway with every setting of its device and its cloud written out.
 
     Raises:
@@ -121,7 +121,7 @@ def whole_gateway(config: GatewayConfig) -> GatewayConfig:
     """
     with _installed():
         device = resolve(config.device, DEVICES, "device")
-    return config.model_copy(update={"device": device, "cloud": resolve(_serving(config.cloud), CLOUDS, "cloud")})
+    return config.model_copy(update={"device": device, "cloud": resolve(_impatient(config.cloud), CLOUDS, "cloud")})
 
 
 def make_device(choice: Choice) -> DeviceEngine:
@@ -132,16 +132,17 @@ def make_device(choice: Choice) -> DeviceEngine:
         DeviceError: its model cannot be loaded.
     """
     with _installed():
-        engine: DeviceEngine = build(choice, DEVICES)
+        engine: DeviceEngine = build(choice, DEVICES, "device")
     return engine
 
 
 def make_serving_cloud(choice: Choice) -> CloudClient:
     """The cloud that a config names, with less patience than training has."""
-    return make_cloud(_serving(choice))
+    client: CloudClient = build(_impatient(choice), CLOUDS, "cloud")
+    return client
 
 
-def _serving(cloud: Choice) -> Choice:
+def _impatient(cloud: Choice) -> Choice:
     return Choice(name=cloud.name, **{**_IMPATIENT.get(cloud.name, {}), **cloud.settings})
 
 

@@ -12,7 +12,7 @@ from selfroute.cloud.client import OpenAICloud
 from selfroute.config import Choice
 from selfroute.device.live import LiveConfig
 from selfroute.errors import ConfigError
-from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
+from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud, whole
 from selfroute.serve.server import listening
 
 
@@ -54,7 +54,8 @@ def test_a_cloud_that_somebody_waits_for() -> None:
 
 
 def test_every_setting_of_the_device_and_the_cloud_is_written_out() -> None:
-    config = api.load_gateway_config(None, ["cloud.name=openai", "cloud.base_url=http://a/v1", "cloud.model=gpt-4.1"])
+    changes = ["cloud.name=openai", "cloud.base_url=http://a/v1", "cloud.model=gpt-4.1"]
+    config = whole(api.load_gateway_config(None, changes))
     assert config.device.settings["max_streams"] == LiveConfig().max_streams
     # As the gateway makes it, with less patience than training has.
     assert (config.cloud.settings["max_retries"], config.cloud.settings["breaker_waits"]) == (2, False)
@@ -64,7 +65,7 @@ def test_a_setting_of_the_device_or_the_cloud_that_is_there_by_default(tmp_path:
     file = tmp_path / "gateway.toml"
     file.write_text("port = 9000")
     for name in (None, str(file)):
-        config = api.load_gateway_config(name, ["cloud.accuracy=0.7", "device.max_streams=3"])
+        config = whole(api.load_gateway_config(name, ["cloud.accuracy=0.7", "device.max_streams=3"]))
         assert (config.cloud.name, config.cloud.settings["accuracy"]) == ("oracle", 0.7)
         assert (config.device.name, config.device.settings["max_streams"]) == ("live", 3)
 
@@ -85,7 +86,7 @@ def test_a_setting_of_the_device_or_the_cloud_that_is_there_by_default(tmp_path:
 )
 def test_faults_say_where_they_are_and_what_goes_there(changes: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        api.load_gateway_config(None, changes)
+        whole(api.load_gateway_config(None, changes))
 
 
 def test_a_port_that_is_taken() -> None:
