@@ -19,9 +19,6 @@ from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, SYSTEM, text_of
 from selfroute.tasks import addition, countdown
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest, Solved
 
-_ONLY = "the oracle cloud answers Countdown and addition questions only"
-_ANOTHER = "name a real one in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
-
 
 class OracleConfig(Config):
     """What the oracle pretends to be."""
@@ -83,8 +80,7 @@ class Oracle:
     @staticmethod
     def check_question(question: str) -> None:
         """Raises CloudError: it cannot answer this one."""
-        if _solve(question) is None:
-            raise CloudError(f"{_ONLY}, not {question[:80]!r}: {_ANOTHER}")
+        _solve(question, told=f", not {question[:80]!r}")
 
     def worst_usd(self, request: CloudRequest) -> float:
         """What every answer costs."""
@@ -108,16 +104,22 @@ class Oracle:
 
     def _text(self, question: str) -> str:
         solved = _solve(question)
-        if solved is None:
-            # A gateway writes this into its log, where no question belongs, and tells its client.
-            raise CloudError(f"{_ONLY}: {_ANOTHER}", status=400, said=_ONLY)
         digest = hashlib.sha256(f"{self.config.seed}/{solved.key}".encode()).digest()
         right = int.from_bytes(digest[:8], "big") / 2**64 < self.config.accuracy
         return f"{ANSWER_OPEN}{(solved.right() if right else None) or solved.wrong}{ANSWER_CLOSE}"
 
 
-def _solve(question: str) -> Solved | None:
-    return next((found for answer in SOLVERS if (found := answer(question))), None)
+def _solve(question: str, told: str = "") -> Solved:
+    solved = next((found for answer in SOLVERS if (found := answer(question))), None)
+    if solved is None:
+        raise CloudError(
+            # In a gateway this comes into the log, where nothing is to stand that was asked.
+            f"the oracle cloud answers Countdown and addition questions only{told}: name a real one "
+            "in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL",
+            status=400,
+            said="the oracle cloud answers Countdown and addition questions only",
+        )
+    return solved
 
 
 def _prompt_tokens(request: CloudRequest) -> int:
