@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfroute.config import defaults, names, override, resolve, validate
 from selfroute.config import load as load_config
-from selfroute.config import names, override, resolve, validate
 from selfroute.errors import ConfigError, RunError
 from selfroute.extras import needs
 from selfroute.records import (
@@ -108,7 +108,7 @@ def require_training() -> None:
 def load_gateway_config(name: str | None = None, overrides: Sequence[str] = ()) -> GatewayConfig:
     """A gateway's config by path, or the one that needs none, changed by `key=value` overrides."""
     if name is None:
-        return validate(GatewayConfig, override({}, overrides), "this gateway")
+        return validate(GatewayConfig, override(defaults(GatewayConfig), overrides), "this gateway")
     return load_config(GatewayConfig, name, overrides)
 
 
@@ -344,8 +344,12 @@ def turned(sampling: Sampling, run: Path, budget: float, *, best: bool = False) 
     """Sampling with the dial set for a budget, as `calibrate` found it.
 
     Raises:
+        ConfigError: the budget is no share.
         RunError: it was not run for this budget, or the model has changed since.
     """
+    from selfroute.evaluate.calibrate import check_budget
+
+    check_budget(budget)
     file = results(run, best=best) / "calibration.json"
     known = read_json(file) if file.is_file() else {"budgets": {}}
     setting: dict[str, Any] | None = known["budgets"].get(f"{budget:g}")

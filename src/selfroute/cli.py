@@ -29,10 +29,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="""Post-train a small on-device LLM to know when to ask the cloud, and measure what that is worth.
 
-    Start with [bold]selfroute demo --out runs/demo[/bold]: it trains the shipped model on Countdown in minutes, with no
+    Start with **selfroute demo --out runs/demo**: it trains the shipped model on Countdown in minutes, with no
     key and no network, and writes a report page. Every config can be changed with key=value.""",
 )
 

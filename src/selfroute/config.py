@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -44,14 +44,14 @@ class Choice(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 
-def build(choice: Choice, known: Mapping[str, str]) -> Any:
-    """The object that a choice names: `Class(Class.Config(**settings))`.
+def build(choice: Choice, known: Mapping[str, str], key: str = "") -> Any:
+    """The object that a choice names: `Class(Class.Config(**settings))`. `key` is where it stands in its config.
 
     Raises:
         ConfigError: an unknown name, or settings that its Config refuses.
     """
-    made = chosen(choice, known)
-    return made(validate(made.Config, choice.settings, choice.name))
+    made = chosen(choice, known, key)
+    return made(_settings(made, choice, key))
 
 
 def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
@@ -62,12 +62,18 @@ def resolve(choice: Choice, known: Mapping[str, str], key: str) -> Choice:
     Raises:
         ConfigError: as from `build`.
     """
-    settings = validate(chosen(choice, known).Config, choice.settings, f"{key} {choice.name!r}", under=f"{key}.")
+    settings = _settings(chosen(choice, known, key), choice, key)
     return Choice(name=choice.name, **settings.model_dump(mode="json"))
 
 
-def chosen(choice: Choice, known: Mapping[str, str]) -> Any:
-    """The class that a choice names.
+def _settings(made: Any, choice: Choice, key: str) -> BaseModel:
+    where, under = (f"{key} {choice.name!r}", f"{key}.") if key else (choice.name, "")
+    settings: BaseModel = validate(made.Config, choice.settings, where, under=under)
+    return settings
+
+
+def chosen(choice: Choice, known: Mapping[str, str], key: str = "") -> Any:
+    """The class that a choice names. `key` is where the choice stands in its config.
 
     Raises:
         ConfigError: there is none of that name, or it has no `Config`.
@@ -75,8 +81,10 @@ def chosen(choice: Choice, known: Mapping[str, str]) -> Any:
     path = known.get(choice.name, choice.name)
     module, colon, name = path.partition(":")
     if not module or not colon:
+        where = f"{key}.name: " if key else ""
         raise ConfigError(
-            f"no such choice: {choice.name!r} (known: {', '.join(sorted(known))}; or package.module:Class)"
+            f"{where}no such choice: {choice.name!r}{_near(choice.name, known)} (known: {', '.join(sorted(known))}; "
+            "or package.module:Class)"
         )
     try:
         made = getattr(importlib.import_module(module), name)
@@ -100,16 +108,25 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"]))
             if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-                near = get_close_matches(key, kind.model_fields, n=1)
-                fault["msg"] += (
-                    f"; did you mean {under}{near[0]}?" if near else f"; known: {', '.join(kind.model_fields)}"
-                )
+                near = _near(key, kind.model_fields, under)
+                fault["msg"] += near or f"; known: {', '.join(kind.model_fields)}"
+            elif fault["type"] == "model_type":
+                fault["msg"] = f"a table, whose values are written {under}{key}.KEY=VALUE"
+            elif fault["type"] in ("tuple_type", "list_type"):
+                example = f'{under}{key}=["a", "b"]'
+                fault["msg"] = f"a list, such as {example!r} (in a shell with the outer quotes)"
             # Where a key for an API was written down by mistake, it is not repeated.
             secret = "key" in key.lower()
             got = "" if secret or not key or fault["type"] == "missing" else f" (got {fault['input']!r:.80})"
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"  {under}{key}: {message}{got}" if key else f"  {message}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _near(name: str, known: Iterable[str], under: str = "") -> str:
+    """What may have been meant by a name that is not known; "" where none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {under}{near[0]}?" if near else ""
 
 
 def names() -> list[str]:
@@ -130,7 +147,13 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     values = read(name)
     if name in names() and not values.keys() <= kind.model_fields.keys():
         raise ConfigError(f"{name} is a config of another command: {_command(name)}")
-    return validate(kind, override(values, overrides), name)
+    return validate(kind, override({**defaults(kind), **values}, overrides), name)
+
+
+def defaults(kind: type[BaseModel]) -> dict[str, Any]:
+    """The choices by name that a config has where a file says nothing, so that overrides reach into them."""
+    fields = kind.model_fields.items()
+    return {name: field.default.model_dump() for name, field in fields if isinstance(field.default, Choice)}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -150,7 +173,9 @@ def _text(name: str) -> str:
         return (resources.files("selfroute") / "configs" / f"{name}.toml").read_text(encoding="utf-8")
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8", errors="replace")
-    raise ConfigError(f"no such config: {name!r} (a .toml file, or one of: {', '.join(names())})")
+    if name.endswith(".toml") or "/" in name:
+        raise ConfigError(f"no such file: {name}")
+    raise ConfigError(f"no such config: {name!r}{_near(name, names())} (a .toml file, or one of: {', '.join(names())})")
 
 
 def _command(name: str) -> str:

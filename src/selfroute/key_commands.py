@@ -122,7 +122,7 @@ def revoke(
 
 def _cells(key: Key) -> tuple[str, ...]:
     limits = key.limits.model_dump(exclude_none=True, exclude={"window_s", "min_requests"})
-    state = "revoked" if key.revoked_at else "valid" if key.valid(time.time()) else "past"
+    state = "revoked" if key.revoked_at else "valid" if key.valid(time.time()) else "expired"
     return (
         key.id,
         f"{key.prefix}...",

@@ -28,7 +28,9 @@ def serve(
     given = list(arguments or [])
     config = api.load_gateway_config(given.pop(0) if given and "=" not in given[0] else None, given)
     if dry_run:
-        typer.echo(json.dumps(config.model_dump(mode="json"), indent=2))
+        from selfroute.serve.config import whole
+
+        typer.echo(json.dumps(whole(config).model_dump(mode="json"), indent=2))
         return
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 

@@ -99,6 +99,8 @@ def check(
         _agreement(task, out)
         return
     problems = task.load(_split(split))
+    # Programs and puzzles are judged in a sandbox, and take minutes.
+    typer.echo(f"checking {len(problems):,} problems", err=True)
     with open_judge(task, out / "judge.sqlite", phase="check"):
         found = list(faults_of(task, problems))
     faults = [fault for fault in found if fault]

@@ -74,6 +74,10 @@ def test_help_is_fast_and_teaches(tmp_path: Path) -> None:
     for command in ("train", "evaluate", "calibrate", "report", "demo", "ask", "warmstart"):
         assert command in text
         assert "Usage" in selfroute(command, "--help", cwd=tmp_path)
+    # Brackets are no mark-up, and the lines of a paragraph are one.
+    text = selfroute("keys", "new", "--help", cwd=tmp_path)
+    assert "[default: for ever]" in " ".join(text.split())
+    assert "those of the whole gateway hold all the" in text
 
 
 def test_the_version(tmp_path: Path) -> None:

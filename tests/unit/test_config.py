@@ -70,8 +70,13 @@ def test_every_config_states_its_command(name: str) -> None:
 
 
 def test_an_unknown_config_names_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"no such config: 'nope' .*countdown-tiny"):
+    with pytest.raises(ConfigError, match=r"no such config: 'nope' \(.*countdown-tiny"):
         load(Outer, "nope")
+    with pytest.raises(ConfigError, match=r"no such config: 'countdown-tin'; did you mean countdown-tiny\? \("):
+        load(Outer, "countdown-tin")
+    for path in ("gatway.toml", "configs/nope"):
+        with pytest.raises(ConfigError, match=f"^no such file: {path}$"):
+            load(Outer, path)
 
 
 def test_overriding_leaves_the_original_alone() -> None:

@@ -115,7 +115,9 @@ def _solve(question: str, told: str = "") -> Solved:
         raise CloudError(
             # In a gateway this comes into the log, where nothing is to stand that was asked.
             f"the oracle cloud answers Countdown and addition questions only{told}: name a real one "
-            "in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL"
+            "in [cloud], such as cloud.name=openai cloud.base_url=URL cloud.model=MODEL",
+            status=400,
+            said="the oracle cloud answers Countdown and addition questions only",
         )
     return solved
 

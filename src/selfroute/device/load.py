@@ -34,6 +34,7 @@ from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.errors import DeviceError
+from selfroute.records import checkpoints
 
 ALIGNED = 64
 """Bytes that torch aligns its own memory to."""
@@ -77,8 +78,11 @@ def model_config(name: str) -> PretrainedConfig:
         DeviceError: there is none, or the hub refuses.
     """
     where = model_path(name)
-    if where.startswith((".", "/", "~")) and not Path(where).is_dir():
+    # A hub id has one slash at most.
+    if (where.startswith((".", "/", "~")) or where.count("/") > 1) and not Path(where).is_dir():
         raise DeviceError(f"cannot load the device model {name!r}: no such folder")
+    if saved := checkpoints(Path(where)):
+        raise DeviceError(f"cannot load the device model {name!r}: it is a run; its newest checkpoint is {saved[-1]}")
     try:
         return AutoConfig.from_pretrained(base_of(where))
     except (OSError, ValueError) as error:

@@ -84,5 +84,6 @@ async def key_of(request: Request, keys: Keys | None, sessions: Sessions | None)
         _log.error("keys cannot be checked: %s", error)
         raise RefusedError(503, "keys cannot be checked now", code="store_unavailable", retry_after_s=5) from error
     if key is None:
-        raise RefusedError(401, "a valid key is needed: Authorization: Bearer sr-...", code="invalid_api_key")
+        why = "the key is not known, is revoked or has expired" if authorization else "a key is needed"
+        raise RefusedError(401, f"{why}: Authorization: Bearer sr-...", code="invalid_api_key")
     return key

@@ -177,9 +177,14 @@ def _telling(
 
 async def _models(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     key = await _key(gateway, request)
-    names = [name for name in gateway.models if key is None or key.models is None or name in key.models]
+    names = _models_of(gateway, key)
     data = [{"id": name, "object": "model", "created": gateway.began, "owned_by": "selfroute"} for name in names]
     return JSONResponse({"object": "list", "data": data}, headers=headers)
+
+
+def _models_of(gateway: Gateway, key: Key | None) -> list[str]:
+    """The models that a key may ask for."""
+    return [name for name in gateway.models if key is None or key.models is None or name in key.models]
 
 
 async def _healthz(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
@@ -255,8 +260,10 @@ async def _ask(
 ) -> Ask:
     """What a request asks, if whoever asks may."""
     if asked.model not in gateway.models or (key and key.models is not None and asked.model not in key.models):
-        known = ", ".join(gateway.models)
-        raise RefusedError(404, f"no model {asked.model!r} (known: {known})", code="model_not_found", param="model")
+        known = ", ".join(_models_of(gateway, key)) or "none"
+        whose = "for this key" if key and key.models is not None else "here"
+        message = f"no model {asked.model!r} {whose} (known: {known})"
+        raise RefusedError(404, message, code="model_not_found", param="model")
     said = asked.selfroute.policy or request.headers.get("x-selfroute-policy")
     policy = POLICIES.get(gateway.models[asked.model] or said or gateway.config.policy)
     if policy is None:
@@ -292,7 +299,9 @@ async def _ask(
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     """What the router refuses, in the API's form."""
-    refusal = RefusedError(error.status_code, f"{request.method} is not served here: {error.detail}", code="not_found")
+    message = f"{request.method} {request.url.path[:100]} is not served here, but POST /v1/chat/completions, POST "
+    message += "/v1/responses and GET /v1/models are"
+    refusal = RefusedError(error.status_code, message, code="not_found")
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
 
 
@@ -319,9 +328,8 @@ class _Hosts:
         host = named[0].decode("latin-1").lower() if len(named) == 1 else ""
         bare = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if bare not in self._hosts:
-            await refuse(
-                send, RefusedError(421, "this host name is not served here (hosts=...)", code="unknown_host"), {}
-            )
+            message = f"the gateway does not answer to the host name {bare[:100]!r}: its config can say so (hosts)"
+            await refuse(send, RefusedError(421, message, code="unknown_host"), {})
             return
         if not self._own(scope, host):
             message = "pages of other sites may not ask here (Origin)"

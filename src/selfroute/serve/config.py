@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from selfroute.cloud import make_cloud
-from selfroute.config import Choice, Config, build
+from selfroute.cloud import CLOUDS
+from selfroute.config import Choice, Config, build, resolve
 from selfroute.errors import ConfigError
 from selfroute.serve.account import Limits
 from selfroute.serve.privacy import Privacy
@@ -113,6 +115,17 @@ def loopback(host: str) -> bool:
         return False
 
 
+def whole(config: GatewayConfig) -> GatewayConfig:
+    """A gateway with every setting of its device and its cloud written out.
+
+    Raises:
+        ConfigError: no such device or cloud, settings that it does not take, or what it needs is not installed.
+    """
+    with _installed():
+        device = resolve(config.device, DEVICES, "device")
+    return config.model_copy(update={"device": device, "cloud": resolve(_impatient(config.cloud), CLOUDS, "cloud")})
+
+
 def make_device(choice: Choice) -> DeviceEngine:
     """The device engine that a config names.
 
@@ -120,8 +133,26 @@ def make_device(choice: Choice) -> DeviceEngine:
         ConfigError: an unknown name or setting, or what it needs is not installed.
         DeviceError: its model cannot be loaded.
     """
+    with _installed():
+        engine: DeviceEngine = build(choice, DEVICES, "device")
+    return engine
+
+
+def make_serving_cloud(choice: Choice) -> CloudClient:
+    """The cloud that a config names, with less patience than training has."""
+    client: CloudClient = build(_impatient(choice), CLOUDS, "cloud")
+    return client
+
+
+def _impatient(cloud: Choice) -> Choice:
+    return Choice(name=cloud.name, **{**_IMPATIENT.get(cloud.name, {}), **cloud.settings})
+
+
+@contextmanager
+def _installed() -> Generator[None]:
+    """Says which extra a model in process needs, and what does without."""
     try:
-        engine: DeviceEngine = build(choice, DEVICES)
+        yield
     except ConfigError as error:
         missing = getattr(error.__cause__, "name", None) or ""
         if missing.split(".")[0] in _LOCAL:
@@ -130,9 +161,3 @@ def make_device(choice: Choice) -> DeviceEngine:
                 "'.[local]'), or name an engine by URL: device.name=http device.base_url=http://127.0.0.1:8080/v1"
             ) from error
         raise
-    return engine
-
-
-def make_serving_cloud(choice: Choice) -> CloudClient:
-    """The cloud that a config names, with less patience than training has."""
-    return make_cloud(Choice(name=choice.name, **{**_IMPATIENT.get(choice.name, {}), **choice.settings}))

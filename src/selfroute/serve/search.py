@@ -55,7 +55,9 @@ class Search:
             self._start(self._pools[0])
         except TaskError as error:
             self.close()
-            raise ConfigError(f"hand-offs cannot be checked: {error}") from error
+            # Of what `finding` says itself, the words alone.
+            why = str(error).rpartition("undecided: ValueError: ")[2]
+            raise ConfigError(f"hand-offs cannot be checked: {why}") from error
         for pool in self._pools[1:]:
             self._starting.submit(self._start, pool)
 
@@ -123,7 +125,7 @@ def _known_entities(privacy: Privacy) -> list[str]:
     finally:
         asking.close()
     if done.failure:
-        raise ConfigError(f"hand-offs cannot be checked: {done.failure}")
+        raise ConfigError(f"hand-offs cannot be checked: {done.failure.rpartition('undecided: ValueError: ')[2]}")
     return list(done.result)
 
 

@@ -244,7 +244,11 @@ def listening(host: str, port: int) -> Generator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error} (host=, port=)") from error
+        # The address stands there once more.
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {why} (others: host=ADDRESS, port=NUMBER; port=0 takes a free one)"
+        ) from error
     with listener:
         # Else an answer's second packet waits for the client's delayed acknowledgement, 40 ms. Connections inherit it.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -47,7 +47,7 @@ def main(fd: int, path: str, memory_bytes: int) -> None:
                 # A result that JSON cannot hold is an error of the function, too.
                 reply = json.dumps({"result": function(*arguments)})
             except Exception as error:
-                reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:200]}"})
+                reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:2000]}"})
             faulthandler.cancel_dump_traceback_later()
             _say(line, reply)
 

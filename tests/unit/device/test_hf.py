@@ -199,8 +199,14 @@ def test_packing_bounds_the_padded_size() -> None:
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="countdown-1m"):
         HFEngine.load(DeviceConfig(model=str(tmp_path)))
-    with pytest.raises(DeviceError, match="no such folder"):
-        HFEngine.load(DeviceConfig(model=str(tmp_path / "none")))
+    for folder in (str(tmp_path / "none"), "runs/none/checkpoints/step-000200"):
+        with pytest.raises(DeviceError, match="no such folder"):
+            HFEngine.load(DeviceConfig(model=folder))
+    saved = tmp_path / "run" / "checkpoints" / "step-000002"
+    saved.mkdir(parents=True)
+    (saved / "state.json").touch()
+    with pytest.raises(DeviceError, match=f"it is a run; its newest checkpoint is {saved}"):
+        HFEngine.load(DeviceConfig(model=str(tmp_path / "run")))
     # Tests run without a network.
     with pytest.raises(DeviceError, match="run `hf download no/such --local-dir FOLDER`, and give that folder"):
         HFEngine.load(DeviceConfig(model="no/such"))

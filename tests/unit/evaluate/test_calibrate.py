@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfroute.api import turned
+from selfroute.device.base import Sampling
 from selfroute.errors import ConfigError
 from selfroute.evaluate.calibrate import calibrate
 
@@ -45,11 +48,13 @@ def test_it_never_passes_the_budget(scores: list[float | None], budget: float) -
     assert found.call_rate == pytest.approx(sum(asked) / count)
 
 
-def test_ends_and_faults() -> None:
+def test_ends_and_faults(tmp_path: Path) -> None:
     scores = [float(s) for s in range(4)]
     assert calibrate(scores, 0.0, num_problems=4).call_rate == 0
     assert calibrate(scores, 1.0, num_problems=4).call_rate == 1
     for budget in (-0.1, 1.1, 30.0):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            turned(Sampling(), tmp_path, budget)
         with pytest.raises(ConfigError, match="between 0 and 1"):
             calibrate(scores, budget, num_problems=4)
     with pytest.raises(ConfigError, match="nothing to turn"):

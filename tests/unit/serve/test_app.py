@@ -230,6 +230,8 @@ def test_other_paths_and_methods() -> None:
     with World().client() as client:
         for response in (client.get("/v1/chat/completions"), client.get("/v1/nothing"), client.post("/healthz")):
             assert response.status_code in (404, 405)
+            request, message = response.request, response.json()["error"]["message"]
+            assert message.startswith(f"{request.method} {request.url.path} is not served here, but POST /v1/chat/")
             assert response.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
 
 
@@ -259,7 +261,9 @@ def test_models_and_health() -> None:
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "[::2]:80"])
 def test_a_host_name_that_is_not_ours(host: str) -> None:
     with World().client() as client:
-        assert client.get("/healthz", headers={"host": host}).status_code in (400, 421)
+        refused = client.get("/healthz", headers={"host": host})
+        assert refused.status_code in (400, 421)
+        assert repr(host.removesuffix(":80")) in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1:1", "[::1]:80", "gateway.example.org"])
@@ -309,14 +313,17 @@ def test_keys() -> None:
     )
     world = World(keys=keys, config={"keys": True})
     with world.client() as client:
-        for headers in ({}, {"authorization": "Bearer no"}):
+        for headers, why in (({}, "a key is needed"), ({"authorization": "Bearer no"}, "revoked or has expired")):
             refused = post(client, headers)
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert why in refused.json()["error"]["message"]
             assert client.get("/v1/models", headers=headers).status_code == 401
         assert post(client, {"authorization": "Bearer all"}).status_code == 200
         some = {"authorization": "Bearer some"}
         assert [m["id"] for m in client.get("/v1/models", headers=some).json()["data"]] == ["selfroute-device"]
-        assert post(client, some).status_code == 404
+        unknown = post(client, some)
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["message"] == "no model 'selfroute' for this key (known: selfroute-device)"
         assert post(client, some, model="selfroute-device").status_code == 200
         assert world.recorder.records[-1].key_id == "k2"
         assert client.get("/healthz").status_code == 200

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from selfroute import api
 from selfroute.cloud.client import OpenAICloud
 from selfroute.config import Choice
+from selfroute.device.live import LiveConfig
 from selfroute.errors import ConfigError
-from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
+from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud, whole
 from selfroute.serve.server import listening
 
 
@@ -51,10 +53,46 @@ def test_a_cloud_that_somebody_waits_for() -> None:
     assert (cloud.config.max_retries, cloud.config.breaker_waits, cloud.config.concurrency) == (7, False, 256)
 
 
+def test_every_setting_of_the_device_and_the_cloud_is_written_out() -> None:
+    changes = ["cloud.name=openai", "cloud.base_url=http://a/v1", "cloud.model=gpt-4.1"]
+    config = whole(api.load_gateway_config(None, changes))
+    assert config.device.settings["max_streams"] == LiveConfig().max_streams
+    # As the gateway makes it, with less patience than training has.
+    assert (config.cloud.settings["max_retries"], config.cloud.settings["breaker_waits"]) == (2, False)
+
+
+def test_a_setting_of_the_device_or_the_cloud_that_is_there_by_default(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text("port = 9000")
+    for name in (None, str(file)):
+        config = whole(api.load_gateway_config(name, ["cloud.accuracy=0.7", "device.max_streams=3"]))
+        assert (config.cloud.name, config.cloud.settings["accuracy"]) == ("oracle", 0.7)
+        assert (config.device.name, config.device.settings["max_streams"]) == ("live", 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["device.name=http"], r"^device 'http' cannot be used:\n  device.base_url: Field required$"),
+        (
+            ["cloud.name=opnai"],
+            r"^cloud.name: no such choice: 'opnai'; did you mean openai\? \(known: openai, oracle; ",
+        ),
+        (["device=http"], r"\n  device: a table, whose values are written device.KEY=VALUE \(got 'http'\)$"),
+        (["budget=0.3"], r"\n  budget: a table, whose values are written budget.KEY=VALUE \(got 0.3\)$"),
+        (["hosts=a.org"], r"""\n  hosts: a list, such as 'hosts=\["a", "b"\]' .*\(got 'a.org'\)$"""),
+        (["cloud.name=openai", "cloud.api_key=sk-1"], r"cloud.api_key: Extra (?!.*sk-1).* mean cloud.api_key_var\?$"),
+    ],
+)
+def test_faults_say_where_they_are_and_what_goes_there(changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        whole(api.load_gateway_config(None, changes))
+
+
 def test_a_port_that_is_taken() -> None:
     with (
         listening("127.0.0.1", 0) as first,
-        pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1 port .*in use"),
+        pytest.raises(ConfigError, match=r"^cannot listen on 127\.0\.0\.1 port \d+: Address already in use \(others: "),
         listening("127.0.0.1", first.getsockname()[1]),
     ):
         pass
