@@ -9,6 +9,8 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import truststore
@@ -79,7 +81,7 @@ class Transport:
             BrokenError: there is none.
         """
         try:
-            response = await self._session().request(
+            response = await self._session(url).request(
                 method, url, data=body, headers=TRACE.get(), allow_redirects=False, trace_request_ctx=sent
             )
             return Incoming(response)
@@ -91,7 +93,7 @@ class Transport:
         if self._opened:
             await self._opened.close()
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _session(self, url: str) -> aiohttp.ClientSession:
         if self._opened:
             return self._opened
         tell = aiohttp.TraceConfig()
@@ -107,10 +109,17 @@ class Transport:
             headers=self._headers,
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=self._trust_env,
+            # Looked up once: aiohttp would ask the environment, and ~/.netrc, for each request, in a thread.
+            proxy=_proxy_of(url) if self._trust_env else None,
             trace_configs=[tell],
         )
         return self._opened
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 async def _sent(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -151,3 +152,24 @@ def test_what_breaks_is_told_without_the_key() -> None:
         assert error.__cause__ is None
         assert "sk-canary" not in f"{error!r} {error.__dict__}"
     assert sent == ["half"]
+
+
+@pytest.mark.parametrize(
+    ("trust_env", "bypassed", "through"), [(True, "", True), (True, "cloud.test", False), (False, "", False)]
+)
+def test_the_environments_proxy_is_used_where_it_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, trust_env: bool, bypassed: str, through: bool
+) -> None:
+    async def run() -> list[str]:
+        async with Peer(four) as peer:
+            monkeypatch.setenv("http_proxy", peer.url.replace("http://", "http://me:pass@"))
+            monkeypatch.setenv("no_proxy", bypassed)
+            transport = Transport("sk-canary", 1, keep=True, trust_env=trust_env)
+            with suppress(BrokenError):
+                (await transport.send("POST", "http://cloud.test/v1", b"{}")).close()
+            await transport.aclose()
+            return peer.heads
+
+    heads = asyncio.run(run())
+    assert [head.startswith("POST http://cloud.test/v1 ") for head in heads] == [True] * through
+    assert all("Proxy-Authorization: Basic" in head for head in heads)
