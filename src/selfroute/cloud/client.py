@@ -20,7 +20,7 @@ from selfroute.cloud.prices import price_of
 from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
 from selfroute.cloud.transport import Transport
-from selfroute.cloud.wire import Collected, Reply, Usage, merged
+from selfroute.cloud.wire import Collected, Reply, Usage
 from selfroute.errors import CloudError
 from selfroute.protocol import text_of
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
@@ -126,7 +126,7 @@ class OpenAICloud:
                 collected = Collected()
                 events: list[Reply] | None = first
                 while events is not None:
-                    for chunk in merged([chunk for event in events for chunk in collected.add(event)]):
+                    for chunk in collected.add(events):
                         yield chunk
                     events = await anext(exchange.events, None)
                 for chunk in collected.rest():

@@ -87,19 +87,36 @@ class Collected:
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
-    def add(self, event: Reply) -> list[CloudChunk]:
-        """The chunks that an event makes."""
+    def add(self, events: Sequence[Reply]) -> list[CloudChunk]:
+        """The chunks of events that came together, those of one kind in a row as one.
+
+        >>> said = [{"reasoning": "2+2"}, {"content": "fo"}, {"content": "ur"}]
+        >>> events = [Reply(choices=[Choice(delta=Message(**delta))]) for delta in said]
+        >>> [chunk.reasoning or chunk.text for chunk in Collected().add(events)]
+        ['2+2', 'four']
+        """
+        chunks = []
+        pieces = [piece for event in events for piece in self._pieces(event)]
+        for (content, thoughts, other), run in groupby(pieces, _kind):
+            together = list(run)
+            if not (other or (content and thoughts)):
+                together = [("".join([c for c, _, _ in together]), "".join([t for _, t, _ in together]), {})]
+            for piece in together:
+                self._content.append(piece[0])
+                self._thoughts.append(piece[1])
+                reasoning, text = self._split.feed(piece[0])
+                chunks.append(CloudChunk(text=text, reasoning=piece[1] + reasoning, other=piece[2]))
+        return [c for c in chunks if c.text or c.reasoning or c.other]
+
+    def _pieces(self, event: Reply) -> list[_Piece]:
         # Some send the usage with the last piece, some after it, some with each.
         self._usage = event.usage or self._usage
-        chunks = []
-        for choice in event.choices[:1]:
-            self._finish_reason = choice.finish_reason or self._finish_reason
-            delta = choice.delta or Message()
-            self._content.append(delta.content or "")
-            self._thoughts.append(delta.thoughts)
-            reasoning, text = self._split.feed(delta.content or "")
-            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning, other=choice.other))
-        return [c for c in chunks if c.text or c.reasoning or c.other]
+        if not event.choices:
+            return []
+        choice = event.choices[0]
+        self._finish_reason = choice.finish_reason or self._finish_reason
+        delta = choice.delta
+        return [(delta.content or "" if delta else "", delta.thoughts if delta else "", choice.other)]
 
     def rest(self) -> list[CloudChunk]:
         """What was held back."""
@@ -112,23 +129,12 @@ class Collected:
         return Reply(choices=[Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
 
 
-def merged(chunks: Sequence[CloudChunk]) -> list[CloudChunk]:
-    """Chunks that came together, those of one kind in a row as one.
+_Piece = tuple[str, str, dict[str, Any]]
+"""An event's content, thoughts and what else it holds."""
 
-    >>> [c.text or c.reasoning for c in merged([CloudChunk(reasoning="2+2"), CloudChunk(text="fo"), CloudChunk("ur")])]
-    ['2+2', 'four']
-    """
-    if len(chunks) < 2:
-        return [*chunks]
-    made: list[CloudChunk] = []
-    for (text, reasoning, other), run in groupby(chunks, lambda c: (bool(c.text), bool(c.reasoning), bool(c.other))):
-        together = list(run)
-        if other or (text and reasoning):
-            made += together
-        else:
-            joined = "".join(c.text for c in together), "".join(c.reasoning for c in together)
-            made.append(CloudChunk(*joined))
-    return made
+
+def _kind(piece: _Piece) -> tuple[bool, bool, bool]:
+    return bool(piece[0]), bool(piece[1]), bool(piece[2])
 
 
 def message_of(body: bytes) -> str:
