@@ -1,4 +1,4 @@
-"""One answer over HTTP, streamed or whole: the story runs in a task of its own, which ends when the client goes away.
+"""One answer over HTTP, streamed or whole: the story runs in the request's task, which ends when the client goes away.
 
 A stream's headers go out with its first event, so that what fails before it has a status of its own; after
 `KEEP_ALIVE_S` without one they go out all the same, and comments keep the connection alive.
@@ -71,22 +71,25 @@ class Telling:
         self._story, self._writer, self._course, self._stream = story, writer, course, stream
         self._own, self._keep_alive_s = dict(headers), keep_alive_s
         self._turns: list[Event] = []
-        self._begun = False
+        self._begun = self._gone = False
         self._sent_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes away first."""
-        work = asyncio.create_task(self._answer(send))
-        watch = asyncio.create_task(self._watch(receive, send))
+        task = asyncio.current_task()
+        assert task is not None
+        beside = [asyncio.create_task(self._watch(receive, task))]
+        if self._stream:
+            beside.append(asyncio.create_task(self._keep_alive(send)))
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await self._answer(send)
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            task.uncancel()
         finally:
-            watch.cancel()
-            work.cancel()
-            # Stopping the device and settling take their time, and are waited for even by a server that shuts down.
-            await asyncio.shield(asyncio.gather(work, watch, return_exceptions=True))
-        if work.done() and not work.cancelled():
-            work.result()
+            for other in beside:
+                other.cancel()
 
     async def _answer(self, send: Send) -> None:
         try:
@@ -114,18 +117,19 @@ class Telling:
             turns, self._turns = self._turns, []
             await self._write(send, [e for t in (*turns, event) for e in self._writer.events(t)])
 
-    async def _watch(self, receive: Receive, send: Send) -> None:
-        """Until the client is gone; keeps a silent stream alive."""
+    async def _watch(self, receive: Receive, task: asyncio.Task[Any]) -> None:
+        """Cancel the story once the client is gone."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        task.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Say something where the story is silent."""
         while True:
-            message = asyncio.ensure_future(receive())
-            try:
-                while not (await asyncio.wait({message}, timeout=self._keep_alive_s))[0]:
-                    if self._stream and time.monotonic() - self._sent_at >= self._keep_alive_s:
-                        await self._write(send, [], b": keep-alive\n\n")
-            finally:
-                message.cancel()
-            if message.result()["type"] == "http.disconnect":
-                return
+            await asyncio.sleep(self._sent_at + self._keep_alive_s - time.monotonic())
+            if time.monotonic() - self._sent_at >= self._keep_alive_s:
+                await self._write(send, [], b": keep-alive\n\n")
 
     async def _write(
         self, send: Send, events: list[Mapping[str, Any]], after: bytes = b"", *, more: bool = True
