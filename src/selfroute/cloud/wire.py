@@ -9,7 +9,8 @@ from email.utils import parsedate_to_datetime
 from itertools import groupby
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from selfroute.cloud.thinking import Thinking
 from selfroute.types import CloudChunk
@@ -37,9 +38,7 @@ class Usage(BaseModel):
 
 
 class Message(BaseModel):
-    """What the model wrote, whole or a piece of it."""
-
-    model_config = ConfigDict(extra="allow")
+    """What the model wrote."""
 
     content: str | None = None
     reasoning_content: str | None = None
@@ -55,26 +54,47 @@ class Choice(BaseModel):
     """One of the answers; selfroute asks for one."""
 
     message: Message | None = None
-    delta: Message | None = None
     finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
-
-    @property
-    def other(self) -> dict[str, Any]:
-        """What a piece holds beside text, such as tool calls."""
-        said = self.delta.model_extra if self.delta else None
-        if not (said or self.logprobs):
-            return {}
-        delta = {name: value for name, value in (said or {}).items() if name != "role" and value is not None}
-        return ({"delta": delta} if delta else {}) | ({"logprobs": self.logprobs} if self.logprobs else {})
 
 
 class Reply(BaseModel):
-    """An answer, or an event of one that is streamed."""
+    """An answer."""
 
     choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
+
+
+class Delta(TypedDict, total=False):
+    """A piece of what the model writes, with whatever else it holds, such as tool calls."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    content: str | None
+    reasoning_content: str | None
+    reasoning: str | None
+
+
+class Part(TypedDict, total=False):
+    """A piece of one of the answers."""
+
+    delta: Delta | None
+    finish_reason: str | None
+    logprobs: dict[str, Any] | None
+
+
+class Event(TypedDict, total=False):
+    """An event of an answer that is streamed. A dictionary, for there are hundreds to an answer."""
+
+    choices: list[Part]
+    usage: Usage | None
+    error: Any
+
+
+EVENT = TypeAdapter(Event)
+
+_TOLD = frozenset({"role", "content", "reasoning_content", "reasoning"})
+"""Fields of a piece that are read, or say nothing."""
 
 
 class Collected:
@@ -87,11 +107,11 @@ class Collected:
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
-    def add(self, events: Sequence[Reply]) -> list[CloudChunk]:
+    def add(self, events: Sequence[Event]) -> list[CloudChunk]:
         """The chunks of events that came together, those of one kind in a row as one.
 
         >>> said = [{"reasoning": "2+2"}, {"content": "fo"}, {"content": "ur"}]
-        >>> events = [Reply(choices=[Choice(delta=Message(**delta))]) for delta in said]
+        >>> events = [{"choices": [{"delta": delta}]} for delta in said]
         >>> [chunk.reasoning or chunk.text for chunk in Collected().add(events)]
         ['2+2', 'four']
         """
@@ -108,15 +128,19 @@ class Collected:
                 chunks.append(CloudChunk(text=text, reasoning=piece[1] + reasoning, other=piece[2]))
         return [c for c in chunks if c.text or c.reasoning or c.other]
 
-    def _pieces(self, event: Reply) -> list[_Piece]:
+    def _pieces(self, event: Event) -> list[_Piece]:
         # Some send the usage with the last piece, some after it, some with each.
-        self._usage = event.usage or self._usage
-        if not event.choices:
+        self._usage = event.get("usage") or self._usage
+        if not (choices := event.get("choices")):
             return []
-        choice = event.choices[0]
-        self._finish_reason = choice.finish_reason or self._finish_reason
-        delta = choice.delta
-        return [(delta.content or "" if delta else "", delta.thoughts if delta else "", choice.other)]
+        choice = choices[0]
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        delta, logprobs = choice.get("delta") or Delta(), choice.get("logprobs")
+        # Under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do.
+        thoughts = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        more = {name: value for name, value in delta.items() if name not in _TOLD and value is not None}
+        other = ({"delta": more} if more else {}) | ({"logprobs": logprobs} if logprobs else {})
+        return [(delta.get("content") or "", thoughts, other)]
 
     def rest(self) -> list[CloudChunk]:
         """What was held back."""
