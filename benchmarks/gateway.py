@@ -10,19 +10,25 @@ and calls on the key and the whole, the store on a new SQLite file. LiteLLM has 
 
 Most figures are of `selfroute-cloud`, where the gateway does what any proxy does, and holds back and settles the cost
 of each call on top. `handoff` is a device that asks and a cloud that answers, against the two calls in turn. An answer
-has 32 events. Throughput is of answers that the upstream gives as fast as it can, latencies are of answers that come as
-a model writes them, one event every 5 ms. Half load is requests at random moments, half as many a second as the gateway
-answered at 256 connections in that round. Every answer's text is checked, so that a lost, doubled or reordered piece is
-a fault.
+has 32 events, each in a packet of its own. A fast upstream gives them at once, as fast as it can; a paced one gives one
+every 5 ms, as a model writes them, and a whole answer after 160 ms.
+
+Half load is requests at random moments (Poisson), half as many a second as the gateway answered of the same workload
+(kind and pace) when 256 connections asked without a pause, in the same round. A gateway that is full takes a paced
+stream's events several at a time, which is cheaper than one by one: at half of that rate it is more than half busy.
+Every answer's text is checked, so that a lost, doubled or reordered piece is a fault. `upstream_busy` says whether the
+core of the upstream and the generator was the one that was full.
 
 FILE gets `{figure: {"median", "min", "max"} over the rounds, ..., "targets", "loads", "faults", "work"}`; the figures:
 
-    added_ms_p50, added_ms_p99     plain requests at half load, the gateway's less the direct call's
+    added_ms_p50, added_ms_p99     plain requests at half load of a fast upstream, less the direct call's
     stream_added_ms_p50, ..._p99   the same of whole streams
     ttft_added_ms_p50              the same of a stream's first piece
     handoff_added_ms_p50, ..._p99  a hand-off, less the two calls
+    paced_...                      the same of a paced upstream (without hand-offs)
     rps_ratio_vs_litellm           requests a second, the least of 16, 64 and 256 connections; stream_rps_...: streams
     cpu_us_per_event               CPU of the gateway for one more event in a stream
+    upstream_busy                  share of their core that upstream and generator had while the gateway was full
 """
 
 from __future__ import annotations
@@ -50,6 +56,14 @@ KEY = "sk-benchmark"
 PIECES, EVERY_MS = 32, 5.0
 CONNECTIONS = (1, 16, 64, 256)
 KINDS = ("plain", "stream")
+WORKLOADS = (
+    ("plain", 0, ""),
+    ("stream", 0, ""),
+    ("handoff", 0, ""),
+    ("plain", EVERY_MS, "paced_"),
+    ("stream", EVERY_MS, "paced_"),
+)
+"""What is measured at half load: the kind, milliseconds between two events, and how its figures begin."""
 
 GATEWAY = """
 keys = true
@@ -161,6 +175,10 @@ class Sides:
         at, seconds = self._began
         return (self._elsewhere_s() - seconds) / (time.monotonic() - at)
 
+    def _own_s(self) -> float:
+        """CPU time so far of the upstream and the generator."""
+        return sum(process.cpu_s() for process in self._all[:2])
+
     def _elsewhere_s(self) -> float:
         names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
         ticks = dict(zip(names, map(int, Path("/proc/stat").read_text().split()[1:9]), strict=True))
@@ -175,12 +193,13 @@ class Sides:
         wanted = {"pieces": pieces, "every_ms": every_ms, "device": "help" if kind == "handoff" else "answer"}
         name = f"{len(self.loads)}"
         proxy = self.proxies.get(side)
-        cpu_s = proxy.cpu_s() if proxy else 0.0
+        cpu_s, own_s, began = proxy.cpu_s() if proxy else 0.0, self._own_s(), time.monotonic()
         found = self._generator.ask({"name": name, "port": self.ports[side], "steps": steps, "wanted": wanted,
                                      "seconds": seconds, "warm_s": min(0.4, seconds / 4), **how})  # fmt: skip
         cpu_ms = (proxy.cpu_s() - cpu_s) / max(1, found["asked"]) * 1e3 if proxy else None
+        busy = (self._own_s() - own_s) / (time.monotonic() - began)
         asked = {"side": side, "kind": kind, "for": note, "pieces": pieces, "every_ms": every_ms, **how}
-        self.loads.append({**asked, **found, "cpu_ms": cpu_ms})
+        self.loads.append({**asked, **found, "cpu_ms": cpu_ms, "upstream_busy": round(busy, 3)})
         print(f"{side:8} {kind:8} {how} {found}", flush=True)
         return self.loads[-1]
 
@@ -245,16 +264,18 @@ def turn(sides: Sides, seconds: float, connections: Sequence[int]) -> dict[str, 
                 ratios[kind].append(done["gateway"] / done["litellm"])
     if "litellm" in sides.ports:
         found = {"rps_ratio_vs_litellm": min(ratios["plain"]), "stream_rps_ratio_vs_litellm": min(ratios["stream"])}
-    for kind in (*KINDS, "handoff"):
-        most = sides.load("gateway", kind, seconds, note="capacity", connections=256, every_ms=EVERY_MS)
-        rate = max(10.0, most["per_second"] / 2)
-        paced = {side: sides.load(side, kind, 2 * seconds, note="half load", rate=rate, every_ms=EVERY_MS)
-                 for side in ("direct", "gateway")}  # fmt: skip
-        name = "" if kind == "plain" else f"{kind}_"
+    full = []
+    for kind, every_ms, prefix in WORKLOADS:
+        full.append(sides.load("gateway", kind, seconds, note="capacity", connections=256, every_ms=every_ms))
+        rate = max(10.0, full[-1]["per_second"] / 2)
+        half = {side: sides.load(side, kind, 2.5 * seconds, note="half load", rate=rate, every_ms=every_ms)
+                for side in ("direct", "gateway")}  # fmt: skip
+        name = prefix if kind == "plain" else f"{prefix}{kind}_"
         for q in ("p50", "p99"):
-            found[f"{name}added_ms_{q}"] = paced["gateway"]["ms"][q] - paced["direct"]["ms"][q]
+            found[f"{name}added_ms_{q}"] = half["gateway"]["ms"][q] - half["direct"]["ms"][q]
         if kind == "stream":
-            found["ttft_added_ms_p50"] = paced["gateway"]["first_ms"]["p50"] - paced["direct"]["first_ms"]["p50"]
+            found[f"{prefix}ttft_added_ms_p50"] = half["gateway"]["first_ms"]["p50"] - half["direct"]["first_ms"]["p50"]
+    found["upstream_busy"] = max(load["upstream_busy"] for load in full)
     cpu = {pieces: sides.load("gateway", "stream", seconds, note="cpu", connections=16, pieces=pieces)["cpu_ms"]
            for pieces in (8, 128)}  # fmt: skip
     found["cpu_us_per_event"] = (cpu[128] - cpu[8]) / 120 * 1e3

@@ -98,8 +98,9 @@ class Upstream(asyncio.Protocol):
         self._go_on(self._events(body, pieces), wanted["every_ms"] / 1000)
 
     def _events(self, body: Mapping[str, Any], pieces: Sequence[str]) -> Iterator[bytes]:
+        before, after = event({"content": "\0"}).split(b"\\u0000")
         for piece in pieces:
-            yield chunk(event({"content": piece}))
+            yield chunk(before + json.dumps(piece)[1:-1].encode() + after)
         last = event({}, "stop")
         if (body.get("stream_options") or {}).get("include_usage"):
             last += event({}, choices=[], usage=usage_of(len(pieces)))

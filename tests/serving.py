@@ -160,18 +160,13 @@ class MemoryBudget:
         self.under_way[number] = worst_usd
         return number
 
-    async def settle(self, reservation: Any, cost_usd: float) -> bool:
-        await asyncio.sleep(0)
-        self._close(reservation, cost_usd)
-        self.settled.append(cost_usd)
-        return True
-
-    async def release(self, reservation: Any) -> bool:
-        await asyncio.sleep(0)
-        self._close(reservation, 0.0)
-        self.gateway = self.gateway.take_back(self._now())
-        self.released += 1
-        return True
+    def settle_later(self, reservation: Any, cost_usd: float | None) -> None:
+        self._close(reservation, cost_usd or 0.0)
+        if cost_usd is None:
+            self.gateway = self.gateway.take_back(self._now())
+            self.released += 1
+        else:
+            self.settled.append(cost_usd)
 
     def _close(self, reservation: Any, cost_usd: float) -> None:
         account, worst = self.gateway, self.under_way.pop(reservation)

@@ -24,7 +24,14 @@ def run(script: str, out: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_gateway_beside_a_direct_call(tmp_path: Path) -> None:
     found = run("gateway.py", tmp_path / "gateway.json", "--tiny")
-    for figure in ("added_ms_p50", "added_ms_p99", "ttft_added_ms_p50", "handoff_added_ms_p50", "cpu_us_per_event"):
+    for figure in (
+        "added_ms_p50",
+        "added_ms_p99",
+        "ttft_added_ms_p50",
+        "handoff_added_ms_p50",
+        "paced_added_ms_p50",
+        "cpu_us_per_event",
+    ):
         assert found[figure]["min"] <= found[figure]["median"] <= found[figure]["max"]
     assert found["cpu_us_per_event"]["median"] > 0
     # Not a piece was lost, doubled or out of its place, in 256 streams at once either.

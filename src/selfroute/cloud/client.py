@@ -20,7 +20,7 @@ from selfroute.cloud.prices import price_of
 from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
 from selfroute.cloud.transport import Transport
-from selfroute.cloud.wire import Collected, Reply, Usage, merged
+from selfroute.cloud.wire import Collected, Event, Reply, Usage
 from selfroute.errors import CloudError
 from selfroute.protocol import text_of
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
@@ -124,9 +124,9 @@ class OpenAICloud:
             )
             try:
                 collected = Collected()
-                events: list[Reply] | None = first
+                events: list[Event] | None = first
                 while events is not None:
-                    for chunk in merged([chunk for event in events for chunk in collected.add(event)]):
+                    for chunk in collected.add(events):
                         yield chunk
                     events = await anext(exchange.events, None)
                 for chunk in collected.rest():
@@ -140,7 +140,7 @@ class OpenAICloud:
                 await exchange.close()
             yield CloudChunk(final=answer, finish_reason=reply.choices[0].finish_reason or "")
 
-    async def _begin(self, request: CloudRequest, worst_usd: float, bill: Bill | None) -> tuple[Exchange, list[Reply]]:
+    async def _begin(self, request: CloudRequest, worst_usd: float, bill: Bill | None) -> tuple[Exchange, list[Event]]:
         """An open stream, and its first events."""
         exchange = Exchange(self._line, self._body(request, stream=True), worst_usd, bill)
         try:

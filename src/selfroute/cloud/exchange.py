@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.spending import Spending
 from selfroute.cloud.transport import BrokenError, Incoming, Transport
-from selfroute.cloud.wire import Reply, message_of, parse_retry_after
+from selfroute.cloud.wire import EVENT, Event, Reply, message_of, parse_retry_after
 from selfroute.errors import CloudError
 from selfroute.types import Bill
 
@@ -154,7 +154,7 @@ class Exchange:
                 )
             yield piece
 
-    async def _events(self) -> AsyncGenerator[list[Reply]]:
+    async def _events(self) -> AsyncGenerator[list[Event]]:
         """The stream's events, those that came together in one list. Comments keep it alive and are no events; an end
         without `[DONE]` is one too.
 
@@ -172,7 +172,7 @@ class Exchange:
                 if done := data == b"[DONE]":
                     break
                 try:
-                    events.append(self.read(data))
+                    events.append(self._event(data))
                 except CloudError as error:
                     failed = error
                     break
@@ -185,7 +185,7 @@ class Exchange:
                 await self._drain()
                 return
         if rest.startswith(b"data:") and (data := rest.removeprefix(b"data:").strip()) != b"[DONE]":
-            yield [self.read(data)]
+            yield [self._event(data)]
 
     async def _drain(self) -> None:
         """Read the end of the body, which comes at once: only then can the connection be used again."""
@@ -196,20 +196,31 @@ class Exchange:
                     pass
 
     def read(self, data: bytes) -> Reply:
-        """An answer, or a piece of one.
+        """An answer.
 
         Raises:
             CloudError: it is an error, or cannot be read.
         """
+        reply = self._valid(Reply.model_validate_json, data)
+        self._check(reply.error, data)
+        return reply
+
+    def _event(self, data: bytes) -> Event:
+        event = self._valid(EVENT.validate_json, data)
+        self._check(event.get("error"), data)
+        return event
+
+    def _valid(self, read: Callable[[bytes], T], data: bytes) -> T:
         try:
-            read = Reply.model_validate_json(data)
+            return read(data)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             raise UnreadableError(f"the cloud's answer cannot be read: {first['msg']}") from None
-        if read.error is not None:
-            code = read.error.get("code") if isinstance(read.error, dict) else None
+
+    def _check(self, error: Any, data: bytes) -> None:
+        if error is not None:
+            code = error.get("code") if isinstance(error, dict) else None
             raise refusal(self._line.config, self._line.key, code if isinstance(code, int) else 500, data)
-        return read
 
     async def _wait(self, what: Awaitable[T]) -> T:
         c, where = self._line.config, self._line.config.where

@@ -9,7 +9,8 @@ from email.utils import parsedate_to_datetime
 from itertools import groupby
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from selfroute.cloud.thinking import Thinking
 from selfroute.types import CloudChunk
@@ -37,9 +38,7 @@ class Usage(BaseModel):
 
 
 class Message(BaseModel):
-    """What the model wrote, whole or a piece of it."""
-
-    model_config = ConfigDict(extra="allow")
+    """What the model wrote."""
 
     content: str | None = None
     reasoning_content: str | None = None
@@ -55,26 +54,47 @@ class Choice(BaseModel):
     """One of the answers; selfroute asks for one."""
 
     message: Message | None = None
-    delta: Message | None = None
     finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
-
-    @property
-    def other(self) -> dict[str, Any]:
-        """What a piece holds beside text, such as tool calls."""
-        said = self.delta.model_extra if self.delta else None
-        if not (said or self.logprobs):
-            return {}
-        delta = {name: value for name, value in (said or {}).items() if name != "role" and value is not None}
-        return ({"delta": delta} if delta else {}) | ({"logprobs": self.logprobs} if self.logprobs else {})
 
 
 class Reply(BaseModel):
-    """An answer, or an event of one that is streamed."""
+    """An answer."""
 
     choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
+
+
+class Delta(TypedDict, total=False):
+    """A piece of what the model writes, with whatever else it holds, such as tool calls."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    content: str | None
+    reasoning_content: str | None
+    reasoning: str | None
+
+
+class Part(TypedDict, total=False):
+    """A piece of one of the answers."""
+
+    delta: Delta | None
+    finish_reason: str | None
+    logprobs: dict[str, Any] | None
+
+
+class Event(TypedDict, total=False):
+    """An event of an answer that is streamed. A dictionary, for there are hundreds to an answer."""
+
+    choices: list[Part]
+    usage: Usage | None
+    error: Any
+
+
+EVENT = TypeAdapter(Event)
+
+_TOLD = frozenset({"role", "content", "reasoning_content", "reasoning"})
+"""Fields of a piece that are read, or say nothing."""
 
 
 class Collected:
@@ -87,19 +107,40 @@ class Collected:
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
-    def add(self, event: Reply) -> list[CloudChunk]:
-        """The chunks that an event makes."""
-        # Some send the usage with the last piece, some after it, some with each.
-        self._usage = event.usage or self._usage
+    def add(self, events: Sequence[Event]) -> list[CloudChunk]:
+        """The chunks of events that came together, those of one kind in a row as one.
+
+        >>> said = [{"reasoning": "2+2"}, {"content": "fo"}, {"content": "ur"}]
+        >>> events = [{"choices": [{"delta": delta}]} for delta in said]
+        >>> [chunk.reasoning or chunk.text for chunk in Collected().add(events)]
+        ['2+2', 'four']
+        """
         chunks = []
-        for choice in event.choices[:1]:
-            self._finish_reason = choice.finish_reason or self._finish_reason
-            delta = choice.delta or Message()
-            self._content.append(delta.content or "")
-            self._thoughts.append(delta.thoughts)
-            reasoning, text = self._split.feed(delta.content or "")
-            chunks.append(CloudChunk(text=text, reasoning=delta.thoughts + reasoning, other=choice.other))
+        pieces = [piece for event in events for piece in self._pieces(event)]
+        for (content, thoughts, other), run in groupby(pieces, _kind):
+            together = list(run)
+            if not (other or (content and thoughts)):
+                together = [("".join([c for c, _, _ in together]), "".join([t for _, t, _ in together]), {})]
+            for piece in together:
+                self._content.append(piece[0])
+                self._thoughts.append(piece[1])
+                reasoning, text = self._split.feed(piece[0])
+                chunks.append(CloudChunk(text=text, reasoning=piece[1] + reasoning, other=piece[2]))
         return [c for c in chunks if c.text or c.reasoning or c.other]
+
+    def _pieces(self, event: Event) -> list[_Piece]:
+        # Some send the usage with the last piece, some after it, some with each.
+        self._usage = event.get("usage") or self._usage
+        if not (choices := event.get("choices")):
+            return []
+        choice = choices[0]
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        delta, logprobs = choice.get("delta") or Delta(), choice.get("logprobs")
+        # Under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do.
+        thoughts = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        more = {name: value for name, value in delta.items() if name not in _TOLD and value is not None}
+        other = ({"delta": more} if more else {}) | ({"logprobs": logprobs} if logprobs else {})
+        return [(delta.get("content") or "", thoughts, other)]
 
     def rest(self) -> list[CloudChunk]:
         """What was held back."""
@@ -112,23 +153,12 @@ class Collected:
         return Reply(choices=[Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
 
 
-def merged(chunks: Sequence[CloudChunk]) -> list[CloudChunk]:
-    """Chunks that came together, those of one kind in a row as one.
+_Piece = tuple[str, str, dict[str, Any]]
+"""An event's content, thoughts and what else it holds."""
 
-    >>> [c.text or c.reasoning for c in merged([CloudChunk(reasoning="2+2"), CloudChunk(text="fo"), CloudChunk("ur")])]
-    ['2+2', 'four']
-    """
-    if len(chunks) < 2:
-        return [*chunks]
-    made: list[CloudChunk] = []
-    for (text, reasoning, other), run in groupby(chunks, lambda c: (bool(c.text), bool(c.reasoning), bool(c.other))):
-        together = list(run)
-        if other or (text and reasoning):
-            made += together
-        else:
-            joined = "".join(c.text for c in together), "".join(c.reasoning for c in together)
-            made.append(CloudChunk(*joined))
-    return made
+
+def _kind(piece: _Piece) -> tuple[bool, bool, bool]:
+    return bool(piece[0]), bool(piece[1]), bool(piece[2])
 
 
 def message_of(body: bytes) -> str:

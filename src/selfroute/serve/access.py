@@ -74,9 +74,9 @@ async def key_of(request: Request, keys: Keys | None, sessions: Sessions | None)
     """
     if keys is None:
         return None
-    authorization, cookie = request.headers.get("authorization"), request.cookies.get(COOKIE)
+    authorization = request.headers.get("authorization")
     try:
-        if authorization is None and cookie and sessions:
+        if authorization is None and sessions and (cookie := request.cookies.get(COOKIE)):
             key = await sessions.key(cookie)
         else:
             key = await keys.check(authorization)

@@ -87,12 +87,12 @@ class Window:
         slot = max(self._slot(now), self.slots[-1][0] if self.slots else 0)
         kept = [s for s in self.slots if slot - SLOTS <= s[0] < slot]
         _, old_requests, old_calls = self.slots[-1] if self.slots and self.slots[-1][0] == slot else (slot, 0, 0)
-        return replace(self, slots=(*kept, (slot, old_requests + requests, old_calls + calls)))
+        return Window(self.length_s, (*kept, (slot, old_requests + requests, old_calls + calls)))
 
     def take_back(self, at: float) -> Window:
         """With one call less in the slot of `at`, if it is still there."""
         gone = self._slot(at)
-        return replace(self, slots=tuple((s, r, c - (s == gone and c > 0)) for s, r, c in self.slots))
+        return Window(self.length_s, tuple((s, r, c - (s == gone and c > 0)) for s, r, c in self.slots))
 
     def totals(self, now: float) -> tuple[int, int]:
         """Requests and calls in the window."""

@@ -89,10 +89,10 @@ class Gateway:
 
 def make_app(gateway: Gateway) -> ASGIApp:
     """The application."""
+    asked = {"/v1/chat/completions": _Endpoint(gateway, _chat), "/v1/responses": _Endpoint(gateway, _responses)}
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", _Endpoint(gateway, _chat), methods=["POST"]),
-            Route("/v1/responses", _Endpoint(gateway, _responses), methods=["POST"]),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in asked.items()),
             Route("/v1/models", _Endpoint(gateway, _models), methods=["GET"]),
             Route("/healthz", _Endpoint(gateway, _healthz, limited=False), methods=["GET"]),
             Route("/readyz", _Endpoint(gateway, _readyz, limited=False), methods=["GET"]),
@@ -101,7 +101,13 @@ def make_app(gateway: Gateway) -> ASGIApp:
         ],
         exception_handlers={HTTPException: _http_error, Exception: _fault},  # type: ignore[dict-item]
     )
-    served = _Hosts(app, gateway.config)
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        # Starlette has layers around every message of an answer, and an answer has hundreds.
+        endpoint = asked.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (endpoint or app)(scope, receive, send)
+
+    served = _Hosts(routed, gateway.config)
     return gateway.around(served) if gateway.around else served
 
 

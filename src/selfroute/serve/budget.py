@@ -4,6 +4,7 @@
     reserve                every limit of every scope is checked and the worst case held back, in one transaction
       -> settle(cost)      the call's real cost takes the place of the worst case, once
       -> release           the cloud was never asked: as if nothing had been
+      -> settle_later      either, in the worker's next transaction
       -> sweep             a worker died: spent at the worst case
 
 A transaction that grants locks the accounts of its scopes first, the whole gateway's always among them, so that workers
@@ -53,6 +54,15 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class _Ended:
+    """A reservation whose call has ended, at `cost` nano-USD; it was not `called` if the cloud was never asked."""
+
+    reservation: Reservation
+    cost: int
+    called: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a scope has used: counts in its share's window and in the last minute, money today."""
 
@@ -88,6 +98,8 @@ class Budget:
         # Requests that the store does not know yet, by scope. What is lost of them with a failed write or a dead
         # worker makes shares smaller, never larger.
         self._arrived: dict[str, tuple[Scope, int]] = {}
+        # Until the store knows of their end, they are held back at their worst case.
+        self._ended: list[_Ended] = []
 
     async def arrive(self, key: Scope | None = None) -> Denied | None:
         """Count a request, or deny it; one that is denied does not count.
@@ -115,7 +127,7 @@ class Budget:
         return await self._store.write(work, brief=True)
 
     async def reserve(self, worst_usd: float, key: Scope | None = None) -> Reservation | Denied:
-        """Hold back the most that a call may cost, if no limit is passed by it.
+        """Hold back the most that a call may cost, if no limit is passed by it; what is to be settled goes first.
 
         A task that is cancelled here has reserved nothing.
 
@@ -126,8 +138,10 @@ class Budget:
         reserved: list[Reservation] = []
         scopes = self._scopes(key)
         arrived = [self._arrived.pop(scope.name, (scope, 0))[1] for scope in scopes]
+        ended, self._ended = self._ended, []
 
         def work(connection: Connection) -> Reservation | Denied:
+            _end(connection, ended)
             accounts, now = self._locked(connection, scopes)
             accounts = [account.arrive(now, requests) for account, requests in zip(accounts, arrived, strict=True)]
             refused = _first(a.refuses_call(s, now, worst) for s, a in zip(scopes, accounts, strict=True))
@@ -144,9 +158,14 @@ class Budget:
         try:
             return await self._store.write(work, brief=True)
         except asyncio.CancelledError:
+            # What was ended all the same is not ended twice.
+            self._ended += ended
             if reserved:
                 with suppress(StoreError):
                     await self.release(reserved[-1])
+            raise
+        except StoreError:
+            self._ended += ended
             raise
 
     async def settle(self, reservation: Reservation, cost_usd: float) -> bool:
@@ -157,7 +176,7 @@ class Budget:
         Raises:
             StoreError: the store failed; the worst case stays held back, and is swept in time.
         """
-        return await self._close(reservation, nano(cost_usd))
+        return bool(await self._close(_Ended(reservation, nano(cost_usd))))
 
     async def release(self, reservation: Reservation) -> bool:
         """Give a reservation back whose call was never made; False when it was settled, released or swept before.
@@ -165,7 +184,14 @@ class Budget:
         Raises:
             StoreError: as from `settle`.
         """
-        return await self._close(reservation, 0, called=False)
+        return bool(await self._close(_Ended(reservation, 0, called=False)))
+
+    def settle_later(self, reservation: Reservation, cost_usd: float | None) -> None:
+        """`settle`, or `release` where there is no cost, in the transaction of the next `reserve` or `flush` here.
+
+        Until then other workers see the worst case held back. Where the store fails, it is tried again.
+        """
+        self._ended.append(_Ended(reservation, nano(cost_usd or 0), called=cost_usd is not None))
 
     async def sweep(self) -> int:
         """Count reservations that nobody settled in time as spent, at their worst case; how many there were.
@@ -174,31 +200,35 @@ class Budget:
             StoreError: the store failed.
         """
         expired = await self._store.read(lambda c: c.execute(_EXPIRED, {"now": self._clock()}).all())
-        swept = 0
-        for row in expired:
-            lost = Reservation(**row._mapping)
-            swept += await self._close(lost, lost.worst_nano)
+        lost = [Reservation(**row._mapping) for row in expired]
+        swept = await self._close(*(_Ended(reservation, reservation.worst_nano) for reservation in lost)) if lost else 0
         if swept:
             _log.warning("%d reservations were never settled (a worker died?): spent at their worst case", swept)
         return swept
 
     async def flush(self) -> None:
-        """Write down the requests that were counted here.
+        """Write down the requests that were counted here, and what was to be settled.
 
         Raises:
             StoreError: the store failed.
         """
         arrived, self._arrived = self._arrived, {}
-        if not arrived:
+        ended, self._ended = self._ended, []
+        if not (arrived or ended):
             return
 
         def work(connection: Connection) -> None:
+            _end(connection, ended)
             for name, (scope, requests) in sorted(arrived.items()):
                 scopes = self._scopes(scope if name != GATEWAY else None)
                 accounts, now = self._locked(connection, scopes)
                 _save(connection, [scope], [accounts[-1].arrive(now, requests)])
 
-        await self._store.write(work)
+        try:
+            await self._store.write(work)
+        except (StoreError, asyncio.CancelledError):
+            self._ended += ended
+            raise
 
     async def usage(self, key: Scope | None = None) -> Usage:
         """What the gateway has used, or a key.
@@ -242,21 +272,29 @@ class Budget:
         day = max(int(now // DAY_S), *(account.day for account in accounts.values()))
         return [accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes], now
 
-    async def _close(self, reservation: Reservation, cost: int, *, called: bool = True) -> bool:
-        """Remove a reservation, if it is still there, and count its call as `cost` nano-USD, or not at all."""
+    async def _close(self, *ended: _Ended) -> int:
+        return await self._store.write(lambda connection: _end(connection, ended), brief=len(ended) == 1)
+
+
+def _end(connection: Connection, ended: Sequence[_Ended]) -> int:
+    """Remove these reservations and count their calls, or take them back; how many were still there."""
+    if not ended:
+        return 0
+    # The gateway's account first, as everywhere.
+    _GATE.run(connection, {"gateway": GATEWAY})
+    found = 0
+    for end in ended:
+        reservation = end.reservation
+        if _REMOVE.run(connection, {"id": reservation.id}).rowcount == 0:
+            continue
+        found += 1
         scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
-
-        def work(connection: Connection) -> bool:
-            if _REMOVE.run(connection, {"id": reservation.id}).rowcount == 0:
-                return False
-            paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": cost}
-            _PAY.run(connection, *({"of": scope, **paid} for scope in scopes))
-            if not called:
-                for scope, account in _accounts(connection, reservation.scope, lock=True).items():
-                    _SAVE.run(connection, {"of": scope, **_row(account.take_back(reservation.at))})
-            return True
-
-        return await self._store.write(work, brief=True)
+        paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": end.cost}
+        _PAY.run(connection, *({"of": scope, **paid} for scope in scopes))
+        if not end.called:
+            for scope, account in _accounts(connection, reservation.scope, lock=True).items():
+                _SAVE.run(connection, {"of": scope, **_row(account.take_back(reservation.at))})
+    return found
 
 
 def usages(connection: Connection, scopes: Sequence[Scope], now: float) -> list[Usage]:
@@ -286,6 +324,7 @@ def _first(refusals: Iterable[Denied | None]) -> Denied | None:
 _OF = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == bindparam("gateway"), ACCOUNTS.c.scope == bindparam("key")))
 _READ = Prepared(_OF)
 _LOCK = Prepared(_OF.order_by(ACCOUNTS.c.scope).with_for_update())
+_GATE = Prepared(select(ACCOUNTS.c.day).where(ACCOUNTS.c.scope == bindparam("gateway")).with_for_update())
 _SAVE = Prepared(update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of")))
 # Of a day that is over nothing is kept.
 _PAY = Prepared(

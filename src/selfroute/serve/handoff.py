@@ -55,12 +55,8 @@ class Budget(Protocol):
         """Hold back the most that a call may cost; a task that is cancelled here has reserved nothing."""
         ...
 
-    async def settle(self, reservation: Any, cost_usd: float) -> bool:
-        """Put the cost in the place of the worst case."""
-        ...
-
-    async def release(self, reservation: Any) -> bool:
-        """Give back what was held for a call that was never made."""
+    def settle_later(self, reservation: Any, cost_usd: float | None) -> None:
+        """Put the cost in the place of the worst case, soon; None: give back what was held, no call was made."""
         ...
 
 
@@ -302,8 +298,8 @@ class _Story:
         finally:
             course.cloud_ms = course.ms(began)
             course.cost_usd += bill.usd
-            # It goes on where the task is cancelled once more.
-            await asyncio.shield(self._settle(held, bill))
+            called = bill.usd > 0 or self._answering
+            pair.budget.settle_later(held, bill.usd if called else None)
         await self._done(finish_reason)
         return None
 
@@ -331,16 +327,6 @@ class _Story:
         if chunk.other:
             self._answering = True
             await self._say(Other(chunk.other))
-
-    async def _settle(self, held: Any, bill: Bill) -> None:
-        try:
-            if bill.usd > 0 or self._answering:
-                await self.pair.budget.settle(held, bill.usd)
-            else:
-                await self.pair.budget.release(held)
-        except StoreError as error:
-            # It stays held back at its worst case, and is swept in time.
-            _log.error("request %s: its cost of %.6f USD is not settled: %s", self.ask.id, bill.usd, error)
 
     async def _reason(self, who: str, text: str) -> None:
         if self._reasoned not in ("", who):

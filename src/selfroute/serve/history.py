@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from sqlalchemy import (
     Connection,
-    Insert,
     Row,
     Select,
     Table,
@@ -31,7 +30,7 @@ from sqlalchemy import (
 )
 
 from selfroute.serve.account import nano
-from selfroute.serve.store import Store
+from selfroute.serve.store import Prepared, Store
 from selfroute.serve.tables import REQUESTS, USAGE, USAGE_HOURS, upsert
 
 SAMPLE = 2000
@@ -125,7 +124,7 @@ def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
         del rows[known]
     if not rows:
         return
-    connection.execute(_INSERT, list(rows.values()))
+    _INSERT.run(connection, *rows.values())
     for table, minutes in _SUMS:
         sums: dict[tuple[int, str], dict[str, Any]] = {}
         for row in rows.values():
@@ -135,7 +134,7 @@ def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
                 total[name] += value
         # In one order, so that two replicas do not wait for each other in a circle.
         ordered = [{"minute": minute, "key_id": key_id, **sums[minute, key_id]} for minute, key_id in sorted(sums)]
-        connection.execute(_adding(connection.dialect.name, table), ordered)
+        _adding(connection.dialect.name, table).run(connection, *ordered)
 
 
 def timeline(
@@ -236,14 +235,14 @@ _DENIED = REQUESTS.c.denied != literal_column("''")
 _SUMMED = ("requests", "calls", "denied", "errors", "cost_nano", "device_tokens", "cloud_tokens")
 
 _KNOWN = select(REQUESTS.c.id).where(REQUESTS.c.id.in_(bindparam("ids", expanding=True)))
-_INSERT = insert(REQUESTS)
+_INSERT = Prepared(insert(REQUESTS))
 
 
 @cache
-def _adding(dialect: str, table: Table) -> Insert:
+def _adding(dialect: str, table: Table) -> Prepared:
     adding = upsert(dialect, table)
     added = {name: table.c[name] + adding.excluded[name] for name in _SUMMED}
-    return adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added)
+    return Prepared(adding.on_conflict_do_update(index_elements=["minute", "key_id"], set_=added))
 
 
 def _summed(row: dict[str, Any]) -> dict[str, int]:
@@ -291,6 +290,8 @@ def _row(record: RequestRecord) -> dict[str, Any]:
 def _fit(value: Any) -> Any:
     """A value that both databases take: no NUL, no half of a surrogate pair, no endless number."""
     if isinstance(value, str):
+        if value.isascii() and value.isprintable():
+            return value
         return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -64,7 +64,9 @@ class Recorder:
             self._refused += 1
             self._dropped.inc()
             return
-        self._queue.append(record if self._content else replace(record, request=None, response=None))
+        if not self._content and (record.request, record.response) != (None, None):
+            record = replace(record, request=None, response=None)
+        self._queue.append(record)
         self._filled.set()
 
     async def run(self) -> None:

@@ -35,19 +35,19 @@ DEFAULT = "runs/gateway.sqlite"
 _BUSY_MS = 5000
 """How long a transaction waits for another's lock."""
 
-# Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands, and
-# never in the event loop's thread.
-_WAITING = (f"PRAGMA busy_timeout = {_BUSY_MS}", "PRAGMA wal_autocheckpoint = 10000")
-_AT_ONCE = ("PRAGMA busy_timeout = 0", "PRAGMA wal_autocheckpoint = 0")
-
 _PRAGMAS = (
     f"busy_timeout = {_BUSY_MS}",
+    # Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands.
+    "wal_autocheckpoint = 10000",
     "journal_mode = WAL",
     # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
     "synchronous = NORMAL",
     # What retention deletes is overwritten, not only forgotten.
     "secure_delete = ON",
 )
+
+# In the event loop's thread nobody waits, neither for a lock nor for the disk.
+_AT_ONCE = ("busy_timeout = 0", "wal_autocheckpoint = 0")
 
 # A worker that hangs with the budget's rows locked would stop all the others.
 _POSTGRES = f"-c lock_timeout={_BUSY_MS} -c statement_timeout=30000 -c idle_in_transaction_session_timeout=10000"
@@ -101,7 +101,7 @@ class Store:
         self._errors = (SQLAlchemyError, sqlite3.Error, self._engine.dialect.loaded_dbapi.Error)
         self._reading = self._engine.execution_options(write=False)
         self._writing = self._engine.execution_options(write=True)
-        self._at_once = self._engine.execution_options(write=True, waits=False) if is_sqlite else None
+        self._at_once: Connection | None = None
         self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
         self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
         self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
@@ -109,21 +109,27 @@ class Store:
         try:
             with self.begin() as connection:
                 migrate(connection)
+            if is_sqlite:
+                self._at_once = _kept(self._writing)
         except BaseException:
             self.close()
             raise
 
     @contextmanager
-    def begin(self, *, write: bool = True, waits: bool = True) -> Iterator[Connection]:
+    def begin(self, *, write: bool = True) -> Iterator[Connection]:
         """A transaction in the caller's thread: all of it, or nothing.
 
         Raises:
             StoreError: the database refused, or could not be reached.
         """
+        with self._told(), (self._writing if write else self._reading).begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the database refuses, as a StoreError."""
         try:
-            engine = self._at_once if self._at_once and not waits else self._writing if write else self._reading
-            with engine.begin() as connection:
-                yield connection
+            yield
         except self._errors as error:
             # The first line names the cause; below it, PostgreSQL repeats what was to be written.
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
@@ -140,17 +146,15 @@ class Store:
         Raises:
             StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
         """
-        if brief and self._at_once and not self._writers_busy:
-            outcomes = self._together([work], waits=False)
-            if outcomes:
-                [(result, error)] = outcomes
-                if error:
-                    raise error
-                return cast(T, result)
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append((work, done))
+        if brief and self._at_once and not self._writers_busy and (done := self._together([work], self._at_once)):
+            [(result, error)] = done
+            if error:
+                raise error
+            return cast(T, result)
+        written: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, written))
         self._write_on()
-        return await _to_its_end(done)
+        return await _to_its_end(written)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, run in a transaction that only reads; on SQLite it waits for no writer.
@@ -185,21 +189,21 @@ class Store:
 
         running.add_done_callback(written)
 
-    def _together(self, works: list[Work], *, waits: bool = True) -> list[tuple[Any, Exception | None]]:
+    def _together(self, works: list[Work], at_once: Connection | None = None) -> list[tuple[Any, Exception | None]]:
         """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other.
 
-        Nothing where it would have to wait for another writer, and does not.
+        Nothing where it would have to wait for another writer, and does not (`at_once`).
         """
         results: list[Any] = []
         begun = False
         try:
-            with self.begin(waits=waits) as connection:
+            with self._told(), self._writing.begin() if at_once is None else _transaction(at_once) as connection:
                 begun = True
                 for work in works:
                     results.append(work(connection))
             return [(result, None) for result in results]
         except Exception as error:
-            if not begun and not waits:
+            if at_once and not begun:
                 return []
             if len(works) == 1 or not begun or len(results) == len(works):
                 return [(None, error)] * len(works)
@@ -209,6 +213,8 @@ class Store:
         """Finish what was asked for and let go of the database."""
         self._writers.shutdown()
         self._readers.shutdown()
+        if self._at_once:
+            self._at_once.close()
         self._engine.dispose()
 
     async def aclose(self) -> None:
@@ -268,13 +274,25 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         # A writer that began by reading could be refused when it comes to write.
-        options = connection.get_execution_options()
         driver: Any = connection.connection.driver_connection
-        for pragma in _WAITING if options.get("waits", True) else _AT_ONCE:
-            driver.execute(pragma)
-        driver.execute("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
+        driver.execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
 
     return engine
+
+
+def _kept(engine: Engine) -> Connection:
+    """A connection for what is written in the event loop's thread: taken once, for that takes as long as a write."""
+    connection = engine.connect()
+    driver: Any = connection.connection.driver_connection
+    for pragma in _AT_ONCE:
+        _set(driver, pragma)
+    return connection
+
+
+@contextmanager
+def _transaction(connection: Connection) -> Iterator[Connection]:
+    with connection.begin():
+        yield connection
 
 
 def _set(connection: sqlite3.Connection, pragma: str) -> None:

@@ -56,6 +56,7 @@ class Model:
     requests: list[tuple[float, str]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     kept: list[Counter[str]] = field(default_factory=lambda: [Counter(), Counter()])
+    ended: list[list[tuple[Call, int | None]]] = field(default_factory=lambda: [[], []])
 
     def scopes(self, key: str) -> tuple[str, ...]:
         return (GATEWAY, key) if key else (GATEWAY,)
@@ -67,7 +68,10 @@ class Model:
         return sum(at >= since and s == scope for at, s in self.requests), len(calls)
 
     def write(self, worker: int, scopes: tuple[str, ...], now: float) -> None:
-        """Requests that only their worker knew of become known."""
+        """Requests, and ends of calls, that only their worker knew of become known."""
+        for call, nanos in self.ended[worker]:
+            self.close(call, nanos or 0, released=nanos is None)
+        self.ended[worker].clear()
         for scope in scopes:
             self.requests += [(now, scope)] * self.kept[worker].pop(scope, 0)
 
@@ -121,6 +125,7 @@ steps = st.one_of(
     st.tuples(st.just("reserve"), workers, keys, usd, bursts),
     st.tuples(st.just("settle"), workers, st.integers(0, 30), usd),
     st.tuples(st.just("release"), workers, st.integers(0, 30)),
+    st.tuples(st.just("later"), workers, st.integers(0, 30), st.one_of(usd, st.none())),
     st.tuples(st.just("flush"), workers),
     st.tuples(st.just("sweep"), workers),
     st.tuples(st.just("wait"), st.sampled_from([0.3, 1.0, 7.0, 45.0, 110.0, 1800.0])),
@@ -130,7 +135,7 @@ steps = st.one_of(
 def test_two_workers_decide_as_the_plain_model_does(store: Store) -> None:
     seen: Counter[tuple[str, ...]] = Counter()
 
-    @settings(max_examples=80, deadline=None, derandomize=True)
+    @settings(max_examples=120, deadline=None, derandomize=True)
     @given(st.lists(steps, min_size=10, max_size=30))
     def check(happens: list[tuple[Any, ...]]) -> None:
         with store.begin() as connection:
@@ -144,6 +149,7 @@ def test_two_workers_decide_as_the_plain_model_does(store: Store) -> None:
         (GATEWAY, "usd_per_day"), (GATEWAY, "calls_per_minute"), (GATEWAY, "share"), ("key:a", "usd_per_day"),
         ("key:a", "share"), ("key:b", "calls_per_minute"), ("key:b", "requests_per_minute"), ("granted",),
         ("swept",), ("settle", "True"), ("settle", "False"), ("release", "True"), ("release", "False"),
+        ("later", "True"), ("later", "False"),
     }  # fmt: skip
 
 
@@ -195,6 +201,10 @@ async def replay(store: Store, happens: list[tuple[Any, ...]], seen: Counter[tup
             if what == "settle":
                 closed = await budget.settle(reservation, values[1])
                 assert closed == model.close(call, nano(values[1]))
+            elif what == "later":
+                budget.settle_later(reservation, closed := values[1])
+                model.ended[worker].append((call, None if closed is None else nano(closed)))
+                closed = closed is not None
             else:
                 closed = await budget.release(reservation)
                 assert closed == model.close(call, 0, released=True)
@@ -291,6 +301,31 @@ def test_where_the_store_fails_nothing_is_granted(store: Store) -> None:
         asyncio.run(budget.reserve(0.01))
     used = asyncio.run(budget.usage())
     assert (used.calls, used.held_usd) == (0, 0)
+
+
+def test_what_could_not_be_settled_is_settled_once_the_store_is_back(store: Store) -> None:
+    def rename(old: str, new: str) -> None:
+        with store.begin() as connection:
+            connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
+
+    async def run() -> None:
+        budget = Budget(store, Limits())
+        first, second = [await budget.reserve(0.01) for _ in range(2)]
+        budget.settle_later(first, 0.004)
+        budget.settle_later(second, None)
+        rename("reservations", "gone")
+        for failing in (budget.flush, lambda: budget.reserve(0.01)):
+            with pytest.raises(StoreError):
+                await failing()
+        assert (await budget.usage()).held_usd == 0.02
+        rename("gone", "reservations")
+        await budget.flush()
+        used = await budget.usage()
+        assert (used.calls, used.held_usd, used.spent_usd) == (1, 0, 0.004)
+        await budget.flush()
+        assert await budget.usage() == used
+
+    asyncio.run(run())
 
 
 def test_a_key_that_is_drained_leaves_the_others_theirs(store: Store) -> None:
