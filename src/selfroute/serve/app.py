@@ -131,7 +131,7 @@ class _Endpoint:
         gateway.active += self._limited
         gateway.metrics.in_flight.inc(self._limited)
         try:
-            response = await self._respond(gateway, Request(scope, receive), headers)
+            response = await self._response(Request(scope, receive), headers)
             await response(scope, receive, send)
         except RefusedError as refusal:
             gateway.metrics.refuse(refusal)
@@ -144,6 +144,16 @@ class _Endpoint:
         finally:
             gateway.active -= self._limited
             gateway.metrics.in_flight.dec(self._limited)
+
+    async def _response(self, request: Request, headers: dict[str, str]) -> ASGIApp:
+        try:
+            return await self._respond(self._gateway, request, headers)
+        except (RefusedError, ClientDisconnect):
+            raise
+        except Exception as error:
+            _log.exception("request %s failed", headers[REQUEST_ID])
+            message = f"selfroute failed; its log knows more of {headers[REQUEST_ID]}"
+            raise RefusedError(500, message, code="internal_error") from error
 
 
 async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
