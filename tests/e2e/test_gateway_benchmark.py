@@ -45,5 +45,7 @@ def test_mixed_load_with_faults(tmp_path: Path, minutes: float) -> None:
     found = run("load.py", tmp_path / "load.json", "--minutes", str(minutes))
     assert found["failures"] == []
     assert found["ended"]["answered"] > 20
-    assert found["books"]["all"]["spent_nano"] == found["books"]["all"]["seen_nano"] > 0
+    books = found["books"]["all"]
+    # Of calls whose clients left it is a range: whether the last words arrived is not for the cloud to know.
+    assert 0 < books["seen_nano"] <= books["spent_nano"] <= books["seen_at_most_nano"]
     assert found["open"]["after"]["tasks"] == found["open"]["before"]["tasks"]
