@@ -163,6 +163,7 @@ class _Worker:
                 start_new_session=True,
             )
         self.line = Connection(ours.detach())
+        self._ending = threading.Lock()
 
     def call(self, arguments: tuple[Any, ...], limit_s: float) -> Done:
         self.start()
@@ -208,6 +209,8 @@ class _Worker:
         self.ready = self.usable = True
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.line.close()
+        # One thread may close a pool while another gives up a worker of it: a file's number is closed once.
+        with self._ending:
+            self.process.kill()
+            self.process.wait()
+            self.line.close()

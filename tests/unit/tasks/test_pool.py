@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from selfroute.errors import TaskError
-from selfroute.tasks.pool import Done, Pool
+from selfroute.tasks.pool import Done, Pool, _Worker
 
 
 def act(what: str, amount: float = 0) -> object:
@@ -199,3 +199,11 @@ def test_a_worker_begins_with_its_first_call() -> None:
     # It belongs to the start, which has its own limit.
     assert not pool.call("pid", limit_s=0.25).failure
     pool.close()
+
+
+def test_a_worker_is_ended_once_whoever_ends_it() -> None:
+    worker = _Worker("math:sqrt", 2**31, [])
+    with ThreadPoolExecutor(8) as threads:
+        for ended in [threads.submit(worker.kill) for _ in range(8)]:
+            ended.result()
+    assert worker.line.closed
