@@ -21,10 +21,9 @@ from selfroute.config import Config
 from selfroute.errors import CloudError, DeviceError, StoreError
 from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
-from selfroute.serve.asking import POLICIES
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import listening
-from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest, DeviceChunk, DeviceRequest
+from selfroute.types import POLICIES, Bill, CloudAnswer, CloudChunk, CloudRequest, DeviceChunk, DeviceRequest
 
 Step = str | DeviceChunk | Exception | None
 """Text, a whole chunk, a failure, or None: nothing more, for as long as anybody waits."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selfroute.errors import ConfigError, SelfrouteError
+from selfroute.types import POLICIES
 
 if TYPE_CHECKING:
     from selfroute.serve.keys import Key
@@ -65,10 +66,10 @@ def new(
             "requests_per_minute": requests_per_minute,
         }
         limits = validate(Limits, given, "the key's limits")
-        chosen = [known for known in keys.POLICIES if known in (policy or keys.POLICIES)]
-        unknown = sorted(set(policy or ()) - set(keys.POLICIES))
+        chosen = [known for known in POLICIES.values() if known in (policy or POLICIES)]
+        unknown = sorted(set(policy or ()) - set(POLICIES))
         if unknown:
-            raise ConfigError(f"no such policy: {unknown[0]!r} (known: {', '.join(keys.POLICIES)})")
+            raise ConfigError(f"no such policy: {unknown[0]!r} (known: {', '.join(POLICIES)})")
         for text in (name, *(model or ())):
             # They are printed on terminals and pages.
             if not text.strip() or not text.isprintable() or len(text) > 100:

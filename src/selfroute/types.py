@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Message = Mapping[str, Any]
 """One chat message: `{"role": "system" | "user" | "assistant", "content": text}`.
@@ -309,6 +309,7 @@ Handoff = Literal["problem", "reasoning"]
 
 Policy = Literal["auto", "device-only", "cloud-only"]
 """Who may answer a gateway's request: the device, and the cloud if it asks; the device alone; the cloud alone."""
+POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 
 Redact = Literal["never", "asked", "always"]
 """When personal data leaves as placeholders: never, where a request says so, or always."""

@@ -26,7 +26,7 @@ from selfroute.serve import dashboard
 from selfroute.serve.access import Key, Keys, Sessions, key_of
 from selfroute.serve.account import Denied
 from selfroute.serve.account import Scope as BudgetScope
-from selfroute.serve.asking import POLICIES, Ask, ChatRequest, ask_of, read
+from selfroute.serve.asking import Ask, ChatRequest, ask_of, read
 from selfroute.serve.budget import Usage, usage_of_all
 from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
@@ -37,7 +37,7 @@ from selfroute.serve.refusal import RefusedError, shutting_down
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
-from selfroute.types import Policy
+from selfroute.types import POLICIES, Policy
 
 MAX_DEPTH = 64
 """A body that is nested deeper is refused."""

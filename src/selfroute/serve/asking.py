@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
 from selfroute.types import Handoff, Message, Policy, Redact
-
-POLICIES: Mapping[str, Policy] = {policy: policy for policy in get_args(Policy)}
 
 _PRICED = (
     *("models", "route", "provider", "service_tier", "plugins", "web_search_options", "search_parameters"),

@@ -23,11 +23,11 @@ from starlette.routing import BaseRoute, Route
 from selfroute.errors import StoreError
 from selfroute.serve import board, charts, history, words
 from selfroute.serve.access import COOKIE, Key, key_of
-from selfroute.serve.asking import POLICIES
 from selfroute.serve.metrics import resting
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.sessions import LASTS_S
 from selfroute.serve.store import Store
+from selfroute.types import POLICIES
 
 if TYPE_CHECKING:
     from selfroute.serve.app import Gateway

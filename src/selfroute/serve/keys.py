@@ -19,16 +19,14 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
 from selfroute.serve.account import Limits, Scope
 from selfroute.serve.store import Store
 from selfroute.serve.tables import KEYS
-from selfroute.types import Policy
-
-POLICIES: tuple[Policy, ...] = get_args(Policy)
+from selfroute.types import POLICIES, Policy
 
 FRESH_S = 1.0
 """How long a worker may not have heard of a new or a revoked key."""
@@ -71,7 +69,7 @@ def new(
     name: str,
     limits: Limits | None = None,
     *,
-    policies: Collection[Policy] = POLICIES,
+    policies: Collection[Policy] = tuple(POLICIES.values()),
     models: Collection[str] | None = None,
     admin: bool = False,
     expires_at: float | None = None,
@@ -80,7 +78,7 @@ def new(
     token = f"sr-{secrets.token_urlsafe(32)}"
     row = {
         "id": secrets.token_hex(4),
-        "hash": _hash(token),
+        "hash": hashed(token),
         "prefix": token[:_SHOWN],
         "name": name,
         "limits": (limits or Limits()).model_dump_json(exclude_defaults=True),
@@ -127,7 +125,7 @@ class Keyring:
         await self._refresh()
         if token is None:
             return None
-        shown = _hash(token)
+        shown = hashed(token)
         key = self._keys.get(shown)
         return key if key and key.valid(self._clock()) else None
 
@@ -162,7 +160,8 @@ def bearer(authorization: str | None) -> str | None:
     return token if scheme.lower() == "bearer" and _FORM.fullmatch(token) else None
 
 
-def _hash(token: str) -> str:
+def hashed(token: str) -> str:
+    """A token as the store keeps it; tokens are long and random, so that a plain hash cannot be guessed back."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 

@@ -6,14 +6,13 @@ store can sign in with nothing that is there, and revoking a key ends its sessio
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from selfroute.serve.keys import Key, Keyring
+from selfroute.serve.keys import Key, Keyring, hashed
 from selfroute.serve.store import Store
 from selfroute.serve.tables import SESSIONS
 
@@ -37,7 +36,7 @@ class Sessions:
         if key is None:
             return None
         token, now = secrets.token_urlsafe(32), self._clock()
-        row = {"hash": _hash(token), "key_id": key.id, "expires_at": now + LASTS_S}
+        row = {"hash": hashed(token), "key_id": key.id, "expires_at": now + LASTS_S}
 
         def work(connection: Connection) -> None:
             connection.execute(delete(SESSIONS).where(SESSIONS.c.expires_at <= now))
@@ -52,7 +51,7 @@ class Sessions:
         Raises:
             StoreError: the store failed.
         """
-        query = select(SESSIONS.c.key_id).where(SESSIONS.c.hash == _hash(token), SESSIONS.c.expires_at > self._clock())
+        query = select(SESSIONS.c.key_id).where(SESSIONS.c.hash == hashed(token), SESSIONS.c.expires_at > self._clock())
         key_id = await self._store.read(lambda c: c.execute(query).scalar())
         return None if key_id is None else await self._ring.find(key_id)
 
@@ -62,9 +61,5 @@ class Sessions:
         Raises:
             StoreError: the store failed.
         """
-        over = or_(SESSIONS.c.hash == _hash(token), SESSIONS.c.expires_at <= self._clock())
+        over = or_(SESSIONS.c.hash == hashed(token), SESSIONS.c.expires_at <= self._clock())
         await self._store.write(lambda c: c.execute(delete(SESSIONS).where(over)))
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
