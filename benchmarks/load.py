@@ -41,7 +41,7 @@ from statistics import median
 from typing import Any
 
 from faulty import FAULTS, Book, Faulty
-from loopback import Connection, said, text_of
+from loopback import Connection, posted, said, text_of
 
 ROOT = Path(__file__).parents[1]
 FAULT_SHARE = 0.2
@@ -144,12 +144,7 @@ class Clients:
             "max_tokens": 400,
             "stream": wanted["stream"],
         }
-        body = json.dumps(asked).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-            f"Authorization: Bearer {self._keys[wanted['key']]}\r\n\r\n"
-        )
-        return head.encode() + body
+        return posted(asked, self._keys[wanted["key"]])
 
     async def _leave(self, connection: Connection, wanted: Mapping[str, Any]) -> None:
         """Go away in the middle of the answer."""

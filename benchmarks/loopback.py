@@ -251,7 +251,7 @@ class Generator:
         try:
             for step in self.load["steps"]:
                 connection = self.free.pop() if self.free else await self._connect()
-                answer = await connection.ask(request_of(step, wanted, self.load["port"]))
+                answer = await connection.ask(request_of(step, wanted))
                 first_at = first_at or connection.first_at
                 self.free.append(connection)
                 text = said(answer).strip()
@@ -272,7 +272,7 @@ class Generator:
         return (await loop.create_connection(Connection, "127.0.0.1", self.load["port"]))[1]
 
 
-def request_of(step: Mapping[str, Any], wanted: Mapping[str, Any], port: int) -> bytes:
+def request_of(step: Mapping[str, Any], wanted: Mapping[str, Any]) -> bytes:
     """A request for a chat completion."""
     asked = {
         "model": step["model"],
@@ -280,10 +280,15 @@ def request_of(step: Mapping[str, Any], wanted: Mapping[str, Any], port: int) ->
         "max_tokens": 512,
         "stream": step["stream"],
     }
+    return posted(asked, step["key"])
+
+
+def posted(asked: Mapping[str, Any], key: str) -> bytes:
+    """A chat completion's request as it goes over the wire."""
     body = json.dumps(asked).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {step['key']}\r\nContent-Length: {len(body)}\r\n\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
