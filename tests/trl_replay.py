@@ -66,7 +66,9 @@ def main(config_file: str, rollouts_file: str, out: str, gradient: str) -> None:
     recorded = json.loads(Path(rollouts_file).read_text())
     trainer = GAPGTrainer(config, Path(out), rollout_func=replay(recorded, ranks.rank, ranks.size))
     trainer.add_callback(Gradient(Path(gradient)))
-    trainer.train()
+    with trainer.clouds:
+        trainer.train()
+    trainer.ranks.end()
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ class Ranks:
     def end(self) -> None:
         """Leave the other processes, when all is done."""
         if self.size > 1:
+            # A thread of Gloo's that lets go of a Python tensor while Python ends aborts the process; a barrier has
+            # none, and those before it are let go by then.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
     def any(self, here: bool) -> bool:

@@ -379,6 +379,7 @@ def train(config: TRLConfig, out: Path, *, resume: bool = False) -> Path:
         if first:
             # Whole now, for those who evaluate it.
             write_json(final / "state.json", {"step": config.steps})
+    trainer.ranks.end()
     return final
 
 
