@@ -78,9 +78,11 @@ async def spent(store: Store, now: float, owners: list[Key]) -> None:
 class Slow(ScriptedCloud):
     """A cloud that takes its time."""
 
-    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+    async def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
         await asyncio.sleep(0.4)
-        async for chunk in super().stream(request, bill):
+        async for chunk in super().stream(request, bill, whole=whole):
             yield chunk
 
 

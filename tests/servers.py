@@ -34,6 +34,8 @@ class Exchange:
 
     def __init__(self, headers: dict[str, str], body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         self.headers, self.body, self.writer = headers, body, writer
+        self.ended = False
+        """Whether the connection ends here."""
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -51,6 +53,39 @@ class Exchange:
     async def events(self, *events: Any) -> None:
         for e in events:
             await self.send(f"data: {e if isinstance(e, str) else json.dumps(e)}\r\n\r\n".encode())
+
+    async def answer(self, *events: dict[str, Any], cut: bool = False) -> None:
+        """What these events say, streamed or in one as the request has it; `cut`: and then the connection ends."""
+        if self.body.get("stream"):
+            await self.begin_stream()
+            await self.events(*events, *([] if cut else ["[DONE]"]))
+            return
+        data = json.dumps(whole_of(*events)).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data) + cut}\r\nConnection: close\r\n\r\n"
+        await self.send(head.encode() + data)
+        self.ended = True
+
+
+def whole_of(*events: dict[str, Any]) -> dict[str, Any]:
+    """What a stream's events say, in one; a tool call's pieces are of one call."""
+    message: dict[str, Any] = {"content": ""}
+    body: dict[str, Any] = {}
+    for one in events:
+        for choice in one["choices"]:
+            for name, value in choice["delta"].items():
+                if name == "tool_calls":
+                    [piece] = value
+                    [call] = message.setdefault(name, [{"function": {"arguments": ""}}])
+                    function = {**call["function"], **piece["function"]}
+                    function["arguments"] = call["function"]["arguments"] + piece["function"]["arguments"]
+                    message[name] = [{**call, **piece, "function": function}]
+                else:
+                    message[name] = message.get(name, "") + value
+            body["choices"] = [{"index": 0, "message": message, "finish_reason": choice["finish_reason"]}]
+        body["usage"] = one.get("usage")
+    for call in message.get("tool_calls", ()):
+        del call["index"]
+    return body
 
 
 async def hang(exchange: Exchange) -> None:
@@ -118,7 +153,7 @@ class Server:
                     answer.result()
                 finally:
                     self.at_once -= 1
-                if writer.is_closing() or exchange.body.get("stream"):
+                if writer.is_closing() or exchange.ended or exchange.body.get("stream"):
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             return

@@ -100,7 +100,9 @@ class ScriptedCloud:
     async def complete(self, request: CloudRequest) -> CloudAnswer:
         raise NotImplementedError
 
-    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+    async def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
         self.requests.append(request)
         assert bill is not None
         begun = ended = False

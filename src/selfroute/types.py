@@ -204,8 +204,11 @@ class CloudClient(Protocol):
         """The whole answer. Cancelling the task cancels the request."""
         ...
 
-    def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
-        """The answer as it comes; closing the generator (`aclose`) cancels the request, and settles its `bill`."""
+    def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
+        """The answer as it comes, or, where nobody reads it in pieces, `whole`: in one, which costs a provider that can
+        do so less. Closing the generator (`aclose`) cancels the request, and settles its `bill`."""
         ...
 
     def worst_usd(self, request: CloudRequest) -> float:

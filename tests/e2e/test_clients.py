@@ -24,14 +24,13 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}
 
 async def cloud(exchange: Exchange) -> None:
     """Calls the tool that it is given, answers in JSON if asked to, and else says five."""
-    await exchange.begin_stream()
     if exchange.body.get("tools"):
         function = {"name": "add", "arguments": '{"a":2}'}
         call = {"index": 0, "id": "c1", "type": "function", "function": function}
-        await exchange.events(event("", tool_calls=[call]), event("", "tool_calls"), USAGE, "[DONE]")
+        await exchange.answer(event("", tool_calls=[call]), event("", "tool_calls"), USAGE)
         return
     text = '{"sum": 5}' if exchange.body.get("response_format") else "five"
-    await exchange.events(event(text[:2]), event(text[2:], "stop"), USAGE, "[DONE]")
+    await exchange.answer(event(text[:2]), event(text[2:], "stop"), USAGE)
 
 
 @pytest.mark.slow

@@ -45,8 +45,7 @@ async def asks(exchange: Exchange) -> None:
 async def writes(exchange: Exchange) -> None:
     """A cloud that repeats what it was told, a character at a time."""
     said = " ".join(m["content"] for m in exchange.body["messages"] if isinstance(m.get("content"), str))
-    await exchange.begin_stream()
-    await exchange.events(*(event(c) for c in f"You said: {said} <EMAIL_99>"), event("", "stop"), USAGE, "[DONE]")
+    await exchange.answer(*(event(c) for c in f"You said: {said} <EMAIL_99>"), event("", "stop"), USAGE)
 
 
 def served(config: GatewayConfig, use: Callable[[httpx2.AsyncClient], Awaitable[T]]) -> T:

@@ -156,12 +156,11 @@ def test_workers_that_redact_and_trace_end_in_time_and_leave_nothing(tmp_path: P
     mail, store = "bob@example.org", tmp_path / "gateway.sqlite"
 
     async def writes(exchange: Exchange) -> None:
-        await exchange.begin_stream()
-        await exchange.events(event("Write to <EMAIL_1>", "stop"))
         if "wait" in exchange.body["messages"][0]["content"]:
             process.send_signal(signal.SIGTERM)
             await asyncio.sleep(60)
-        await exchange.events({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, "[DONE]")
+        usage = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+        await exchange.answer(event("Write to <EMAIL_1>", "stop"), usage)
 
     traced = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
@@ -252,10 +251,9 @@ def test_100_requests_over_4_workers_never_pass_the_cap(store: str, monkeypatch:
     go_on = asyncio.Event()
 
     async def when_told(exchange: Exchange) -> None:
-        await exchange.begin_stream()
         await go_on.wait()
         usage = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-        await exchange.events(event("cloud", "stop"), usage, "[DONE]")
+        await exchange.answer(event("cloud", "stop"), usage)
 
     body = {"model": "selfroute", "messages": QUESTION, "max_tokens": 1000}
     with Server(otherwise=when_told) as cloud:

@@ -20,7 +20,7 @@ from selfroute.cloud.prices import price_of
 from selfroute.cloud.spending import LimitError, Spending
 from selfroute.cloud.thinking import Thinking
 from selfroute.cloud.transport import Transport
-from selfroute.cloud.wire import Collected, Event, Reply, Usage
+from selfroute.cloud.wire import Collected, Event, Reply, Usage, chunks_of
 from selfroute.errors import CloudError
 from selfroute.protocol import text_of
 from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
@@ -95,22 +95,17 @@ class OpenAICloud:
                 the key.
         """
 
-        async def attempt() -> CloudAnswer:
-            started = time.monotonic()
-            body = self._body(request, stream=False)
-            async with Exchange(self._line, body, self.worst_usd(request)) as exchange:
-                read = b"".join([piece async for piece in exchange.pieces()])
-                answer = self._answer(exchange.read(read), request, time.monotonic() - started)
-                exchange.bill(answer.cost_usd)
-                return answer
-
         async with self._gate:
-            return await self._retrying(attempt)
+            _, answer = await self._retrying(lambda: self._whole(request, self.worst_usd(request)))
+            return answer
 
-    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+    async def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
         """The answer as it comes. What fails before the first piece is tried again; after it nothing is.
 
-        Under a `bill`, that is as long as one more attempt cannot pass its limit.
+        Under a `bill`, that is as long as one more attempt cannot pass its limit. Of a `whole` answer, the first piece
+        is all there is, and a provider that need not stream is quicker about it.
 
         Raises:
             CloudError: as from `complete`, or the connection broke in mid-answer.
@@ -118,10 +113,17 @@ class OpenAICloud:
         async with self._gate:
             started = time.monotonic()
             worst_usd = self.worst_usd(request)
-            exchange, first = await self._retrying(
-                lambda: self._begin(request, worst_usd, bill),
-                lambda: bill is None or bill.usd + worst_usd <= bill.limit_usd,
-            )
+
+            def affordable() -> bool:
+                return bill is None or bill.usd + worst_usd <= bill.limit_usd
+
+            if whole:
+                reply, answer = await self._retrying(lambda: self._whole(request, worst_usd, bill), affordable)
+                for chunk in chunks_of(reply):
+                    yield chunk
+                yield CloudChunk(final=answer, finish_reason=reply.choices[0].finish_reason or "")
+                return
+            exchange, first = await self._retrying(lambda: self._begin(request, worst_usd, bill), affordable)
             try:
                 collected = Collected()
                 events: list[Event] | None = first
@@ -139,6 +141,17 @@ class OpenAICloud:
             finally:
                 await exchange.close()
             yield CloudChunk(final=answer, finish_reason=reply.choices[0].finish_reason or "")
+
+    async def _whole(
+        self, request: CloudRequest, worst_usd: float, bill: Bill | None = None
+    ) -> tuple[Reply, CloudAnswer]:
+        """An answer in one, as it came and read."""
+        started = time.monotonic()
+        async with Exchange(self._line, self._body(request, stream=False), worst_usd, bill) as exchange:
+            reply = exchange.read(b"".join([piece async for piece in exchange.pieces()]))
+            answer = self._answer(reply, request, time.monotonic() - started)
+            exchange.bill(answer.cost_usd)
+            return reply, answer
 
     async def _begin(self, request: CloudRequest, worst_usd: float, bill: Bill | None) -> tuple[Exchange, list[Event]]:
         """An open stream, and its first events."""

@@ -89,13 +89,16 @@ class Oracle:
         micro_usd += c.completion_tokens * c.usd_per_million_completion_tokens
         return micro_usd / 1e6
 
-    async def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
-        """The same answer in pieces of a few characters."""
+    async def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
+        """The same answer, in pieces of a few characters or in one."""
         answer = await self.complete(request)
         if bill:
             bill.usd += answer.cost_usd
-        for start in range(0, len(answer.text), 8):
-            yield CloudChunk(text=answer.text[start : start + 8])
+        size = max(8, len(answer.text)) if whole else 8
+        for start in range(0, len(answer.text), size):
+            yield CloudChunk(text=answer.text[start : start + size])
             await asyncio.sleep(0)
         yield CloudChunk(final=answer, finish_reason="stop")
 

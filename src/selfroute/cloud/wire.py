@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -38,7 +38,9 @@ class Usage(BaseModel):
 
 
 class Message(BaseModel):
-    """What the model wrote."""
+    """What the model wrote, with whatever else it holds, such as tool calls."""
+
+    model_config = ConfigDict(extra="allow")
 
     content: str | None = None
     reasoning_content: str | None = None
@@ -55,6 +57,7 @@ class Choice(BaseModel):
 
     message: Message | None = None
     finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
 
 
 class Reply(BaseModel):
@@ -151,6 +154,24 @@ class Collected:
         """The same as an answer that was not streamed."""
         message = Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
         return Reply(choices=[Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
+
+
+def chunks_of(reply: Reply) -> list[CloudChunk]:
+    """An answer that was not streamed, as its chunks.
+
+    >>> call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    >>> reply = Reply.model_validate({"choices": [{"message": {"content": None, "tool_calls": [call]}}]})
+    >>> chunks_of(reply)[0].other["delta"]["tool_calls"][0]["index"]
+    0
+    """
+    choice = reply.choices[0]
+    message: dict[str, Any] = choice.message.model_dump() if choice.message else {}
+    if calls := message.get("tool_calls"):
+        # As a stream counts them.
+        message["tool_calls"] = [{**call, "index": n} for n, call in enumerate(calls)]
+    collected = Collected()
+    event = Event(choices=[Part(delta=cast(Delta, message), logprobs=choice.logprobs)])
+    return collected.add([event]) + collected.rest()
 
 
 _Piece = tuple[str, str, dict[str, Any]]

@@ -100,6 +100,7 @@ class Ask:
         beyond: the field that asks for what the device cannot serve, or "".
         key: whose budget it counts towards, beside the gateway's.
         redact: whether personal data leaves as placeholders.
+        whole: whether the client takes the answer in one, so that the cloud need not stream it.
     """
 
     id: str
@@ -117,6 +118,7 @@ class Ask:
     beyond: str = ""
     key: Scope | None = None
     redact: bool = False
+    whole: bool = False
 
     @property
     def device_fields(self) -> dict[str, Any]:
@@ -201,6 +203,7 @@ def ask_of(
         beyond=beyond(request.messages, fields, honours),
         key=key,
         redact=redacts(own.redact, redact),
+        whole=not request.stream,
     )
 
 

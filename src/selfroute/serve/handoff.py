@@ -308,7 +308,8 @@ class _Story:
         course = self.course
         course.route = "cloud"
         finish_reason = "stop"
-        async with aclosing(self.pair.cloud.stream(crossing.request, bill)) as chunks:
+        chunks = self.pair.cloud.stream(crossing.request, bill, whole=self.ask.whole)
+        async with aclosing(chunks):
             async for chunk in chunks:
                 for piece in crossing.restoring.feed(chunk) if crossing.restoring else (chunk,):
                     await self._pass_on(piece)

@@ -204,9 +204,11 @@ class _TracedCloud:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cloud, name)
 
-    def stream(self, request: CloudRequest, bill: Bill | None = None) -> AsyncGenerator[CloudChunk]:
+    def stream(
+        self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
+    ) -> AsyncGenerator[CloudChunk]:
         asked = {name: request.extra.get(name) for name in ("max_tokens", "temperature", "top_p")}
-        return self._calls.follow(self._cloud.stream(request, bill), asked, _cloud_end)
+        return self._calls.follow(self._cloud.stream(request, bill, whole=whole), asked, _cloud_end)
 
 
 def _device_end(chunk: DeviceChunk) -> Attributes:

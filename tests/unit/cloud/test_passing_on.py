@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.servers import Exchange, Fault, Server, event, hang
+from tests.servers import Exchange, Fault, Server, event, hang, reply
 
 from selfroute.cloud.client import OpenAICloud
 from selfroute.cloud.endpoint import OpenAIConfig
@@ -27,13 +27,19 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
 
 
 async def asked(
-    server: Server, request: CloudRequest, bill: Bill | None = None, *, leave_after: int | None = None, **changes: Any
+    server: Server,
+    request: CloudRequest,
+    bill: Bill | None = None,
+    *,
+    leave_after: int | None = None,
+    whole: bool = False,
+    **changes: Any,
 ) -> list[CloudChunk]:
     values = {"base_url": server.url, "model": "gpt-4.1", "backoff_s": 0.01, "max_retries": 2, **changes}
     cloud = OpenAICloud(OpenAIConfig(**values))
     try:
         chunks = []
-        async with aclosing(cloud.stream(request, bill)) as stream:
+        async with aclosing(cloud.stream(request, bill, whole=whole)) as stream:
             async for chunk in stream:
                 chunks.append(chunk)
                 if len(chunks) == leave_after:
@@ -253,3 +259,45 @@ def test_the_oracle_gives_its_tags_to_whom_asks_for_them() -> None:
     bill = Bill(limit_usd=1.0)
     assert f"<answer>{asyncio.run(streamed(bill))}</answer>" == with_tags
     assert bill.usd == oracle.worst_usd(bare) > 0
+
+
+def test_a_whole_answer_is_asked_for_in_one_and_says_the_same() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a":2}'}}
+    said = reply("four", message={"reasoning_content": "2+2", "tool_calls": [call], "refusal": None})
+    said["choices"][0]["logprobs"] = {"content": []}
+    with Server(lambda exchange: exchange.status(200, said)) as server:
+        chunks = ask(server, {"stream": True, "stream_options": {}}, whole=True)
+        [request] = server.requests
+    assert not {"stream", "stream_options"} & set(request.body)
+    *pieces, last = chunks
+    assert [(c.reasoning, c.text) for c in pieces if c.text or c.reasoning] == [("2+2", "four")]
+    [other] = [c.other for c in pieces if c.other]
+    assert other == {"delta": {"tool_calls": [{**call, "index": 0}]}, "logprobs": {"content": []}}
+    assert last.final is not None
+    assert (last.final.text, last.final.cost_usd, last.finish_reason) == ("four", pytest.approx(280e-6), "stop")
+
+
+async def cut(exchange: Exchange) -> None:
+    await exchange.answer(event("fo"), cut=True)
+
+
+def test_a_whole_answer_that_breaks_off_is_asked_for_again_as_far_as_the_bill_goes() -> None:
+    async def main(server: Server, attempts: float) -> tuple[float, float]:
+        request = CloudRequest(MESSAGES, temperature=None)
+        worst_usd = OpenAICloud(OpenAIConfig(base_url=server.url, model="gpt-4.1")).worst_usd(request)
+        bill = Bill(limit_usd=attempts * worst_usd)
+        if attempts < 2:
+            with pytest.raises(CloudError, match="1 attempt"):
+                await asked(server, request, bill, whole=True)
+        else:
+            assert "".join([c.text for c in await asked(server, request, bill, whole=True)]) == "four"
+        return bill.usd, worst_usd
+
+    with Server(cut) as server:
+        usd, worst_usd = asyncio.run(main(server, 1))
+        assert usd == pytest.approx(worst_usd)
+        assert len(server.requests) == 1
+    with Server(cut) as server:
+        usd, worst_usd = asyncio.run(main(server, 2))
+        assert usd == pytest.approx(worst_usd + 280e-6)
+        assert len(server.requests) == 2

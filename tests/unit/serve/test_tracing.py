@@ -63,9 +63,8 @@ def spans(got: Sequence[ExportTraceServiceRequest]) -> list[tuple[Any, dict[str,
 
 
 async def answers(exchange: Exchange) -> None:
-    await exchange.begin_stream()
     usage = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-    await exchange.events(event(f"four {CANARY}", "stop"), usage, "[DONE]")
+    await exchange.answer(event(f"four {CANARY}", "stop"), usage)
 
 
 async def fails(exchange: Exchange) -> None:
