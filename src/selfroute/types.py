@@ -136,11 +136,21 @@ class CloudRequest:
 class Bill:
     """What one request costs, as far as is known: its answer, and attempts that broke off and may have been charged.
 
-    The client adds to `usd` as soon as an attempt has ended, and makes no further one that could pass `limit_usd`.
+    The client adds to `usd` as soon as an attempt has ended, and makes no further one that could pass the limit.
+
+    Args:
+        worst_usd: the most that an attempt may cost, as `CloudClient.worst_usd` says of the request.
+        attempts: of how many the worst is the limit.
     """
 
-    limit_usd: float
+    worst_usd: float
+    attempts: float = 1
     usd: float = 0.0
+
+    @property
+    def limit_usd(self) -> float:
+        """The most that all attempts may cost."""
+        return self.attempts * self.worst_usd
 
 
 @dataclass(frozen=True, slots=True)

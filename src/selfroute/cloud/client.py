@@ -112,7 +112,7 @@ class OpenAICloud:
         """
         async with self._gate:
             started = time.monotonic()
-            worst_usd = self.worst_usd(request)
+            worst_usd = bill.worst_usd if bill else self.worst_usd(request)
 
             def affordable() -> bool:
                 return bill is None or bill.usd + worst_usd <= bill.limit_usd

@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pydantic_core import from_json, to_json
 from sqlalchemy import Connection, bindparam, delete, insert, or_, select, update
@@ -151,7 +151,7 @@ class Budget:
             day, scope = accounts[0].day, key.name if key else ""
             held = Reservation(uuid.uuid4().hex, now, now + self._hold_s, scope, day, worst)
             _save(connection, scopes, [account.hold(now, worst) for account in accounts])
-            _HOLD.run(connection, asdict(held))
+            _HOLD.run(connection, {name: getattr(held, name) for name in Reservation.__slots__})
             reserved.append(held)
             return held
 

@@ -278,7 +278,7 @@ class _Story:
         except HeldBackError as error:
             course.rule = error.rule
             return _Denial(error.reason, held_back=error)
-        bill = Bill(limit_usd=ATTEMPTS * pair.cloud.worst_usd(crossing.request))
+        bill = Bill(pair.cloud.worst_usd(crossing.request), ATTEMPTS)
         try:
             held = await pair.budget.reserve(bill.limit_usd, ask.key)
         except StoreError as error:

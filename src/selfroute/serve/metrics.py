@@ -47,7 +47,8 @@ class Metrics:
         self._decisions = counter("decisions", "What the device decided.", "decision")
         self._denials = counter("denials", "Calls to the cloud that were denied or failed, by why.", "reason")
         self._cost = counter("cloud_cost_usd", "What the cloud charged, in USD.")
-        self._tokens = counter("tokens", "Tokens read (prompt) and written (completion).", "side", "kind")
+        tokens = counter("tokens", "Tokens read (prompt) and written (completion).", "side", "kind")
+        self._tokens = [tokens.labels(side, kind) for side in ("device", "cloud") for kind in ("prompt", "completion")]
         self._device_s = seconds("device", "Time that the device worked on a request.")
         self._cloud_s = seconds("cloud", "Time that the cloud worked on a request.")
         self._first_s = seconds("first_token", "Time to the first piece of an answer, reasoning included.")
@@ -75,14 +76,11 @@ class Metrics:
         if record.denied:
             self._denials.labels(record.denied).inc()
         self._cost.inc(record.cost_usd)
-        for side, kind, tokens in (
-            ("device", "prompt", record.device_prompt_tokens),
-            ("device", "completion", record.device_completion_tokens),
-            ("cloud", "prompt", record.cloud_prompt_tokens),
-            ("cloud", "completion", record.cloud_completion_tokens),
-        ):
+        device = record.device_prompt_tokens, record.device_completion_tokens
+        cloud = record.cloud_prompt_tokens, record.cloud_completion_tokens
+        for counter, tokens in zip(self._tokens, (*device, *cloud), strict=True):
             # An upstream may say anything of its tokens.
-            self._tokens.labels(side, kind).inc(max(0, tokens))
+            counter.inc(max(0, tokens))
         for histogram, ms in (
             (self._device_s, record.device_ms),
             (self._cloud_s, record.cloud_ms),

@@ -35,9 +35,11 @@ class Counter(Protocol):
 class Recorder:
     """Writes records to the store every `interval_s`, at most `batch` in a transaction.
 
-    Batches are small, for a call's reservation may have to wait for one. The queue holds `capacity` records; further
-    ones are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times, a longer wait
-    before each, and dropped then. Without `content`, requests' and responses' texts never reach the queue.
+    Batches are small: without content, SQLite takes one in the event loop's thread, in about a millisecond. In a thread
+    beside it each statement would wait for Python's lock, and the calls' reservations for the batch. The queue holds
+    `capacity` records; further ones are dropped, and counted in `dropped`. A batch that the store refuses is tried
+    `tries` times, a longer wait before each, and dropped then. Without `content`, requests' and responses' texts never
+    reach the queue.
     """
 
     def __init__(
@@ -47,8 +49,8 @@ class Recorder:
         *,
         content: bool = False,
         capacity: int = 10_000,
-        batch: int = 100,
-        interval_s: float = 0.25,
+        batch: int = 50,
+        interval_s: float = 0.02,
         tries: int = 6,
     ) -> None:
         self._store, self._dropped, self._content = store, dropped, content
@@ -78,6 +80,7 @@ class Recorder:
                 await self._pause(self._interval_s)
             while self._queue:
                 await self._write([self._queue.popleft() for _ in range(min(self._batch, len(self._queue)))])
+                await asyncio.sleep(0)
             if self._refused:
                 _log.warning("%d request records were dropped: the store is slower than the requests", self._refused)
                 self._refused = 0
@@ -91,7 +94,7 @@ class Recorder:
         wait_s = self._interval_s
         for left in reversed(range(self._tries)):
             try:
-                await self._store.write(lambda connection: history.add(connection, records))
+                await self._store.write(lambda connection: history.add(connection, records), brief=not self._content)
                 return
             except StoreError as error:
                 if not left or self._closing.is_set():

@@ -12,6 +12,8 @@ Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and the
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import sqlite3
 import time
@@ -37,8 +39,8 @@ _BUSY_MS = 5000
 
 _PRAGMAS = (
     f"busy_timeout = {_BUSY_MS}",
-    # Moving the log into the file takes disk flushes, and whoever commits then waits: seldom, for one in thousands.
-    "wal_autocheckpoint = 10000",
+    # Moving the log into the file takes disk flushes, for which whoever commits then would wait: see `_move_log`.
+    "wal_autocheckpoint = 0",
     "journal_mode = WAL",
     # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
     "synchronous = NORMAL",
@@ -46,11 +48,17 @@ _PRAGMAS = (
     "secure_delete = ON",
 )
 
-# In the event loop's thread nobody waits, neither for a lock nor for the disk.
-_AT_ONCE = ("busy_timeout = 0", "wal_autocheckpoint = 0")
+_LOGGED = 200
+"""After so many transactions the log is moved into the file: some 3 MB, for more would keep the disk, and with it
+whoever writes, for longer."""
+
+_LONG = 10_000
+"""Pages of a log that has to begin anew, though others wait for that."""
 
 # A worker that hangs with the budget's rows locked would stop all the others.
 _POSTGRES = f"-c lock_timeout={_BUSY_MS} -c statement_timeout=30000 -c idle_in_transaction_session_timeout=10000"
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Work = Callable[[Connection], Any]
@@ -104,6 +112,7 @@ class Store:
         self._at_once: Connection | None = None
         self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
         self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
+        self._logged = 0 if is_sqlite else -math.inf
         self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
         self._writers_busy = 0
         try:
@@ -139,7 +148,7 @@ class Store:
         """What `work` returns, run in a transaction that may write; others' works may be run in the same one.
 
         Where another's fails, the transaction is undone, and `work` is run again in one of its own. One that is `brief`
-        (tenths of a millisecond on SQLite) may be run in the event loop's thread. A transaction that has begun cannot
+        (a millisecond on SQLite) may be run in the event loop's thread. A transaction that has begun cannot
         be called back: a task that is cancelled meanwhile goes on to its end first, so that the caller can undo what it
         did.
 
@@ -147,6 +156,7 @@ class Store:
             StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
         """
         if brief and self._at_once and not self._writers_busy and (done := self._together([work], self._at_once)):
+            self._wrote()
             [(result, error)] = done
             if error:
                 raise error
@@ -185,9 +195,30 @@ class Store:
                     done.set_result(result)
                 else:
                     done.set_exception(error)
+            self._wrote()
             self._write_on()
 
         running.add_done_callback(written)
+
+    def _wrote(self) -> None:
+        """Count a transaction, and move SQLite's log into its file when there were many."""
+        self._logged += 1
+        if self._logged >= _LOGGED:
+            self._logged = 0
+            moving = asyncio.get_running_loop().run_in_executor(self._readers, self._move_log)
+            moving.add_done_callback(_told_of)
+
+    def _move_log(self) -> None:
+        """Move what is in the log by now, beside the others' transactions.
+
+        Where nothing came meanwhile, the next one begins it anew; a log that has grown long all the same is moved to
+        its end while the others wait.
+        """
+        with self._told(), self._engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            [(_, pages, _)] = driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            if pages > _LONG:
+                driver.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
     def _together(self, works: list[Work], at_once: Connection | None = None) -> list[tuple[Any, Exception | None]]:
         """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other.
@@ -211,6 +242,8 @@ class Store:
 
     def close(self) -> None:
         """Finish what was asked for and let go of the database."""
+        # Whoever is the last to let go moves the log.
+        self._logged = -math.inf
         self._writers.shutdown()
         self._readers.shutdown()
         if self._at_once:
@@ -220,6 +253,11 @@ class Store:
     async def aclose(self) -> None:
         """`close`, without stopping the event loop meanwhile."""
         await asyncio.to_thread(self.close)
+
+
+def _told_of(moving: asyncio.Future[None]) -> None:
+    if not moving.cancelled() and (error := moving.exception()):
+        _log.error("the store's log grows: %s", error)
 
 
 async def _to_its_end(running: asyncio.Future[T]) -> T:
@@ -275,7 +313,8 @@ def _sqlite(url: URL) -> Engine:
     def begun(connection: Connection) -> None:
         # A writer that began by reading could be refused when it comes to write.
         driver: Any = connection.connection.driver_connection
-        driver.execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+        if not driver.in_transaction:
+            driver.execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
 
     return engine
 
@@ -284,15 +323,25 @@ def _kept(engine: Engine) -> Connection:
     """A connection for what is written in the event loop's thread: taken once, for that takes as long as a write."""
     connection = engine.connect()
     driver: Any = connection.connection.driver_connection
-    for pragma in _AT_ONCE:
-        _set(driver, pragma)
+    # In the event loop's thread nobody waits for a lock.
+    _set(driver, "busy_timeout = 0")
     return connection
 
 
 @contextmanager
 def _transaction(connection: Connection) -> Iterator[Connection]:
-    with connection.begin():
+    """A transaction that the driver begins and ends; SQLAlchemy is in it only where a statement is not `Prepared`."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute("BEGIN IMMEDIATE")
+    try:
         yield connection
+        driver.commit()
+    except BaseException:
+        driver.rollback()
+        raise
+    finally:
+        # Its own has nothing left to end.
+        connection.rollback()
 
 
 def _set(connection: sqlite3.Connection, pragma: str) -> None:

@@ -77,18 +77,17 @@ class Telling:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes away first, or the server ends: then with an error, if there is no answer."""
         work = asyncio.create_task(self._answer(send))
-        watch = asyncio.create_task(self._watch(receive, send))
         ending = None
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await self._watch(work, receive, send)
         except asyncio.CancelledError:
             ending = shutting_down()
             self._course.status, self._course.error = ending.status, ending.code
         finally:
-            watch.cancel()
-            work.cancel()
-            # Stopping the device and settling take their time, and are waited for even by a server that shuts down.
-            await asyncio.shield(asyncio.gather(work, watch, return_exceptions=True))
+            if not work.done():
+                work.cancel()
+                # Stopping the device and settling take their time, and are waited for even by a server that shuts down.
+                await asyncio.shield(asyncio.wait({work}))
         if not work.cancelled():
             work.result()
         elif ending and not self._whole:
@@ -125,18 +124,22 @@ class Telling:
             turns, self._turns = self._turns, []
             await self._write(send, [e for t in (*turns, event) for e in self._writer.events(t)])
 
-    async def _watch(self, receive: Receive, send: Send) -> None:
-        """Until the client is gone; keeps a silent stream alive."""
-        while True:
-            message = asyncio.ensure_future(receive())
-            try:
-                while not (await asyncio.wait({message}, timeout=self._keep_alive_s))[0]:
-                    if self._stream and time.monotonic() - self._sent_at >= self._keep_alive_s:
-                        await self._write(send, [], b": keep-alive\n\n")
-            finally:
-                message.cancel()
-            if message.result()["type"] == "http.disconnect":
-                return
+    async def _watch(self, work: asyncio.Task[None], receive: Receive, send: Send) -> None:
+        """Until the answer is told or the client is gone; keeps a silent stream alive."""
+        message = asyncio.ensure_future(receive())
+        try:
+            while not work.done():
+                done, _ = await asyncio.wait(
+                    {work, message}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if message in done:
+                    if message.result()["type"] == "http.disconnect":
+                        return
+                    message = asyncio.ensure_future(receive())
+                elif not done and self._stream and time.monotonic() - self._sent_at >= self._keep_alive_s:
+                    await self._write(send, [], b": keep-alive\n\n")
+        finally:
+            message.cancel()
 
     async def _write(
         self, send: Send, events: list[Mapping[str, Any]], after: bytes = b"", *, more: bool = True

@@ -152,7 +152,7 @@ def billed(*script: Fault, limit: float = 2.0, **changes: Any) -> tuple[Bill, fl
     request = CloudRequest(MESSAGES)
     with Server(*script, otherwise=four) as server:
         worst = worst_usd(request) / 1e6
-        bill = Bill(limit_usd=limit * worst)
+        bill = Bill(worst, limit)
         try:
             asyncio.run(asked(server, request, bill, **changes))
         except CloudError as error:
@@ -198,7 +198,7 @@ def test_being_cancelled_before_the_first_byte_is_billed_at_the_worst() -> None:
         await asyncio.gather(asking, return_exceptions=True)
 
     with Server(hang) as server:
-        bill = Bill(limit_usd=1.0)
+        bill = Bill(1.0)
         asyncio.run(run(server, bill))
     assert bill.usd == pytest.approx(worst_usd(CloudRequest(MESSAGES)) / 1e6)
 
@@ -256,7 +256,7 @@ def test_the_oracle_gives_its_tags_to_whom_asks_for_them() -> None:
     async def streamed(bill: Bill) -> str:
         return "".join([chunk.text async for chunk in oracle.stream(bare, bill)])
 
-    bill = Bill(limit_usd=1.0)
+    bill = Bill(1.0)
     assert f"<answer>{asyncio.run(streamed(bill))}</answer>" == with_tags
     assert bill.usd == oracle.worst_usd(bare) > 0
 
@@ -285,7 +285,7 @@ def test_a_whole_answer_that_breaks_off_is_asked_for_again_as_far_as_the_bill_go
     async def main(server: Server, attempts: float) -> tuple[float, float]:
         request = CloudRequest(MESSAGES, temperature=None)
         worst_usd = OpenAICloud(OpenAIConfig(base_url=server.url, model="gpt-4.1")).worst_usd(request)
-        bill = Bill(limit_usd=attempts * worst_usd)
+        bill = Bill(worst_usd, attempts)
         if attempts < 2:
             with pytest.raises(CloudError, match="1 attempt"):
                 await asked(server, request, bill, whole=True)

@@ -34,13 +34,13 @@ class Watched(Store):
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def write(self, work: Any) -> Any:
+    async def write(self, work: Any, *, brief: bool = False) -> Any:
         self.writes += 1
         await self.gate.wait()
         if self.failures:
             self.failures -= 1
             raise StoreError("the store x failed: disk full")
-        return await self.store.write(work)
+        return await self.store.write(work, brief=brief)
 
 
 def records(number: int) -> list[RequestRecord]:

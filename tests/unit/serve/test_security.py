@@ -62,10 +62,13 @@ async def tells_the_key(exchange: Exchange) -> None:
 
 
 async def five(exchange: Exchange) -> None:
-    await exchange.begin_stream()
-    # What an upstream says beside its data is its own.
-    await exchange.send(b"event: evil\nid: 7\nretry: 1\n")
-    await exchange.events(event("five", "stop"), USAGE, "[DONE]")
+    if exchange.body.get("stream"):
+        await exchange.begin_stream()
+        # What an upstream says beside its data is its own.
+        await exchange.send(b"event: evil\nid: 7\nretry: 1\n")
+        await exchange.events(event("five", "stop"), USAGE, "[DONE]")
+    else:
+        await exchange.answer(event("five", "stop"), USAGE)
 
 
 def test_no_key_is_told_anywhere(

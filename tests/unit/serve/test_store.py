@@ -186,6 +186,28 @@ def test_sqlite_is_the_owners_alone_and_keeps_a_write_ahead_log(tmp_path: Path) 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("brief", [True, False])
+def test_sqlites_log_begins_anew_while_others_write(
+    brief: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfroute.serve.store._LOGGED", 20)
+    monkeypatch.setattr("selfroute.serve.store._LONG", 150)
+    store = Store(str(tmp_path / "gateway.sqlite"))
+    sizes = []
+
+    async def main() -> None:
+        for n in range(1000):
+            await store.write(lambda connection, n=n: insert(connection, str(n)), brief=brief)  # type: ignore[misc]
+            await asyncio.sleep(0.0005)
+            sizes.append((tmp_path / "gateway.sqlite-wal").stat().st_size)
+        assert len(await store.read(names)) == 1000
+
+    asyncio.run(main())
+    store.close()
+    # Each transaction writes a page or more.
+    assert 100 * 4096 < max(sizes) < 600 * 4096
+
+
 def test_a_file_that_is_no_store_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a database, and long enough to be read as one" * 20)
