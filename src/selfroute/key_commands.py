@@ -54,7 +54,7 @@ def new(
 
     A limit that is not given is none; those of the whole gateway hold all the same.
     """
-    with _opened(store) as opened:
+    with _opened(store, new=True) as opened:
         from selfroute.config import validate
         from selfroute.serve import keys
         from selfroute.serve.account import Limits
@@ -141,13 +141,15 @@ def _day(at: float) -> str:
 
 
 @contextmanager
-def _opened(url: str | None) -> Iterator[Store]:
+def _opened(url: str | None, *, new: bool = False) -> Iterator[Store]:
     try:
-        from selfroute.serve.store import DEFAULT, Store
+        from selfroute.serve.store import DEFAULT, Store, missing
     except ModuleNotFoundError as error:
         raise SelfrouteError(
             f"this needs {error.name}: pip install 'selfroute[serve]' (in a checkout: pip install '.[serve]')"
         ) from error
+    if not new and (path := missing(url or DEFAULT)):
+        raise ConfigError(f"there is no store at {path} (--store names it; selfroute keys new NAME makes one)")
     store = Store(url or DEFAULT)
     try:
         yield store

@@ -76,7 +76,15 @@ def test_an_admins_key_is_made_and_listed_as_such(store: str) -> None:
 
 
 def test_a_store_without_keys_is_named(store: str) -> None:
+    Store(store).close()
     assert f"no keys in {store}" in selfroute("keys", "list")
+
+
+@pytest.mark.parametrize("args", [["list"], ["revoke", "k1"]])
+def test_a_store_that_is_not_there_is_not_made(store: str, args: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"no store at .*gateway\.sqlite"):
+        selfroute("keys", *args)
+    assert not Path(store).exists()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,7 @@ def test_a_store_without_keys_is_named(store: str) -> None:
 def test_what_makes_no_key_says_why(store: str, args: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         selfroute("keys", "new", "x", *args)
+    Store(store).close()
     assert "no keys" in selfroute("keys", "list")
 
 

@@ -157,21 +157,21 @@ class Collected:
 
 
 def chunks_of(reply: Reply) -> list[CloudChunk]:
-    """An answer that was not streamed, as its chunks.
+    """An answer that was not streamed, as a stream's chunks: tool calls are counted, each in one of its own.
 
-    >>> call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-    >>> reply = Reply.model_validate({"choices": [{"message": {"content": None, "tool_calls": [call]}}]})
-    >>> chunks_of(reply)[0].other["delta"]["tool_calls"][0]["index"]
-    0
+    >>> calls = [{"id": id, "function": {"name": "now", "arguments": "{}"}} for id in "ab"]
+    >>> reply = Reply.model_validate({"choices": [{"message": {"content": None, "tool_calls": calls}}]})
+    >>> [chunk.other["delta"]["tool_calls"][0]["index"] for chunk in chunks_of(reply)]
+    [0, 1]
     """
     choice = reply.choices[0]
     message: dict[str, Any] = choice.message.model_dump() if choice.message else {}
-    if calls := message.get("tool_calls"):
-        # As a stream counts them.
-        message["tool_calls"] = [{**call, "index": n} for n, call in enumerate(calls)]
+    calls = message.pop("tool_calls", None) or []
+    deltas = [message, *({"tool_calls": [{**call, "index": n}]} for n, call in enumerate(calls))]
+    parts = [Part(delta=cast(Delta, delta)) for delta in deltas]
+    parts[0]["logprobs"] = choice.logprobs
     collected = Collected()
-    event = Event(choices=[Part(delta=cast(Delta, message), logprobs=choice.logprobs)])
-    return collected.add([event]) + collected.rest()
+    return collected.add([Event(choices=[part]) for part in parts]) + collected.rest()
 
 
 _Piece = tuple[str, str, dict[str, Any]]

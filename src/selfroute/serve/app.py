@@ -94,6 +94,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in asked.items()),
             Route("/v1/models", _Endpoint(gateway, _models), methods=["GET"]),
+            Route("/v1/models/{name:path}", _Endpoint(gateway, _model), methods=["GET"]),
             Route("/healthz", _Endpoint(gateway, _healthz, limited=False), methods=["GET"]),
             Route("/readyz", _Endpoint(gateway, _readyz, limited=False), methods=["GET"]),
             Route("/metrics", _Endpoint(gateway, _metrics, limited=False), methods=["GET"]),
@@ -193,9 +194,28 @@ def _telling(
 
 async def _models(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     key = await _key(gateway, request)
-    names = _models_of(gateway, key)
-    data = [{"id": name, "object": "model", "created": gateway.began, "owned_by": "selfroute"} for name in names]
+    data = [_told(gateway, name) for name in _models_of(gateway, key)]
     return JSONResponse({"object": "list", "data": data}, headers=headers)
+
+
+async def _model(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    key = await _key(gateway, request)
+    name = request.path_params["name"]
+    _known(gateway, key, name)
+    return JSONResponse(_told(gateway, name), headers=headers)
+
+
+def _told(gateway: Gateway, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": gateway.began, "owned_by": "selfroute"}
+
+
+def _known(gateway: Gateway, key: Key | None, name: str) -> None:
+    known = _models_of(gateway, key)
+    if name in known:
+        return
+    whose = "for this key" if key and key.models is not None else "here"
+    message = f"no model {name!r} {whose} (known: {', '.join(known) or 'none'})"
+    raise RefusedError(404, message, code="model_not_found", param="model")
 
 
 def _models_of(gateway: Gateway, key: Key | None) -> list[str]:
@@ -275,11 +295,7 @@ async def _ask(
     gateway: Gateway, request: Request, key: Key | None, asked: ChatRequest, body: Mapping[str, Any], id: str
 ) -> Ask:
     """What a request asks, if whoever asks may."""
-    if asked.model not in gateway.models or (key and key.models is not None and asked.model not in key.models):
-        known = ", ".join(_models_of(gateway, key)) or "none"
-        whose = "for this key" if key and key.models is not None else "here"
-        message = f"no model {asked.model!r} {whose} (known: {known})"
-        raise RefusedError(404, message, code="model_not_found", param="model")
+    _known(gateway, key, asked.model)
     said = asked.selfroute.policy or request.headers.get("x-selfroute-policy")
     policy = POLICIES.get(gateway.models[asked.model] or said or gateway.config.policy)
     if policy is None:

@@ -169,8 +169,11 @@ class ResponsesWriter:
             case Content(text):
                 return self._text("message", text)
             case Other(choice):
-                calls = choice.get("delta", {}).get("tool_calls") or ()
-                return [e for call in calls if isinstance(call, dict) for e in self._called(call)]
+                delta = choice.get("delta", {})
+                refusal = delta.get("refusal")
+                said = self._text("refusal", refusal) if isinstance(refusal, str) and refusal else []
+                calls = delta.get("tool_calls") or ()
+                return said + [e for call in calls if isinstance(call, dict) for e in self._called(call)]
             case Done(finish_reason, course):
                 cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish_reason)
                 status = "incomplete" if cut else "completed"
@@ -193,13 +196,13 @@ class ResponsesWriter:
                 return []
 
     def _text(self, kind: str, text: str) -> list[Mapping[str, Any]]:
-        fields, empty, more = _TEXTS[kind]
+        item, fields, empty, more = _TEXTS[kind]
         begin: list[Mapping[str, Any]] = []
-        if self._item is None or self._item["type"] != kind:
-            begin = [*self._close("completed"), *self._begin(kind, {**fields, "content": []})]
+        if self._item is None or "content" not in self._item or self._item["content"][0]["type"] != empty["type"]:
+            begin = [*self._close("completed"), *self._begin(item, {**fields, "content": []})]
             self._items[-1]["content"].append(dict(empty))
             begin.append(self._event("response.content_part.added", content_index=0, part=empty))
-        self._items[-1]["content"][0]["text"] += text
+        self._items[-1]["content"][0][_text_of(empty)] += text
         return [*begin, self._event(f"response.{empty['type']}.delta", content_index=0, delta=text, **more)]
 
     def _called(self, call: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -236,8 +239,9 @@ class ResponsesWriter:
             done.append(self._event("response.function_call_arguments.done", item, arguments=item["arguments"]))
         else:
             part = item["content"][0]
-            more = _TEXTS[item["type"]][2]
-            done.append(self._event(f"response.{part['type']}.done", item, content_index=0, text=part["text"], **more))
+            [more] = [more for _, _, empty, more in _TEXTS.values() if empty["type"] == part["type"]]
+            said = {_text_of(part): part[_text_of(part)], **more}
+            done.append(self._event(f"response.{part['type']}.done", item, content_index=0, **said))
             done.append(self._event("response.content_part.done", item, content_index=0, part=dict(part)))
         return [*done, self._event("response.output_item.done", item, item=_copy(item))]
 
@@ -251,13 +255,23 @@ class ResponsesWriter:
         return {**event, "output_index": len(self._items) - 1, **({} if "item" in fields else {"item_id": item["id"]})}
 
 
-_TEXTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
-    "reasoning": ({"summary": []}, {"type": "reasoning_text", "text": ""}, {}),
-    "message": ({"role": "assistant"}, {"type": "output_text", "text": "", "annotations": []}, {"logprobs": []}),
+_TEXTS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
+    "reasoning": ("reasoning", {"summary": []}, {"type": "reasoning_text", "text": ""}, {}),
+    "message": (
+        *("message", {"role": "assistant"}),
+        *({"type": "output_text", "text": "", "annotations": []}, {"logprobs": []}),
+    ),
+    "refusal": ("message", {"role": "assistant"}, {"type": "refusal", "refusal": ""}, {}),
 }
-"""Items of text: their own fields, their part while it is empty, and what stands beside its text in an event."""
+"""Texts: the type of their item and its own fields, their part while it is empty, and what stands beside its text in an
+event."""
 
 _WHOLE = ("created", "in_progress", "completed", "incomplete", "failed")
+
+
+def _text_of(part: Mapping[str, Any]) -> str:
+    """The field of a part that is its text."""
+    return "refusal" if part["type"] == "refusal" else "text"
 
 
 def _copy(item: Mapping[str, Any]) -> dict[str, Any]:

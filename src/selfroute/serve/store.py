@@ -270,6 +270,17 @@ async def _to_its_end(running: asyncio.Future[T]) -> T:
         raise
 
 
+def missing(url: str) -> str | None:
+    """The path of an SQLite store that is not there; None: there is one, or it is a server's.
+
+    Raises:
+        ConfigError: a URL that cannot be used.
+    """
+    parsed = _parse(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    return parsed.database if is_sqlite and not Path(parsed.database or "").exists() else None
+
+
 def _parse(text: str) -> URL:
     """The URL of a store, its driver named."""
     if "://" not in text:

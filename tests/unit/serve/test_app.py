@@ -251,6 +251,10 @@ def test_models_and_health() -> None:
     with world.client() as client:
         models = client.get("/v1/models").json()
         assert [m["id"] for m in models["data"]] == ["selfroute", "selfroute-device", "selfroute-cloud"]
+        assert client.get("/v1/models/selfroute-device").json() == models["data"][1]
+        for unknown in ("gpt-5", "selfroute/x", "%0a"):
+            refused = client.get(f"/v1/models/{unknown}")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.get("/readyz").status_code == 200
         world.device.failure = DOWN
@@ -321,6 +325,8 @@ def test_keys() -> None:
         assert post(client, {"authorization": "Bearer all"}).status_code == 200
         some = {"authorization": "Bearer some"}
         assert [m["id"] for m in client.get("/v1/models", headers=some).json()["data"]] == ["selfroute-device"]
+        assert client.get("/v1/models/selfroute", headers=some).status_code == 404
+        assert client.get("/v1/models/selfroute").status_code == 401
         unknown = post(client, some)
         assert unknown.status_code == 404
         assert unknown.json()["error"]["message"] == "no model 'selfroute' for this key (known: selfroute-device)"

@@ -173,6 +173,17 @@ def test_tool_calls() -> None:
     assert deltas == ['{"a"', ":2}", "{}"]
 
 
+def test_a_refusal() -> None:
+    pieces = [Other({"delta": {"refusal": text}}) for text in ("I ", "won't")]
+    writer, events = written(Reasoning("hm"), *pieces, Done("stop", Course()))
+    _, message = writer.whole()["output"]
+    assert (message["type"], message["role"]) == ("message", "assistant")
+    assert message["content"] == [{"type": "refusal", "refusal": "I won't"}]
+    assert [e["delta"] for e in events if e["type"] == "response.refusal.delta"] == ["I ", "won't"]
+    [done] = [e for e in events if e["type"] == "response.refusal.done"]
+    assert done["refusal"] == "I won't"
+
+
 def test_an_answer_that_was_cut() -> None:
     writer, events = written(Content("fi"), Done("length", Course()))
     assert events[-1]["type"] == "response.incomplete"
