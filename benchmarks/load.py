@@ -74,6 +74,7 @@ base_url = "http://127.0.0.1:{cloud}/v1"
 model = "cloud"
 concurrency = 256
 first_byte_timeout_s = 3.0
+whole_timeout_s = 3.0
 idle_timeout_s = 3.0
 backoff_s = 0.05
 breaker_cooldown_s = 0.5

@@ -119,13 +119,13 @@ class ScriptedCloud:
                 begun = True
                 yield chunk
             ended = True
-            bill.usd += self.usd
+            bill.usd, bill.called = bill.usd + self.usd, True
             text = "".join(s for s in self.script if isinstance(s, str))
             yield CloudChunk(final=CloudAnswer(text, "", True, 20, 5, self.usd, 0.1), finish_reason="stop")
         finally:
             if begun and not ended:
                 self.cancelled += 1
-                bill.usd += self._worst_usd
+                bill.usd, bill.called = bill.usd + self._worst_usd, True
 
     async def aclose(self) -> None:
         """Nothing is held open."""

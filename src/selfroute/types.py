@@ -141,11 +141,13 @@ class Bill:
     Args:
         worst_usd: the most that an attempt may cost, as `CloudClient.worst_usd` says of the request.
         attempts: of how many the worst is the limit.
+        called: whether the provider took an attempt on, which may cost nothing.
     """
 
     worst_usd: float
-    attempts: float = 1
+    attempts: int = 1
     usd: float = 0.0
+    called: bool = False
 
     @property
     def limit_usd(self) -> float:

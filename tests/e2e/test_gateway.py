@@ -56,8 +56,8 @@ class World:
         with self.cloud:
             values = {
                 "base_url": self.cloud.url, "model": "gpt-4.1", "api_key_var": "TEST_CLOUD_KEY", "backoff_s": 0.01,
-                "max_retries": 1, "connect_timeout_s": 1, "first_byte_timeout_s": 0.4, "idle_timeout_s": 0.4,
-                "breaker_waits": False, **self.settings,
+                "max_retries": 1, "connect_timeout_s": 1, "first_byte_timeout_s": 0.4, "whole_timeout_s": 0.4,
+                "idle_timeout_s": 0.4, "breaker_waits": False, **self.settings,
             }  # fmt: skip
             cloud = OpenAICloud(OpenAIConfig(**values))
             pair = Pair(self.device, cloud, self.budget, self.recorder, idle_s=0.4)

@@ -31,7 +31,7 @@ MAX_PART_TOKENS = 20_000
 """Tokens of an image that stands in the request by its address."""
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_TIMES = {"connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "total_timeout_s"}
+_TIMES = {"connect_timeout_s", "first_byte_timeout_s", "whole_timeout_s", "idle_timeout_s", "total_timeout_s"}
 _PRICES = {"usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"}
 
 
@@ -205,7 +205,7 @@ class OpenAICloud:
         parts = [split.feed(message.content or ""), split.end()]
         reasoning = (message.thoughts + "".join(r for r, _ in parts)).strip()
         text = "".join(a for _, a in parts)
-        if not text and not reasoning and choice.finish_reason == "stop":
+        if not (text or reasoning or message.more) and choice.finish_reason == "stop":
             raise UnreadableError("the cloud's answer is empty")
         usage = reply.usage or Usage()
         # Where a server does not tell: about four characters make a token.

@@ -56,7 +56,9 @@ class OpenAIConfig(Config):
     connect_timeout_s: float = Field(10.0, gt=0)
     """Seconds to connect."""
     first_byte_timeout_s: float = Field(300.0, gt=0)
-    """Seconds from the request to the first byte of the answer; without streaming, that is all of its thinking."""
+    """Seconds from the request to the first byte of an answer that is streamed."""
+    whole_timeout_s: float = Field(300.0, gt=0)
+    """Seconds from the request to the first byte of one that is not: all of its thinking and writing goes before it."""
     idle_timeout_s: float = Field(60.0, gt=0)
     """Seconds between two pieces of an answer."""
     total_timeout_s: float = Field(900.0, gt=0)

@@ -75,9 +75,10 @@ class Exchange:
         self._response: Incoming | None = None
         self._deadline = self._first_byte_by = 0.0
         self._started = False
+        self._patience_s = line.config.first_byte_timeout_s if body.get("stream") else line.config.whole_timeout_s
         self.events = self._events()
         self._worst_usd, self._bill = worst_usd, bill
-        self._held = False
+        self._held = self._taken_on = False
         self.cost_usd = 0.0
         """What it costs, as far as is known: the worst, nothing where it was not sent or the provider did not take it
         on, or its bill."""
@@ -104,14 +105,14 @@ class Exchange:
         await line.spending.reserve(self._worst_usd)
         self._held = True
         now = time.monotonic()
-        self._deadline, self._first_byte_by = now + c.total_timeout_s, now + c.first_byte_timeout_s
+        self._deadline, self._first_byte_by = now + c.total_timeout_s, now + self._patience_s
         sending = line.http.send("POST", f"{c.base_url}/chat/completions", self._body, self._sent)
         self._response = await self._wait(sending)
         status = self._response.status
         if status != 200:
             # A gateway's time-out or its bad upstream may come after the model has run.
             if (status < 500 and status != 408) or status == 503:
-                self.cost_usd = 0.0
+                self.cost_usd, self._taken_on = 0.0, False
             said = b""
             async for piece in self.pieces():
                 said += piece
@@ -120,7 +121,7 @@ class Exchange:
             raise refusal(c, line.key, status, said, self._response.header("Retry-After"))
 
     def _sent(self) -> None:
-        self.cost_usd = self._worst_usd
+        self.cost_usd, self._taken_on = self._worst_usd, True
 
     def bill(self, cost_usd: float) -> None:
         """The whole answer came, and this is what it costs."""
@@ -132,6 +133,7 @@ class Exchange:
             self._held = False
             if self._bill:
                 self._bill.usd += self.cost_usd
+                self._bill.called |= self._taken_on
             await self._line.spending.settle(self._worst_usd, self.cost_usd, abandoned=not self.billed)
         await self.events.aclose()
         if self._response is not None:
@@ -225,7 +227,7 @@ class Exchange:
     async def _wait(self, what: Awaitable[T]) -> T:
         c, where = self._line.config, self._line.config.where
         now = time.monotonic()
-        by, name, allowed_s = self._first_byte_by, "for the first byte", c.first_byte_timeout_s
+        by, name, allowed_s = self._first_byte_by, "for the first byte", self._patience_s
         if self._started:
             by, name, allowed_s = now + c.idle_timeout_s, "between two pieces", c.idle_timeout_s
         if self._deadline < by:

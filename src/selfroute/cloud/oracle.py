@@ -95,7 +95,7 @@ class Oracle:
         """The same answer, in pieces of a few characters or in one."""
         answer = await self.complete(request)
         if bill:
-            bill.usd += answer.cost_usd
+            bill.usd, bill.called = bill.usd + answer.cost_usd, True
         size = max(8, len(answer.text)) if whole else 8
         for start in range(0, len(answer.text), size):
             yield CloudChunk(text=answer.text[start : start + size])

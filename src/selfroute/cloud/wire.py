@@ -51,13 +51,22 @@ class Message(BaseModel):
         """Reasoning under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do."""
         return self.reasoning_content or self.reasoning or ""
 
+    @property
+    def more(self) -> bool:
+        """Whether it is an answer without a text."""
+        return any((self.model_extra or {}).get(name) for name in _ANSWERS)
+
+
+_ANSWERS = ("tool_calls", "function_call", "refusal", "audio")
+"""What may stand in the place of a text."""
+
 
 class Choice(BaseModel):
     """One of the answers; selfroute asks for one."""
 
     message: Message | None = None
     finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
+    logprobs: Any = None
 
 
 class Reply(BaseModel):
@@ -107,6 +116,7 @@ class Collected:
         self._split = Thinking()
         self._content: list[str] = []
         self._thoughts: list[str] = []
+        self._other: dict[str, Any] = {}
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
@@ -143,6 +153,7 @@ class Collected:
         thoughts = delta.get("reasoning_content") or delta.get("reasoning") or ""
         more = {name: value for name, value in delta.items() if name not in _TOLD and value is not None}
         other = ({"delta": more} if more else {}) | ({"logprobs": logprobs} if logprobs else {})
+        self._other |= more
         return [(delta.get("content") or "", thoughts, other)]
 
     def rest(self) -> list[CloudChunk]:
@@ -152,7 +163,8 @@ class Collected:
 
     def reply(self) -> Reply:
         """The same as an answer that was not streamed."""
-        message = Message(content="".join(self._content), reasoning_content="".join(self._thoughts))
+        said = {"content": "".join(self._content), "reasoning_content": "".join(self._thoughts)}
+        message = Message.model_validate(self._other | said)
         return Reply(choices=[Choice(message=message, finish_reason=self._finish_reason)], usage=self._usage)
 
 
@@ -166,10 +178,12 @@ def chunks_of(reply: Reply) -> list[CloudChunk]:
     """
     choice = reply.choices[0]
     message: dict[str, Any] = choice.message.model_dump() if choice.message else {}
-    calls = message.pop("tool_calls", None) or []
+    given = message.pop("tool_calls", None)
+    calls = [call for call in given if isinstance(call, dict)] if isinstance(given, list) else []
     deltas = [message, *({"tool_calls": [{**call, "index": n}]} for n, call in enumerate(calls))]
     parts = [Part(delta=cast(Delta, delta)) for delta in deltas]
-    parts[0]["logprobs"] = choice.logprobs
+    if isinstance(choice.logprobs, dict):
+        parts[0]["logprobs"] = choice.logprobs
     collected = Collected()
     return collected.add([Event(choices=[part]) for part in parts]) + collected.rest()
 

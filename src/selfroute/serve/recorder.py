@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections import deque
 from dataclasses import replace
 from typing import Protocol
@@ -38,8 +39,8 @@ class Recorder:
     Batches are small: without content, SQLite takes one in the event loop's thread, in about a millisecond. In a thread
     beside it each statement would wait for Python's lock, and the calls' reservations for the batch. The queue holds
     `capacity` records; further ones are dropped, and counted in `dropped`. A batch that the store refuses is tried
-    `tries` times, a longer wait before each, and dropped then. Without `content`, requests' and responses' texts never
-    reach the queue.
+    `tries` times, at first after `retry_s`, then after three times as long each time, and dropped then. Without
+    `content`, requests' and responses' texts never reach the queue.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Recorder:
         content: bool = False,
         capacity: int = 10_000,
         batch: int = 50,
-        interval_s: float = 0.02,
+        interval_s: float = 0.05,
         tries: int = 6,
+        retry_s: float = 0.25,
     ) -> None:
         self._store, self._dropped, self._content = store, dropped, content
-        self._capacity, self._batch, self._interval_s, self._tries = capacity, batch, interval_s, tries
+        self._capacity, self._batch, self._interval_s = capacity, batch, interval_s
+        self._tries, self._retry_s = tries, retry_s
         self._queue: deque[RequestRecord] = deque()
         self._filled = asyncio.Event()
         self._closing = asyncio.Event()
@@ -78,7 +81,8 @@ class Recorder:
             self._filled.clear()
             if len(self._queue) < self._batch:
                 await self._pause(self._interval_s)
-            while self._queue:
+            # Those that come meanwhile wait for the next time, so that batches do not get small under load.
+            for _ in range(math.ceil(len(self._queue) / self._batch)):
                 await self._write([self._queue.popleft() for _ in range(min(self._batch, len(self._queue)))])
                 await asyncio.sleep(0)
             if self._refused:
@@ -91,7 +95,7 @@ class Recorder:
         self._filled.set()
 
     async def _write(self, records: list[RequestRecord]) -> None:
-        wait_s = self._interval_s
+        wait_s = self._retry_s
         for left in reversed(range(self._tries)):
             try:
                 await self._store.write(lambda connection: history.add(connection, records), brief=not self._content)

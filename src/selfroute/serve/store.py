@@ -3,8 +3,8 @@
 Every transaction runs whole in a thread of the store's own, one hop there and one back, however many statements it
 has. An asynchronous driver hops for each of them: with aiosqlite a reservation took three times as long. SQLite takes
 one writer at a time, so one thread writes and another reads beside it, and what came in while it wrote shares the next
-transaction; brief ones, which take less than the hop, are run at once where nobody else writes. PostgreSQL gets a few
-threads of each, and a transaction for each work.
+transaction; brief ones, which take about as long as the hop, are run at once where nobody else writes. PostgreSQL gets
+a few threads of each, and a transaction for each work.
 
 Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import sqlite3
 import time
@@ -39,14 +38,17 @@ _BUSY_MS = 5000
 
 _PRAGMAS = (
     f"busy_timeout = {_BUSY_MS}",
-    # Moving the log into the file takes disk flushes, for which whoever commits then would wait: see `_move_log`.
-    "wal_autocheckpoint = 0",
+    # Whoever commits then moves the log into the file and waits for the disk; before it is so long, `_move_log` has.
+    "wal_autocheckpoint = 10000",
     "journal_mode = WAL",
     # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
     "synchronous = NORMAL",
     # What retention deletes is overwritten, not only forgotten.
     "secure_delete = ON",
 )
+
+# In the event loop's thread nobody waits, neither for a lock nor for the disk.
+_AT_ONCE = ("busy_timeout = 0", "wal_autocheckpoint = 0")
 
 _LOGGED = 200
 """After so many transactions the log is moved into the file: some 3 MB, for more would keep the disk, and with it
@@ -112,14 +114,14 @@ class Store:
         self._at_once: Connection | None = None
         self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
         self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
-        self._logged = 0 if is_sqlite else -math.inf
+        self._logged, self._moves_log = 0, is_sqlite
         self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
         self._writers_busy = 0
         try:
             with self.begin() as connection:
                 migrate(connection)
             if is_sqlite:
-                self._at_once = _kept(self._writing)
+                self._at_once = _kept(self._engine.execution_options(at_once=True))
         except BaseException:
             self.close()
             raise
@@ -195,15 +197,15 @@ class Store:
                     done.set_result(result)
                 else:
                     done.set_exception(error)
-            self._wrote()
             self._write_on()
+            self._wrote()
 
         running.add_done_callback(written)
 
     def _wrote(self) -> None:
         """Count a transaction, and move SQLite's log into its file when there were many."""
         self._logged += 1
-        if self._logged >= _LOGGED:
+        if self._moves_log and self._logged >= _LOGGED:
             self._logged = 0
             moving = asyncio.get_running_loop().run_in_executor(self._readers, self._move_log)
             moving.add_done_callback(_told_of)
@@ -243,7 +245,7 @@ class Store:
     def close(self) -> None:
         """Finish what was asked for and let go of the database."""
         # Whoever is the last to let go moves the log.
-        self._logged = -math.inf
+        self._moves_log = False
         self._writers.shutdown()
         self._readers.shutdown()
         if self._at_once:
@@ -324,8 +326,9 @@ def _sqlite(url: URL) -> Engine:
     def begun(connection: Connection) -> None:
         # A writer that began by reading could be refused when it comes to write.
         driver: Any = connection.connection.driver_connection
-        if not driver.in_transaction:
-            driver.execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+        options = connection.get_execution_options()
+        if not options.get("at_once"):
+            driver.execute("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
 
     return engine
 
@@ -334,8 +337,8 @@ def _kept(engine: Engine) -> Connection:
     """A connection for what is written in the event loop's thread: taken once, for that takes as long as a write."""
     connection = engine.connect()
     driver: Any = connection.connection.driver_connection
-    # In the event loop's thread nobody waits for a lock.
-    _set(driver, "busy_timeout = 0")
+    for pragma in _AT_ONCE:
+        _set(driver, pragma)
     return connection
 
 

@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from pydantic_core import to_json
@@ -133,11 +134,13 @@ class Telling:
                     {work, message}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED
                 )
                 if message in done:
-                    if message.result()["type"] == "http.disconnect":
+                    if message.exception() or message.result()["type"] == "http.disconnect":
                         return
                     message = asyncio.ensure_future(receive())
                 elif not done and self._stream and time.monotonic() - self._sent_at >= self._keep_alive_s:
-                    await self._write(send, [], b": keep-alive\n\n")
+                    # Where the answer has ended meanwhile, the server takes no more.
+                    with suppress(Exception):
+                        await self._write(send, [], b": keep-alive\n\n")
         finally:
             message.cancel()
 

@@ -143,7 +143,6 @@ class _Calls:
             "gen_ai.operation.name": "chat",
             "gen_ai.provider.name": choice.name,
             "gen_ai.request.model": model,
-            "gen_ai.request.stream": True,
         }
         if url.hostname:
             self._attributes["server.address"] = url.hostname
@@ -152,12 +151,15 @@ class _Calls:
     async def follow(
         self, chunks: AsyncGenerator[T], asked: Mapping[str, Any], end: Callable[[T], Attributes]
     ) -> AsyncGenerator[T]:
-        """The same chunks, inside a span; `end` has what the last one says of the call."""
+        """The same chunks, inside a span; `end` has what the last one says of the call.
+
+        Of an answer that is asked for whole there is no first chunk to speak of.
+        """
         began, first = time.monotonic(), True
         with self._span(asked) as span:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    if first:
+                    if first and asked["stream"]:
                         span.set_attribute("gen_ai.response.time_to_first_chunk", time.monotonic() - began)
                         first = False
                     span.set_attributes(end(chunk))
@@ -193,7 +195,7 @@ class _TracedDevice:
         return getattr(self._device, name)
 
     def stream(self, request: DeviceRequest) -> AsyncGenerator[DeviceChunk]:
-        asked = {"max_tokens": request.max_tokens, "temperature": request.temperature}
+        asked = {"stream": True, "max_tokens": request.max_tokens, "temperature": request.temperature}
         return self._calls.follow(self._device.stream(request), asked, _device_end)
 
 
@@ -208,6 +210,7 @@ class _TracedCloud:
         self, request: CloudRequest, bill: Bill | None = None, *, whole: bool = False
     ) -> AsyncGenerator[CloudChunk]:
         asked = {name: request.extra.get(name) for name in ("max_tokens", "temperature", "top_p")}
+        asked["stream"] = not whole
         return self._calls.follow(self._cloud.stream(request, bill, whole=whole), asked, _cloud_end)
 
 

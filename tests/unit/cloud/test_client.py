@@ -35,7 +35,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(server: Server, **changes: Any) -> OpenAIConfig:
     values = {
         "base_url": server.url, "model": "gpt-4.1", "api_key_var": "TEST_CLOUD_KEY", "backoff_s": 0.01,
-        "max_retries": 2, "first_byte_timeout_s": 5, "idle_timeout_s": 5, "total_timeout_s": 20,
+        "max_retries": 2, "first_byte_timeout_s": 5, "whole_timeout_s": 5, "idle_timeout_s": 5, "total_timeout_s": 20,
         **changes,
     }  # fmt: skip
     return validate(OpenAIConfig, values, "test")
@@ -178,7 +178,7 @@ TRANSIENT: dict[str, tuple[Fault, str, dict[str, Any]]] = {
     "409": (status(409), "answers 409", {}),
     "500": (status(500), "answers 500", {}),
     "503 as text": (status(503, b"<html>overloaded\n</html>"), "answers 503: <html>overloaded </html>", {}),
-    "no first byte": (hang, r"longer than 0.2 s for the first byte", {"first_byte_timeout_s": 0.2}),
+    "no first byte": (hang, r"longer than 0.2 s for the first byte", {"whole_timeout_s": 0.2}),
     "a stall": (stall_in_the_body, r"longer than 0.2 s between two pieces", {"idle_timeout_s": 0.2}),
     "a drip": (drip, r"longer than 0.4 s in all", {"total_timeout_s": 0.4, "idle_timeout_s": 0.3}),
     "cut": (cut_in_the_body, "cannot be reached: ClientPayloadError", {}),

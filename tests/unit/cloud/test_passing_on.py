@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def test_the_worst_case_counts_tools_images_and_the_clients_limit() -> None:
     assert worst_usd(seen) > 2 * 20_000 * 2.0
 
 
-def billed(*script: Fault, limit: float = 2.0, **changes: Any) -> tuple[Bill, float, int, CloudError | None]:
+def billed(*script: Fault, limit: int = 2, **changes: Any) -> tuple[Bill, float, int, CloudError | None]:
     """The bill in the end, the worst case of an attempt, the attempts, and the error if there is one."""
     request = CloudRequest(MESSAGES)
     with Server(*script, otherwise=four) as server:
@@ -166,7 +166,7 @@ def test_a_bill_is_what_the_answer_costs() -> None:
 
 
 def test_attempts_that_were_not_taken_on_cost_nothing() -> None:
-    bill, _, attempts, error = billed(unavailable, unavailable, limit=1.0)
+    bill, _, attempts, error = billed(unavailable, unavailable, limit=1)
     assert (bill.usd, attempts, error) == (pytest.approx(280e-6), 3, None)
 
 
@@ -285,7 +285,7 @@ async def cut(exchange: Exchange) -> None:
 
 
 def test_a_whole_answer_that_breaks_off_is_asked_for_again_as_far_as_the_bill_goes() -> None:
-    async def main(server: Server, attempts: float) -> tuple[float, float]:
+    async def main(server: Server, attempts: int) -> tuple[float, float]:
         request = CloudRequest(MESSAGES, temperature=None)
         worst_usd = OpenAICloud(OpenAIConfig(base_url=server.url, model="gpt-4.1")).worst_usd(request)
         bill = Bill(worst_usd, attempts)
@@ -304,3 +304,55 @@ def test_a_whole_answer_that_breaks_off_is_asked_for_again_as_far_as_the_bill_go
         usd, worst_usd = asyncio.run(main(server, 2))
         assert usd == pytest.approx(worst_usd + 280e-6)
         assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "said",
+    [{"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "add", "arguments": "{}"}}]}, {"refusal": "no"}],
+)
+def test_what_stands_in_the_place_of_a_text_is_an_answer(whole: bool, said: dict[str, Any]) -> None:
+    streamed = [{"choices": [{"index": 0, "delta": said}]}, event("", "stop"), "[DONE]"]
+
+    async def answer(exchange: Exchange) -> None:
+        if whole:
+            await exchange.status(200, reply("", message=said))
+        else:
+            await exchange.begin_stream()
+            await exchange.events(*streamed)
+
+    with Server(answer) as server:
+        other, last = ask(server, {}, whole=whole)
+    assert other.other["delta"] == said
+    assert last.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("odd", [[None], {"a": 1}, "x", [{"id": "c1"}, 3]])
+def test_odd_fields_cost_no_answer(odd: Any) -> None:
+    body = reply("four", message={"tool_calls": odd})
+    body["choices"][0]["logprobs"] = odd
+    with Server(lambda exchange: exchange.status(200, body)) as server:
+        chunks = ask(server, {}, whole=True)
+    assert "".join(c.text for c in chunks) == "four"
+
+
+def test_a_whole_answer_has_the_time_that_its_writing_takes() -> None:
+    async def slow(exchange: Exchange) -> None:
+        await asyncio.sleep(0.5)
+        await exchange.status(200, reply("four"))
+
+    with Server(slow) as server:
+        chunks = ask(server, {}, whole=True, first_byte_timeout_s=0.1, whole_timeout_s=10)
+        assert "".join(c.text for c in chunks) == "four"
+
+
+@pytest.mark.parametrize(
+    ("fault", "called"),
+    [(four, True), (failing, True), (unavailable, False), (lambda e: e.status(400, {}), False)],
+)
+def test_a_call_counts_where_the_provider_took_it_on_though_it_costs_nothing(fault: Fault, called: bool) -> None:
+    free = {"usd_per_million_prompt_tokens": 0.0, "usd_per_million_completion_tokens": 0.0}
+    bill = Bill(0.0)
+    with Server(otherwise=fault) as server, suppress(CloudError):
+        asyncio.run(asked(server, CloudRequest(MESSAGES), bill, max_retries=0, **free))
+    assert (bill.usd, bill.called) == (0.0, called)

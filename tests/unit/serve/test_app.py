@@ -29,8 +29,11 @@ from tests.serving import (
 from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import Limits, Scope
 from selfroute.serve.app import Gateway, make_app
+from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
+from selfroute.serve.events import Content, Course, Done, Tell
 from selfroute.serve.handoff import Pair
+from selfroute.serve.telling import Telling
 from selfroute.types import CloudChunk
 
 ASKS = said("hard", "\n<unk", HELP_CALL.removeprefix("<unk"))
@@ -244,6 +247,29 @@ def test_a_fault_of_ours_has_the_apis_form_and_tells_nothing() -> None:
         failed = post(client)
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
     assert "canary" not in failed.text
+
+
+def test_a_keep_alive_that_the_server_no_longer_takes_breaks_nothing() -> None:
+    sent: list[Any] = []
+
+    async def story(tell: Tell) -> None:
+        await tell(Content("fi"))
+        await asyncio.sleep(0.2)
+        await tell(Content("ve"))
+        await tell(Done("stop", Course()))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body", b"").startswith(b": keep-alive"):
+            raise RuntimeError("the response has ended")
+        sent.append(message)
+
+    writer = ChatWriter("id", "selfroute", usage=False)
+    telling = Telling(story, writer, Course(), stream=True, headers={}, keep_alive_s=0.05)
+    asyncio.run(telling({"type": "http"}, receive, send))
+    assert sent[-1]["body"].endswith(b"data: [DONE]\n\n")
 
 
 def test_models_and_health() -> None:

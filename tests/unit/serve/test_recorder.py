@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -126,12 +127,14 @@ def test_a_full_queue_drops_what_comes_and_says_so(store: Store, caplog: pytest.
 def test_a_store_that_fails_for_a_while_loses_nothing(store: Store) -> None:
     async def run() -> None:
         watched, dropped = Watched(store, failures=3), Dropped()
-        recorder = Recorder(watched, dropped, interval_s=0.001)
+        recorder = Recorder(watched, dropped, interval_s=0.001, retry_s=0.02)
         running = asyncio.create_task(recorder.run())
         recorder.record(RECORD)
+        began = time.monotonic()
         async with asyncio.timeout(10):
             while watched.writes < 4:
                 await asyncio.sleep(0.001)
+        assert time.monotonic() - began > 0.02 * (1 + 3 + 9)
         await drained(recorder, running)
         assert dropped.count == 0
 
@@ -146,7 +149,7 @@ def test_a_store_that_stays_down_costs_the_batch_and_not_the_next(
 
     async def run() -> None:
         watched, dropped = Watched(store, failures=3), Dropped()
-        recorder = Recorder(watched, dropped, interval_s=0.001, tries=3)
+        recorder = Recorder(watched, dropped, interval_s=0.001, retry_s=0.001, tries=3)
         running = asyncio.create_task(recorder.run())
         for record in records(2):
             recorder.record(record)
