@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from loopback import HELP_CALL, STREAM, Upstream, chunk, event, text_of, usage_of
+from loopback import HELP_CALL, STREAM, Upstream, answer_of, chunk, event, text_of, usage_of
 
 from selfroute.cloud.client import OpenAICloud
 from selfroute.cloud.endpoint import OpenAIConfig
@@ -62,9 +64,27 @@ class Faulty(Upstream):
             self.whole({"error": {"message": "oops"}}, 500)
         elif fault == "closed":
             self.transport.close()
-        elif fault != "hangs":
+        elif fault != "hangs" and body.get("stream"):
             self.transport.write(STREAM)
             self._go_on(self._pieces(body, wanted, fault), wanted["every_ms"] / 1000)
+        elif fault != "hangs":
+            ready_s = wanted["pieces"] * wanted["every_ms"] / 1000
+            asyncio.get_running_loop().call_later(ready_s, self._in_one, text_of(wanted), fault)
+
+    def _in_one(self, pieces: Sequence[str], fault: str) -> None:
+        """The cloud's answer to a request that does not stream."""
+        if self.gone:
+            return
+        data = json.dumps(answer_of(pieces)).encode()
+        if not fault:
+            self._line["nano"] = price_of(len(pieces))
+            self.whole(data)
+        elif fault == "garbage":
+            self.whole(data[: len(data) // 2])
+        else:
+            self.transport.write(b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(data) + data[: len(data) // 2])
+            if fault == "cut":
+                self.transport.close()
 
     def _pieces(self, body: Mapping[str, Any], wanted: Mapping[str, Any], fault: str) -> Iterator[bytes]:
         pieces = text_of(wanted)
@@ -84,8 +104,13 @@ class Faulty(Upstream):
         if fault:
             self.transport.close()
             return
-        usage = usage_of(len(pieces))
         if self._who == "cloud":
-            price = usage["prompt_tokens"] * 1000 + usage["completion_tokens"] * 2000
-            self._line["nano"] = price
-        yield chunk(event({}, "stop") + event({}, choices=[], usage=usage) + b"data: [DONE]\n\n") + chunk(b"")
+            self._line["nano"] = price_of(len(pieces))
+        last = event({}, "stop") + event({}, choices=[], usage=usage_of(len(pieces)))
+        yield chunk(last + b"data: [DONE]\n\n") + chunk(b"")
+
+
+def price_of(pieces: int) -> int:
+    """What an answer costs, in nano-USD."""
+    usage = usage_of(pieces)
+    return usage["prompt_tokens"] * 1000 + usage["completion_tokens"] * 2000

@@ -51,6 +51,13 @@ def usage_of(pieces: int) -> dict[str, int]:
     return {"prompt_tokens": 20, "completion_tokens": pieces, "total_tokens": 20 + pieces}
 
 
+def answer_of(pieces: Sequence[str]) -> dict[str, Any]:
+    """An answer that is not streamed."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "".join(pieces)}, "finish_reason": "stop"}
+    whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return {**whole, "usage": usage_of(len(pieces))}
+
+
 def chunk(data: bytes) -> bytes:
     """A chunk of HTTP's chunked coding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
@@ -88,11 +95,8 @@ class Upstream(asyncio.Protocol):
         if body["model"] == "device":
             pieces = [*pieces, HELP_CALL] if wanted["device"] == "help" else ["<answer>", *pieces, "</answer>"]
         if not body.get("stream"):
-            message = {"role": "assistant", "content": "".join(pieces)}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
             ready_s = len(pieces) * wanted["every_ms"] / 1000
-            asyncio.get_running_loop().call_later(ready_s, self.whole, {**whole, "usage": usage_of(len(pieces))})
+            asyncio.get_running_loop().call_later(ready_s, self.whole, answer_of(pieces))
             return
         self.transport.write(STREAM + chunk(event({"role": "assistant", "content": ""})))
         self._go_on(self._events(body, pieces), wanted["every_ms"] / 1000)
