@@ -23,7 +23,16 @@ from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import listening
-from selfroute.types import POLICIES, Bill, CloudAnswer, CloudChunk, CloudRequest, DeviceChunk, DeviceRequest
+from selfroute.types import (
+    POLICIES,
+    Bill,
+    CloudAnswer,
+    CloudChunk,
+    CloudClient,
+    CloudRequest,
+    DeviceChunk,
+    DeviceRequest,
+)
 
 Step = str | DeviceChunk | Exception | None
 """Text, a whole chunk, a failure, or None: nothing more, for as long as anybody waits."""
@@ -119,13 +128,13 @@ class ScriptedCloud:
                 begun = True
                 yield chunk
             ended = True
-            bill.usd, bill.called = bill.usd + self.usd, True
+            bill.usd += self.usd
             text = "".join(s for s in self.script if isinstance(s, str))
             yield CloudChunk(final=CloudAnswer(text, "", True, 20, 5, self.usd, 0.1), finish_reason="stop")
         finally:
             if begun and not ended:
                 self.cancelled += 1
-                bill.usd, bill.called = bill.usd + self._worst_usd, True
+                bill.usd += self._worst_usd
 
     async def aclose(self) -> None:
         """Nothing is held open."""
@@ -239,11 +248,21 @@ class FakeKeys:
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """An application on a free port of loopback, in a thread of its own; its URL."""
+def serving(app: ASGIApp, *clouds: CloudClient) -> Iterator[str]:
+    """An application on a free port of loopback, in a thread of its own; its URL. Its clouds are closed in the end."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     with listening("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+
+        async def serve() -> None:
+            await server.serve(sockets=[listener])
+            for cloud in clouds:
+                await cloud.aclose()
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(serve())
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

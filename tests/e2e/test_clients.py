@@ -41,8 +41,9 @@ def test_litellm_and_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     device, budget = ScriptedDevice(said("hard", HELP_CALL)), MemoryBudget()
     with Server(otherwise=cloud) as upstream:
         config = OpenAIConfig(base_url=upstream.url, model="gpt-4.1", api_key_var="TEST_CLOUD_KEY")
-        pair = Pair(device, OpenAICloud(config), budget, MemoryRecorder())
-        with serving(make_app(Gateway(GatewayConfig(), pair, budget))) as url:
+        cloud_client = OpenAICloud(config)
+        pair = Pair(device, cloud_client, budget, MemoryRecorder())
+        with serving(make_app(Gateway(GatewayConfig(), pair, budget)), cloud_client) as url:
             done = subprocess.run(
                 [str(python), str(ROOT / "tests/clients/ask.py"), f"{url}/v1", str(tmp_path)],
                 capture_output=True, text=True, timeout=500, cwd=tmp_path,

@@ -62,7 +62,10 @@ class World:
             cloud = OpenAICloud(OpenAIConfig(**values))
             pair = Pair(self.device, cloud, self.budget, self.recorder, idle_s=0.4)
             app = make_app(Gateway(GatewayConfig(), pair, self.budget))
-            with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=20) as client:
+            with (
+                serving(app, cloud) as url,
+                OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=20) as client,
+            ):
                 yield client
         assert not self.budget.under_way
 
@@ -278,7 +281,7 @@ def test_what_may_not_leave_the_machine_reaches_no_socket(script: list[Step]) ->
         cloud = OpenAICloud(OpenAIConfig(base_url=url, model="gpt-4.1", connect_timeout_s=1, first_byte_timeout_s=0.3))
         budget = MemoryBudget()
         pair = Pair(ScriptedDevice(script), cloud, budget, MemoryRecorder(), idle_s=0.4)
-        with serving(make_app(Gateway(GatewayConfig(), pair, budget))) as gateway:
+        with serving(make_app(Gateway(GatewayConfig(), pair, budget)), cloud) as gateway:
             for body in ({"model": "selfroute-device"}, {"model": "selfroute", "selfroute": {"policy": "device-only"}}):
                 for more in ({}, {"stream": True}, {"logprobs": True}):
                     asked = {**body, **more, "messages": QUESTION}

@@ -194,22 +194,24 @@ def _telling(
 
 async def _models(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     key = await _key(gateway, request)
-    data = [_told(gateway, name) for name in _models_of(gateway, key)]
+    data = [_entry(gateway, name) for name in _models_of(gateway, key)]
     return JSONResponse({"object": "list", "data": data}, headers=headers)
 
 
 async def _model(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     key = await _key(gateway, request)
     name = request.path_params["name"]
-    _known(gateway, key, name)
-    return JSONResponse(_told(gateway, name), headers=headers)
+    _check_model(gateway, key, name)
+    return JSONResponse(_entry(gateway, name), headers=headers)
 
 
-def _told(gateway: Gateway, name: str) -> dict[str, Any]:
+def _entry(gateway: Gateway, name: str) -> dict[str, Any]:
+    """A model in the API's list."""
     return {"id": name, "object": "model", "created": gateway.began, "owned_by": "selfroute"}
 
 
-def _known(gateway: Gateway, key: Key | None, name: str) -> None:
+def _check_model(gateway: Gateway, key: Key | None, name: str) -> None:
+    """Refuse a model that there is not, or that the key may not ask for."""
     known = _models_of(gateway, key)
     if name in known:
         return
@@ -295,7 +297,7 @@ async def _ask(
     gateway: Gateway, request: Request, key: Key | None, asked: ChatRequest, body: Mapping[str, Any], id: str
 ) -> Ask:
     """What a request asks, if whoever asks may."""
-    _known(gateway, key, asked.model)
+    _check_model(gateway, key, asked.model)
     said = asked.selfroute.policy or request.headers.get("x-selfroute-policy")
     policy = POLICIES.get(gateway.models[asked.model] or said or gateway.config.policy)
     if policy is None:

@@ -298,7 +298,8 @@ class _Story:
         finally:
             course.cloud_ms = course.ms(began)
             course.cost_usd += bill.usd
-            called = bill.called or self._answering
+            # A client of the user's own may tell the cost alone.
+            called = bill.called or bill.usd > 0 or self._answering
             pair.budget.settle_later(held, bill.usd if called else None)
         await self._done(finish_reason)
         return None
