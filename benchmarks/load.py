@@ -77,6 +77,8 @@ first_byte_timeout_s = 3.0
 whole_timeout_s = 3.0
 idle_timeout_s = 3.0
 backoff_s = 0.05
+# The faults of single requests are many in a row by chance, once in ten minutes more than 8; an outage is more than 20.
+breaker_failures = 20
 breaker_cooldown_s = 0.5
 usd_per_million_prompt_tokens = 1.0
 usd_per_million_completion_tokens = 2.0

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -179,8 +179,8 @@ class MemoryBudget:
             self.settled.append(cost_usd)
 
     def _close(self, reservation: Any, cost_usd: float) -> None:
-        account, worst = self.gateway, self.under_way.pop(reservation)
-        self.gateway = replace(account, held=account.held - nano(worst), spent=account.spent + nano(cost_usd))
+        worst = self.under_way.pop(reservation)
+        self.gateway = self.gateway.pay(self.gateway.day, nano(worst), nano(cost_usd))
 
     def _now(self) -> float:
         now = time.time()

@@ -48,5 +48,6 @@ def report(out: str | Path, *, progress: Progress = lambda what, done, total: No
     """
     from selfroute.compare.report import write_report
 
-    with lock_run(Path(out)):
+    # Two testbeds that end together share a page, which is soon written.
+    with lock_run(Path(out), wait=True):
         return write_report(Path(out), progress=progress)

@@ -3,13 +3,14 @@
     SelfrouteError
     ├── ConfigError      a config file, an override or an argument
     ├── TaskError        a data file or a generator
-    ├── DeviceError      the on-device model or its engine (ContextError: a conversation that does not fit it)
+    ├── DeviceError      the on-device model or its engine (RejectedError: it takes no such request; ContextError: for
+    │                    its conversation is too long)
     ├── CloudError       the cloud, its cache or its ledger
     ├── TrainingError    the training loop (checkpoints, its files)
     ├── ExportError      a model that cannot be written for another engine
     ├── DivergenceError  a model whose numbers are not finite
     ├── RunError         a run directory (missing, foreign, damaged)
-    └── StoreError       the gateway's store of requests, budgets and keys
+    └── StoreError       the gateway's store of requests, budgets and keys (SilentStoreError: it does not answer)
 
 Every message names the cause and the way out. The CLI prints them without a traceback and exits with 1.
 """
@@ -31,7 +32,11 @@ class DeviceError(SelfrouteError):
     """The on-device model cannot be loaded or run."""
 
 
-class ContextError(DeviceError):
+class RejectedError(DeviceError):
+    """The on-device model, or its engine, does not take a request as it is, whenever it comes."""
+
+
+class ContextError(RejectedError):
     """The conversation, with the room for its answer, is longer than the on-device model's context."""
 
 
@@ -67,6 +72,10 @@ class RunError(SelfrouteError):
 
 class StoreError(SelfrouteError):
     """The gateway's store cannot be opened, read or written."""
+
+
+class SilentStoreError(StoreError):
+    """The gateway's store does not answer in time."""
 
 
 class DataWarning(UserWarning):

@@ -74,12 +74,17 @@ def new(
             # They are printed on terminals and pages.
             if not text.strip() or not text.isprintable() or len(text) > 100:
                 raise ConfigError(f"a name is 1 to 100 printable characters, not {text[:100]!r}")
+        if days == 0:
+            raise ConfigError("a key of 0 days is valid for nothing: give --days more, or leave it out")
         expires_at = None if days is None else time.time() + days * 86_400
         with opened.begin() as connection:
             token, key = keys.new(
                 connection, name, limits, policies=chosen, models=model, admin=admin, expires_at=expires_at
             )
-    typer.echo(f"key {key.id} of {name}, shown this once (revoke it: selfroute keys revoke {key.id}):", err=True)
+    typer.echo(
+        f"key {key.id} of {name} in {opened.name}, shown this once (revoke it: selfroute keys revoke {key.id}):",
+        err=True,
+    )
     typer.echo(token)
 
 
@@ -143,7 +148,8 @@ def _day(at: float) -> str:
 @contextmanager
 def _opened(url: str | None, *, new: bool = False) -> Iterator[Store]:
     try:
-        from selfroute.serve.store import DEFAULT, Store, missing
+        from selfroute.serve.database import DEFAULT, missing
+        from selfroute.serve.store import Store
     except ModuleNotFoundError as error:
         raise SelfrouteError(
             f"this needs {error.name}: pip install 'selfroute[serve]' (in a checkout: pip install '.[serve]')"

@@ -117,16 +117,24 @@ def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resample
 
 
 def curve(columns: Columns) -> tuple[Floats, Floats]:
-    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first.
+    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
+    n = len(columns.score)
+    gain = accumulated(columns.score, columns.cloud - columns.device)
+    return np.arange(n + 1) / n, (columns.device.sum() + gain) / n
+
+
+def accumulated(score: Floats, values: Floats) -> Floats:
+    """Sums of the values of the problems with the highest scores: of none, of one, ... of all N.
 
     Problems that tie are asked in no order, so each of them counts as the mean of them all.
+
+    >>> accumulated(np.array([1.0, 2.0, 1.0]), np.array([4.0, 1.0, 0.0])).tolist()
+    [0.0, 1.0, 3.0, 5.0]
     """
-    distinct, which, counts = np.unique(-columns.score, return_inverse=True, return_counts=True)
+    distinct, which, counts = np.unique(-score, return_inverse=True, return_counts=True)
     total = np.zeros(len(distinct))
-    np.add.at(total, which, columns.cloud - columns.device)
-    gain = np.concatenate([[0.0], np.cumsum(np.repeat(total / counts, counts))])
-    n = len(columns.score)
-    return np.arange(n + 1) / n, (columns.device.sum() + gain) / n
+    np.add.at(total, which, values)
+    return np.concatenate([[0.0], np.cumsum(np.repeat(total / counts, counts))])
 
 
 def accuracy_at(columns: Columns, call_rate: float) -> float:
@@ -161,8 +169,8 @@ def routing_gain_captured(columns: Columns) -> float:
 
 
 def performance_gap_recovered(accuracy: float, device: float, cloud: float) -> float:
-    """PGR: (acc - acc_device) / (acc_cloud - acc_device); NaN without a gap."""
-    return (accuracy - device) / (cloud - device) if abs(cloud - device) >= 0.01 else math.nan
+    """PGR: (acc - acc_device) / (acc_cloud - acc_device); NaN where the cloud is not better by 0.01."""
+    return (accuracy - device) / (cloud - device) if cloud - device >= 0.01 else math.nan
 
 
 def pgr_vs_trained(columns: Columns) -> float:
@@ -180,7 +188,7 @@ def pgr_vs_untrained(columns: Columns) -> float:
 def _pgr_curve(columns: Columns) -> tuple[Floats, Floats]:
     rates, accuracy = curve(columns)
     gap = accuracy[-1] - accuracy[0]
-    return rates, (accuracy - accuracy[0]) / gap if abs(gap) >= 0.01 else np.full_like(accuracy, math.nan)
+    return rates, (accuracy - accuracy[0]) / gap if gap >= 0.01 else np.full_like(accuracy, math.nan)
 
 
 def average_pgr(columns: Columns) -> float:

@@ -62,6 +62,23 @@ def handed_over(messages: Sequence[Message], reasoning: str) -> tuple[Message, .
     return (*before, {**last, "content": [*content, {"type": "text", "text": note}]})
 
 
+def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation for the cloud less the reasoning before answers that a client sends back, which may be the
+    device's.
+
+    Before a tool's call it is the cloud's own, and some providers want it back.
+
+    >>> without_reasoning([{"role": "assistant", "content": "4", "reasoning_content": "2+2"}])
+    ({'role': 'assistant', 'content': '4'},)
+    """
+    return tuple(
+        {name: value for name, value in m.items() if name != "reasoning_content"}
+        if "reasoning_content" in m and not m.get("tool_calls")
+        else m
+        for m in messages
+    )
+
+
 def text_of(content: Any) -> str:
     """What a message says: its text, or that of its parts.
 

@@ -125,18 +125,18 @@ def results(run: Path, *, best: bool) -> Path:
 
 
 @contextmanager
-def lock_run(path: Path) -> Iterator[None]:
+def lock_run(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep a run directory to one process at a time; the lock goes when the process does, however it ends.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, and it is not waited for.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, not a directory")
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise RunError(f"{path} is in use by another selfroute process") from None
         yield

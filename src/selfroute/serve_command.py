@@ -24,13 +24,20 @@ def serve(
     Without a config: the shipped Countdown model and the oracle cloud, on this machine alone.
     """
     from selfroute import api
+    from selfroute.extras import needs
 
     given = list(arguments or [])
     config = api.load_gateway_config(given.pop(0) if given and "=" not in given[0] else None, given)
     if dry_run:
         from selfroute.serve.config import whole
 
-        typer.echo(json.dumps(whole(config).model_dump(mode="json"), indent=2))
+        told = whole(config).model_dump(mode="json")
+        # What is printed ends up in tickets.
+        if "://" in config.store:
+            with needs("serve"):
+                from selfroute.serve.database import without_password
+            told["store"] = without_password(config.store)
+        typer.echo(json.dumps(told, indent=2))
         return
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 

@@ -137,7 +137,7 @@ def new(
     for file in write_starter(name, out):
         typer.echo(f"wrote {file}")
     commands = [
-        f"pytest test_{name}.py",
+        f"python -m pytest test_{name}.py   # pip install pytest",
         f"selfroute tasks show {name}.toml",
         f"selfroute tasks check {name}.toml",
         f"selfroute train {name}.toml --dry-run",

@@ -91,7 +91,7 @@ def show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
     from selfroute.compare.report import terminal_tables
 
     console = _console()
-    for table in terminal_tables(rows, wide=console.width >= 190):
+    for table in terminal_tables(rows, console):
         console.print(table)
 
 
@@ -110,5 +110,5 @@ def _console() -> Console:
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         # A pipe has no width of its own.
-        console = Console(width=max(console.width, 200))
+        console = Console(width=max(console.width, 240))
     return console

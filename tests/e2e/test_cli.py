@@ -31,8 +31,11 @@ SMALL = [
 ]
 
 
-def selfroute(*args: str, cwd: Path, code: int = 0, timeout: float = 240) -> str:
-    done = subprocess.run([SELFROUTE, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+def selfroute(*args: str, cwd: Path, code: int = 0, timeout: float = 240, **env: str) -> str:
+    """What a command printed, with more in its environment."""
+    done = subprocess.run(
+        [SELFROUTE, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

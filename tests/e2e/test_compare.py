@@ -23,7 +23,7 @@ QUICK = ("compare", "compare-countdown", "--quick", "seeds=[0]", "train.task.tes
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with every row of the quick comparison in `out`, and what the command printed."""
     cwd = tmp_path_factory.mktemp("compare")
-    return cwd, selfroute(*QUICK, "--jobs", "2", cwd=cwd, timeout=580)
+    return cwd, selfroute(*QUICK, "--jobs", "2", cwd=cwd, timeout=580, COLUMNS="240")
 
 
 def test_every_row_is_in_every_file(compared: tuple[Path, str]) -> None:
@@ -74,14 +74,14 @@ def test_every_number_on_the_page_leads_to_its_records(compared: tuple[Path, str
 
 def test_again_it_pays_for_nothing_and_reports_the_same(compared: tuple[Path, str]) -> None:
     cwd, printed = compared
-    kept = ("compare.json", "numbers.csv", "curves.csv", "training.csv", "report.html")
+    kept = ("compare.json", "numbers.csv", "seeds.csv", "curves.csv", "training.csv", "report.html")
     before = {name: (cwd / "out" / name).read_bytes() for name in kept}
-    again = selfroute(*QUICK, cwd=cwd)
+    again = selfroute(*QUICK, cwd=cwd, COLUMNS="240")
     assert "training" not in again
     assert {name: (cwd / "out" / name).read_bytes() for name in kept} == before
     table = again[: again.index("page:")]
     assert table in printed
-    assert table in selfroute("report", "out", cwd=cwd)
+    assert table in selfroute("report", "out", cwd=cwd, COLUMNS="240")
     assert {name: (cwd / "out" / name).read_bytes() for name in kept} == before
 
 

@@ -48,6 +48,7 @@ class World:
     device: ScriptedDevice
     cloud: Server
     settings: dict[str, Any] = field(default_factory=dict)
+    idle_s: float = 30.0
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     recorder: MemoryRecorder = field(default_factory=MemoryRecorder)
 
@@ -56,11 +57,10 @@ class World:
         with self.cloud:
             values = {
                 "base_url": self.cloud.url, "model": "gpt-4.1", "api_key_var": "TEST_CLOUD_KEY", "backoff_s": 0.01,
-                "max_retries": 1, "connect_timeout_s": 1, "first_byte_timeout_s": 0.4, "whole_timeout_s": 0.4,
-                "idle_timeout_s": 0.4, "breaker_waits": False, **self.settings,
+                "max_retries": 1, "connect_timeout_s": 1, "breaker_waits": False, **self.settings,
             }  # fmt: skip
             cloud = OpenAICloud(OpenAIConfig(**values))
-            pair = Pair(self.device, cloud, self.budget, self.recorder, idle_s=0.4)
+            pair = Pair(self.device, cloud, self.budget, self.recorder, idle_s=self.idle_s)
             app = make_app(Gateway(GatewayConfig(), pair, self.budget))
             with (
                 serving(app, cloud) as url,
@@ -197,6 +197,7 @@ async def stalls(exchange: Exchange) -> None:
     await asyncio.sleep(60)
 
 
+IMPATIENT = {"first_byte_timeout_s": 0.4, "whole_timeout_s": 0.4, "idle_timeout_s": 0.4}
 BEFORE: dict[str, tuple[Fault, int, str]] = {
     "wrong key": (refuses_the_key, 502, "cloud_unavailable"),
     "rate-limited": (is_busy, 429, "cloud_rate_limit"),
@@ -211,7 +212,7 @@ BEFORE: dict[str, tuple[Fault, int, str]] = {
 def test_a_cloud_that_fails_before_its_answer(
     fault: Fault, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = World(ScriptedDevice(ASKS, WITHOUT_HELP), Server(otherwise=fault))
+    world = World(ScriptedDevice(ASKS, WITHOUT_HELP), Server(otherwise=fault), IMPATIENT if fault is hang else {})
     with world.client() as client:
         whole = client.chat.completions.create(model="selfroute", messages=QUESTION)
         assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == ("5", "stop")
@@ -238,7 +239,7 @@ def test_a_cloud_that_fails_before_its_answer(
 
 @pytest.mark.parametrize("fault", [is_cut, stalls], ids=["cut", "stalled"])
 def test_a_cloud_that_fails_in_its_answer(fault: Fault) -> None:
-    world = World(ScriptedDevice(ASKS, WITHOUT_HELP, ASKS), Server(otherwise=fault))
+    world = World(ScriptedDevice(ASKS, WITHOUT_HELP, ASKS), Server(otherwise=fault), IMPATIENT if fault is stalls else {})
     with world.client() as client:
         # A client that takes it in one has seen nothing, so that the device can go on.
         whole = client.chat.completions.create(model="selfroute", messages=QUESTION)
@@ -264,7 +265,7 @@ def test_a_cloud_that_fails_in_its_answer(fault: Fault) -> None:
     "script", [[DOWN], ["2+", DOWN], [None], ["2+", None]], ids=["down", "broken", "hung", "stalled"]
 )
 def test_a_device_that_fails(script: list[Step]) -> None:
-    world = World(ScriptedDevice(script), Server(otherwise=five))
+    world = World(ScriptedDevice(script), Server(otherwise=five), idle_s=0.4)
     with world.client() as client:
         assert client.chat.completions.create(model="selfroute", messages=QUESTION).choices[0].message.content == "five"
         with pytest.raises(openai.APIStatusError) as caught:
@@ -293,7 +294,7 @@ def test_what_may_not_leave_the_machine_reaches_no_socket(script: list[Step]) ->
 
 
 def test_a_client_that_goes_away_cancels_the_cloud() -> None:
-    world = World(ScriptedDevice(ASKS), Server(otherwise=stalls), {"idle_timeout_s": 30, "first_byte_timeout_s": 30})
+    world = World(ScriptedDevice(ASKS), Server(otherwise=stalls))
     with world.client() as client:
         stream = client.chat.completions.create(model="selfroute", messages=QUESTION, stream=True)
         for chunk in stream:

@@ -27,7 +27,7 @@ COMPARISON = (
     ("command", "texts"),
     [
         (RUN, ("A device model that knows when to ask", "Handed to the cloud", "cloud alone", "CPU-seconds")),
-        (COMPARISON, ("Every way to route", "Solving and routing told apart", "Hidden-state probe", "Made by commit")),
+        (COMPARISON, ("Every way to route", "Solving and routing told apart", "Hidden-state probe", "at commit")),
     ],
 )
 def test_the_page_renders_whole_and_asks_for_nothing_else(

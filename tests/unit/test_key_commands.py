@@ -95,6 +95,7 @@ def test_a_store_that_is_not_there_is_not_made(store: str, args: list[str]) -> N
         (["--policy", "all"], "known: auto, device-only, cloud-only"),
         (["--model", "\x1b[31m"], "printable"),
         (["--model", ""], "printable"),
+        (["--days", "0"], "valid for nothing"),
     ],
 )
 def test_what_makes_no_key_says_why(store: str, args: list[str], said: str) -> None:
@@ -106,6 +107,6 @@ def test_what_makes_no_key_says_why(store: str, args: list[str], said: str) -> N
 
 def test_without_its_extra_it_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
-    monkeypatch.delitem(sys.modules, "selfroute.serve.store")
+    monkeypatch.delitem(sys.modules, "selfroute.serve.database")
     with pytest.raises(SelfrouteError, match=r"sqlalchemy: pip install 'selfroute\[serve\]'"):
         selfroute("keys", "list")

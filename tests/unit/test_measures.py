@@ -54,6 +54,11 @@ def test_gains_by_hand() -> None:
     assert m.routing_gain_captured(C) == pytest.approx((0.8 - 0.69) / (0.825 - 0.69))
     assert m.performance_gap_recovered(0.8, 0.6, 0.9) == pytest.approx(2 / 3)
     assert math.isnan(m.performance_gap_recovered(0.8, 0.9, 0.905))
+    # A cloud that is worse than the device leaves no gap to recover.
+    assert math.isnan(m.performance_gap_recovered(0.7, 0.8, 0.5))
+    worse = columns([1, 2], [0, 0], [1, 1], [0, 1])
+    assert math.isnan(m.average_pgr(worse))
+    assert math.isnan(m.call_rate_for(worse, 0.5))
     nobody = columns([1, 2], [0, 0], [1, 1], [1, 1])
     assert math.isnan(m.routing_gain_captured(nobody))
 

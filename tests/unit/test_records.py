@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,22 @@ def test_a_run_directory_has_one_user_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="not a directory"), lock_run(tmp_path / "file"):
         pass
+
+
+def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def wait() -> None:
+        with lock_run(tmp_path, wait=True):
+            done.append("waited")
+
+    with lock_run(tmp_path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        done.append("held")
+    waiting.join(10)
+    assert done == ["held", "waited"]
 
 
 def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:

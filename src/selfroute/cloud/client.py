@@ -27,8 +27,9 @@ from selfroute.types import Bill, CloudAnswer, CloudChunk, CloudRequest
 
 T = TypeVar("T")
 
-MAX_PART_TOKENS = 20_000
-"""Tokens of an image that stands in the request by its address."""
+MAX_PART_TOKENS = 50_000
+"""Most tokens of an image that stands in the request by its address: gpt-4o-mini takes 2,833 and 5,667 more for each of
+up to eight tiles."""
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _TIMES = {"connect_timeout_s", "first_byte_timeout_s", "whole_timeout_s", "idle_timeout_s", "total_timeout_s"}
@@ -48,6 +49,8 @@ class OpenAICloud:
             "breaker_failures",
             "breaker_cooldown_s",
             "breaker_waits",
+            # No conversation of training or evaluation holds any.
+            "send_reasoning",
         }
         | {"spend_limit_usd", *_TIMES, *_PRICES}
     )
@@ -148,7 +151,7 @@ class OpenAICloud:
         """An answer in one, as it came and read."""
         started = time.monotonic()
         async with Exchange(self._line, self._body(request, stream=False), worst_usd, bill) as exchange:
-            reply = exchange.read(b"".join([piece async for piece in exchange.pieces()]))
+            reply = await exchange.whole()
             answer = self._answer(reply, request, time.monotonic() - started)
             exchange.bill(answer.cost_usd)
             return reply, answer
@@ -170,7 +173,9 @@ class OpenAICloud:
         c = self.config
         ours = {"model", "messages", "stream", "stream_options", *_LIMITS}
         body = {name: value for name, value in request.extra.items() if name not in ours}
-        body |= {"model": c.model, "messages": [dict(m) for m in request.messages]}
+        unsent = () if c.send_reasoning else ("reasoning_content",)
+        messages = [{name: value for name, value in m.items() if name not in unsent} for m in request.messages]
+        body |= {"model": c.model, "messages": messages}
         body[c.max_tokens_field] = self._max_tokens(request)
         if request.temperature is not None:
             body["temperature"] = request.temperature

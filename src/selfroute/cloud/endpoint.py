@@ -51,6 +51,9 @@ class OpenAIConfig(Config):
     """What the endpoint calls it; OpenAI's reasoning models want the second."""
     send_temperature: bool = True
     """Whether to send a temperature; OpenAI's reasoning models refuse one."""
+    send_reasoning: bool = False
+    """Whether the reasoning that a client of the gateway sends back goes with it: DeepSeek's thinking models want
+    theirs before a tool's call, others refuse the field."""
     concurrency: int = Field(16, ge=1)
     """Requests at a time."""
     connect_timeout_s: float = Field(10.0, gt=0)

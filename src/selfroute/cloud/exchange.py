@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ class Exchange:
         self._body = json.dumps(body).encode()
         self._response: Incoming | None = None
         self._deadline = self._first_byte_by = 0.0
-        self._started = False
+        self._started, self._size = False, 0
         self._patience_s = line.config.first_byte_timeout_s if body.get("stream") else line.config.whole_timeout_s
         self.events = self._events()
         self._worst_usd, self._bill = worst_usd, bill
@@ -108,16 +108,17 @@ class Exchange:
         self._deadline, self._first_byte_by = now + c.total_timeout_s, now + self._patience_s
         sending = line.http.send("POST", f"{c.base_url}/chat/completions", self._body, self._sent)
         self._response = await self._wait(sending)
+        if not self._taken_on:
+            # Whoever answers has had the body, whatever the transport says of it.
+            self._sent()
         status = self._response.status
         if status != 200:
             # A gateway's time-out or its bad upstream may come after the model has run.
             if (status < 500 and status != 408) or status == 503:
                 self.cost_usd, self._taken_on = 0.0, False
             said = b""
-            async for piece in self.pieces():
+            while len(said) <= 4096 and (piece := await self.piece()):
                 said += piece
-                if len(said) > 4096:
-                    break
             raise refusal(c, line.key, status, said, self._response.header("Retry-After"))
 
     def _sent(self) -> None:
@@ -139,32 +140,43 @@ class Exchange:
         if self._response is not None:
             self._response.close()
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes.
+    async def whole(self) -> Reply:
+        """An answer that is no stream.
+
+        Raises:
+            CloudError: as from `piece`, it is an error, or cannot be read.
+        """
+        pieces = []
+        while piece := await self.piece():
+            pieces.append(piece)
+        return self._read(b"".join(pieces))
+
+    async def piece(self) -> bytes:
+        """All of the body that has come since the last piece; empty at its end.
 
         Raises:
             CloudError: it stalls, breaks off, or is too long.
         """
         assert self._response is not None
-        size = 0
-        while piece := await self._wait(self._response.piece()):
-            self._started = True
-            size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise CloudError(
-                    f"{self._line.config.where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer"
-                )
-            yield piece
+        if self._response.ended:
+            return b""
+        # A time-out costs more than reading what is there.
+        piece = self._response.at_hand() or await self._wait(self._response.piece())
+        self._started = True
+        self._size += len(piece)
+        if self._size > MAX_BODY_BYTES:
+            raise CloudError(f"{self._line.config.where} sent more than {MAX_BODY_BYTES // 2**20} MiB in one answer")
+        return piece
 
     async def _events(self) -> AsyncGenerator[list[Event]]:
         """The stream's events, those that came together in one list. Comments keep it alive and are no events; an end
         without `[DONE]` is one too.
 
         Raises:
-            CloudError: as from `pieces`, or the provider sends an error in the stream.
+            CloudError: as from `piece`, or the provider sends an error in the stream.
         """
         rest = b""
-        async for piece in self.pieces():
+        while piece := await self.piece():
             *lines, rest = (rest + piece).split(b"\n")
             events, done, failed = [], False, None
             for line in lines:
@@ -197,12 +209,7 @@ class Exchange:
                 while await self._response.piece():
                     pass
 
-    def read(self, data: bytes) -> Reply:
-        """An answer.
-
-        Raises:
-            CloudError: it is an error, or cannot be read.
-        """
+    def _read(self, data: bytes) -> Reply:
         reply = self._valid(Reply.model_validate_json, data)
         self._check(reply.error, data)
         return reply

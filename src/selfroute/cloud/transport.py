@@ -6,9 +6,10 @@ piece is waited for, which differ between clouds and engines.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -40,6 +41,16 @@ class Incoming:
     def header(self, name: str) -> str | None:
         return self._response.headers.get(name)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body was read; False where that is not known yet."""
+        return self._response.content.at_eof()
+
+    def at_hand(self) -> bytes:
+        """All of the body that has come since the last piece, without waiting; empty where nothing has."""
+        content = self._response.content
+        return b"" if content.exception() else content.read_nowait()
+
     async def piece(self) -> bytes:
         """All of the body that has come since the last piece; empty at its end.
 
@@ -54,6 +65,19 @@ class Incoming:
     def close(self) -> None:
         """Let go of the connection; of one that has more to say, by closing it."""
         self._response.close()
+
+
+class _Body(aiohttp.BytesPayload):
+    """A request's body that says when it goes out. aiohttp's tracing would say so too, and costs several times as
+    much."""
+
+    def __init__(self, body: bytes, sent: Callable[[], None]) -> None:
+        super().__init__(body)
+        self._sent = sent
+
+    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+        self._sent()
+        await super().write_with_length(writer, content_length)
 
 
 class Transport:
@@ -81,9 +105,10 @@ class Transport:
         Raises:
             BrokenError: there is none.
         """
+        data = _Body(body, sent) if body and sent else body
         try:
             response = await self._session(url).request(
-                method, url, data=body, headers=TRACE.get(), allow_redirects=False, trace_request_ctx=sent
+                method, url, data=data, headers=TRACE.get(), allow_redirects=False
             )
             return Incoming(response)
         except (aiohttp.ClientError, OSError) as error:
@@ -97,8 +122,6 @@ class Transport:
     def _session(self, url: str) -> aiohttp.ClientSession:
         if self._opened:
             return self._opened
-        tell = aiohttp.TraceConfig()
-        tell.on_request_chunk_sent.append(_sent)
         # It belongs to the event loop of the first request.
         self._opened = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
@@ -113,7 +136,6 @@ class Transport:
             # aiohttp's `trust_env` would send ~/.netrc's password to an endpoint that has no key, fail at one that has,
             # and look both up in a thread for each request.
             proxy=_proxy(url) if self._trust_env else None,
-            trace_configs=[tell],
         )
         return self._opened
 
@@ -124,12 +146,9 @@ def _proxy(url: str) -> str | None:
     return None if proxy_bypass(place.netloc) else getproxies().get(place.scheme)
 
 
-async def _sent(session: aiohttp.ClientSession, context: SimpleNamespace, parameters: object) -> None:
-    if context.trace_request_ctx:
-        context.trace_request_ctx()
-
-
 def _broken(error: Exception) -> BrokenError:
     # Without its cause: aiohttp's errors hold the request's headers, and so the key.
     slow = isinstance(error, aiohttp.ConnectionTimeoutError)
-    return BrokenError(f"{type(error).__name__} {error}".strip(), slow=slow)
+    # A proxy's address, as the environment gives it, may hold its password.
+    said = re.sub(r"//[^/\s]*@", "//", f"{type(error).__name__} {error}".strip())
+    return BrokenError(said, slow=slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -117,6 +118,12 @@ class Collected:
         self._content: list[str] = []
         self._thoughts: list[str] = []
         self._other: dict[str, Any] = {}
+        # Numbers of the tool calls: by their ids, by the cloud's own, of the last piece, and the first that is free.
+        self._by_id: dict[str, int] = {}
+        self._by_index: dict[int, int] = {}
+        self._number = self._free = 0
+        # Whether the last call has its arguments, or some of them.
+        self._whole = False
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
@@ -152,9 +159,38 @@ class Collected:
         # Under the name that DeepSeek and llama.cpp give it, or that OpenRouter and vLLM do.
         thoughts = delta.get("reasoning_content") or delta.get("reasoning") or ""
         more = {name: value for name, value in delta.items() if name not in _TOLD and value is not None}
+        if isinstance(calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [self._numbered(call) if isinstance(call, dict) else call for call in calls]
         other = ({"delta": more} if more else {}) | ({"logprobs": logprobs} if logprobs else {})
         self._other |= more
         return [(delta.get("content") or "", thoughts, other)]
+
+    def _numbered(self, call: dict[str, Any]) -> dict[str, Any]:
+        """A piece of a tool call with its `index`, by which clients put calls together.
+
+        Gemini leaves it out: an id that is new begins a call, and so does a name, without ids, after one that is there
+        whole; another piece goes on with the last. Some who speak for it say 0 of every call: there a name with an id
+        that is new begins one.
+        """
+        id, index, function = (call.get(name) for name in ("id", "index", "function"))
+        id = id if isinstance(id, str) else ""
+        named, argued = (isinstance(function, dict) and bool(function.get(name)) for name in ("name", "arguments"))
+        begins = bool(id) and id not in self._by_id
+        if type(index) is int:
+            if index not in self._by_index:
+                self._by_index[index] = self._free if index in self._by_index.values() else index
+            elif begins and named and self._by_index[index] in self._by_id.values():
+                self._by_index[index] = self._free
+            self._number = self._by_index[index]
+        elif id:
+            self._number = self._by_id.get(id, self._free)
+        elif named and self._whole:
+            self._number = self._free
+        if id:
+            self._by_id[id] = self._number
+        self._whole = argued or (self._whole and not named)
+        self._free = max(self._free, self._number + 1)
+        return {**call, "index": self._number}
 
     def rest(self) -> list[CloudChunk]:
         """What was held back."""
@@ -209,11 +245,12 @@ def message_of(body: bytes) -> str:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
+    """Seconds that a Retry-After header asks for: a number, or a date; None where it says nothing of use."""
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:

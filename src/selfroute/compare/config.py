@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from selfroute.cloud import CLOUDS
+from selfroute.cloud import CLOUDS, free_settings
 from selfroute.compare.methods import BOUNDS, METHODS, OURS, TRAINED
 from selfroute.config import Choice, Config, resolve, validate
-from selfroute.train.config import TrainConfig, whole
+from selfroute.records import without
+from selfroute.train.config import TrainConfig, as_now, whole
+from selfroute.train.progress import flat
 
 QUICK = (
     *("seeds=[0, 1]", "lrs=[3e-4]", "fit_problems=60", "num_samples=3", "train.steps=2", "train.problems_per_step=8"),
@@ -107,15 +109,33 @@ class CompareConfig(Config):
         }
         same: dict[str, dict[str, dict[str, Any]]] = {}
         for name, changes in self.ablations.items():
-            training = self.training(name, lr=self.lrs[0], seed=self.seeds[0])
-            same.setdefault(training.model_dump_json(), {})[name] = changes
+            same.setdefault(self._trained_as(name), {})[name] = changes
+        # Ablations that change nothing of ours are copies of its row.
+        unchanged = same.pop(self._trained_as(OURS), {}) if OURS in methods else {}
         bounds = tuple(m for m in self.methods if m in BOUNDS)
         cuts: list[tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = [
-            *((some, {}) for some in sorted(methods.values(), key=len, reverse=True)),
+            *(
+                (methods[name], unchanged if name == OURS else {})
+                for name in sorted(methods, key=lambda name: len(methods[name]), reverse=True)
+            ),
             *(((), group) for group in same.values()),
             *([(bounds, {})] if bounds else []),
         ]
         return [self.model_copy(update={"methods": some, "ablations": group}) for some, group in cuts]
+
+    def _trained_as(self, name: str) -> str:
+        return self.training(name, lr=self.lrs[0], seed=self.seeds[0]).model_dump_json()
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all rows of a testbed share."""
+        return self.model_dump(mode="json", exclude={"methods", "seeds", "ablations", "swap_clouds"})
+
+    def differing(self, shared: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+        """The keys in which shared settings that were written down differ from these, where that changes an answer."""
+        free = [f"train.{key}" for key in free_settings(self.train.cloud, self.train.task)]
+        known = {**before, "train": as_now(before["train"])}
+        old, new = flat(without(known, ["data", *free])), flat(without(shared, free))
+        return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
 
     def stored(self) -> dict[str, Any]:
         """What `validate` makes this comparison from again."""
@@ -127,6 +147,14 @@ class CompareConfig(Config):
         changes = _merge(dict(changes), self.ablations.get(method, {}))
         values = _merge(self.train.model_dump(mode="json"), {**changes, "lr": changes.get("lr", lr), "seed": seed})
         return whole(validate(TrainConfig, values, f"the training of {method}"))
+
+    def changed(self, method: str, trained: Mapping[str, Any]) -> list[str]:
+        """The settings, of those that change an answer, with which something was trained and this comparison would not
+        train that method: at the same learning rate and seed."""
+        expected = self.training(method, lr=trained["lr"], seed=trained["seed"]).model_dump(mode="json")
+        free = free_settings(self.train.cloud, self.train.task)
+        old, new = without(as_now(trained), free), without(expected, free)
+        return sorted(key for key in new if old.get(key) != new[key])
 
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*"

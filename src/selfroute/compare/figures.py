@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 GRID = np.linspace(0, 1, 201)
 """Call rates that curves are drawn at."""
 
+_ACROSS = 5
+"""Ablations side by side: more would be too small on a page."""
+
 COLOURS = {
     "gapg_decision": "#0b6e99",
     "decision_votes": "#54b4d6",
@@ -33,6 +37,8 @@ COLOURS = {
     "router": "#1b7a3d",
     "router_encoder": "#5fae78",
     "router_boosting": "#a5cfb1",
+    "prompt_probe": "#3f7f5f",
+    "unanswered_first": "#b5bcc4",
     "log_probability": "#8c6d1f",
     "self_consistency": "#c9a227",
     "prompt_variants": "#e2cc7f",
@@ -42,23 +48,28 @@ COLOURS = {
 """One colour a method, the same in every figure; kinds share a hue."""
 
 
-def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats]:
-    """Call rates, USD per 1k problems, and accuracy along a method's score, the mean over its seeds."""
-    accuracy = np.mean([np.interp(GRID, *c.curve) for c in cells], axis=0)
+def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Along a method's score, the means over its seeds: call rates, USD per 1k problems, accuracy, that of the score
+    alone, and the oracle's on its device model."""
+    accuracy, alone = (
+        np.mean([np.interp(GRID, *curve) for curve in curves], axis=0)
+        for curves in ([c.curve for c in cells], [c.curve_of_score for c in cells])
+    )
     cost = np.mean([np.interp(GRID, *cost_curve(c)) for c in cells], axis=0)
-    return GRID, cost, accuracy
+    oracle = np.mean([[measures.oracle_accuracy(c.columns, float(rate)) for rate in GRID] for c in cells], axis=0)
+    return GRID, cost, accuracy, alone, oracle
 
 
 def cost_curve(cell: Cell) -> tuple[Floats, Floats]:
     """Call rate, and the cost in USD per 1k problems of the calls made so far, in the order of the score."""
-    order = np.argsort(-cell.columns.score, kind="stable")
-    n = len(order)
-    return np.arange(n + 1) / n, np.concatenate([[0.0], 1000 * np.cumsum(cell.cost_usd[order]) / n])
+    n = len(cell.cost_usd)
+    return np.arange(n + 1) / n, 1000 * measures.accumulated(cell.columns.score, cell.cost_usd) / n
 
 
 def draw_curves(testbed: Testbed) -> Figure:
-    """Accuracy against call rate and against cost: lines for methods with a score, points for their own decisions."""
-    figure, (left, right) = axes(11.5, 5.0, 2)
+    """Accuracy against call rate, against cost, and against call rate by the score alone: lines for methods with a
+    score, points for their own decisions."""
+    figure, (left, right, alone) = axes(16.0, 5.0, 3)
     cells = {m: list(c.values()) for m, c in testbed.cells.items() if m in METHODS}
     if OURS in cells:
         for bound, style, name in (
@@ -70,10 +81,11 @@ def draw_curves(testbed: Testbed) -> Figure:
     for method, mine in sorted(cells.items(), key=lambda item: item[0] == OURS):
         ours, colour = method == OURS, COLOURS.get(method, INK)
         if mine[0].scored:
-            rates, cost, accuracy = curve_of(mine)
+            rates, cost, accuracy, of_score, _ = curve_of(mine)
             width = 2.6 if ours else 1.2
             left.plot(100 * rates, 100 * accuracy, color=colour, linewidth=width, label=label(method))
             right.plot(cost, 100 * accuracy, color=colour, linewidth=width)
+            alone.plot(100 * rates, 100 * of_score, color=colour, linewidth=width)
         deciding = [(c, c.own) for c in mine if c.own is not None]
         if deciding:
             x = float(np.mean([own.mean() for _, own in deciding]))
@@ -84,7 +96,9 @@ def draw_curves(testbed: Testbed) -> Figure:
             right.plot(usd, 100 * y, marker="o", markersize=6, color=colour, linestyle="none")
     left.axvline(100 * testbed.budget, color=MUTED, linewidth=0.8)
     left.set(xlabel="call rate (%)", ylabel="accuracy (%)", title=testbed.name)
-    right.set(xlabel="cloud cost (USD per 1,000 problems)", title="dots: own decisions, and methods without a score")
+    alone.axvline(100 * testbed.budget, color=MUTED, linewidth=0.8)
+    right.set(xlabel="cloud cost (USD per 1,000 problems)", title="dots: own decisions, or no score")
+    alone.set(xlabel="call rate (%)", title="the score alone", ylim=left.get_ylim())
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
@@ -101,9 +115,9 @@ def draw_dynamics(testbed: Testbed) -> Figure | None:
         x = [s["step"] for s in runs[0][:steps]]
         width = 2.4 if method == OURS else 1.2
         # Nothing that the task-tuned model learns from asks. Steps of an earlier version know the share of help calls
-        # among all responses alone, and nothing where help was forbidden.
-        if method != TASK_TUNED and any(s.get("asking", s["help"]) for run in runs for s in run):
-            y = 100 * np.mean([[s.get("asking", s["help"]) for s in run[:steps]] for run in runs], axis=0)
+        # among all responses alone, which is another quantity.
+        if method != TASK_TUNED and all("asking" in s for run in runs for s in run):
+            y = 100 * np.mean([[s["asking"] for s in run[:steps]] for run in runs], axis=0)
             left.plot(x, y, color=COLOURS.get(method, INK), linewidth=width)
         y = 100 * np.mean([[s["local_accuracy"] for s in run[:steps]] for run in runs], axis=0)
         right.plot(x, y, color=COLOURS.get(method, INK), linewidth=width, label=label(method))
@@ -132,9 +146,14 @@ def draw_ablations(testbed: Testbed, table: Mapping[str, Mapping[str, Any]]) -> 
     groups = ablation_groups(testbed)
     if not groups:
         return None
-    figure, panels = axes(2.6 * len(groups) + 1.5, 3.6, len(groups))
+    across = min(len(groups), _ACROSS)
+    down = math.ceil(len(groups) / across)
+    figure, made = axes(2.6 * across + 1.5, 3.3 * down + 0.3, across, down)
+    panels = list(np.atleast_1d(made).flat)
+    for axis in panels[len(groups) :]:
+        axis.set_visible(False)
     at = f"accuracy_at_{100 * testbed.budget:g}"
-    for axis, (key, values) in zip(np.atleast_1d(panels), groups.items(), strict=True):
+    for axis, (key, values) in zip(panels, groups.items(), strict=False):
         x = np.arange(len(values))
         for name, text, colour, marker in (
             (at, f"accuracy at {100 * testbed.budget:g} % calls", COLOURS[OURS], "o"),
@@ -154,11 +173,11 @@ def draw_ablations(testbed: Testbed, table: Mapping[str, Mapping[str, Any]]) -> 
                 markersize=4,
                 capsize=2,
                 linewidth=1,
-                label=text if axis is np.atleast_1d(panels)[0] else None,
+                label=text if axis is panels[0] else None,
             )
         axis.set_xticks(x, [value for value, _ in values])
         axis.set_xlabel("\n".join(key.split(", ")), fontsize=8)
         axis.set_ylim(0, 102)
-    np.atleast_1d(panels)[0].set_ylabel("%")
+    panels[0].set_ylabel("%")
     figure.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=3)
     return figure

@@ -21,8 +21,7 @@ TASK_TUNED = "task_tuning"
 """The method whose device model the outside routers stand on."""
 
 _PAPER: Mapping[str, Any] = {"decision_weight": 0.0, "reward": {"format": 0.0}}
-"""No decision loss, and no format term in the reward, as in the paper's v4 (divided by a group's standard deviation, a
-small one would weigh as much as a correct answer)."""
+"""No decision loss, and no format term in the reward, as in the paper's v4."""
 
 
 _NO_HELP: Mapping[str, Any] = {"sampling": {"forbid_help": True}}
@@ -60,6 +59,8 @@ METHODS: Mapping[str, Method] = {
     "lagrangian_gapg": Method("Lagrangian GAPG", "later", {**_PAPER, "algorithm": "lagrangian_gapg"}),
     "router_encoder": Method("Prompt router: encoder", "prompt", on=TASK_TUNED),
     "router_boosting": Method("Prompt router: boosting", "prompt", on=TASK_TUNED),
+    "prompt_probe": Method("Prompt router: hidden state", "prompt", on=TASK_TUNED),
+    "unanswered_first": Method("Unanswered first, then random", "post-hoc", on=TASK_TUNED),
     "log_probability": Method("Mean log-probability", "post-hoc", on=TASK_TUNED),
     "self_consistency": Method("Self-consistency", "post-hoc", on=TASK_TUNED),
     "prompt_variants": Method("Agreement across prompt variants", "post-hoc", on=TASK_TUNED),

@@ -1,9 +1,11 @@
 """What finished rows are worth: every measure with its interval, and every difference to ours, paired.
 
-Seeds share their test problems. A measure of a method is its mean over seeds; its 95 % interval is a percentile
-bootstrap that draws seeds and problems, both with replacement, the same problems for all seeds of a draw. All methods
-with the same seeds are read on the same draws, so that a difference is one of the same problems and seeds. With few
-seeds that says little of how seeds differ, and with one nothing. Left out on purpose: how the numbers look (report).
+Seeds share their test problems. A measure of a method is its mean over seeds. Its 95 % interval joins two
+uncertainties as independent ones: that of the problems, a percentile bootstrap that draws them with replacement, the
+same for all methods and seeds, and that of the seeds, Student's t of their values. (A bootstrap of three seeds would
+end at the worst and the best of them, and hold the truth in less than 95 % of cases.) A difference is one of the same
+problems and seeds in both. With one seed the interval is of the problems alone. Left out on purpose: how the numbers
+look (report).
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from selfroute import measures
 from selfroute.compare.methods import METHODS, OURS
-from selfroute.compare.rows import ASK_FIRST, Row, methods_of, read_row, seeds_of
+from selfroute.compare.rows import ASK_FIRST, Row, methods_of, ordering, read_row, seeds_of
 from selfroute.errors import RunError
 from selfroute.measures import Columns, Floats, Measure
 from selfroute.records import read_json
@@ -48,6 +51,9 @@ class Cell:
     cost_usd: Floats
     solve_share: Floats
     unanswered: Floats
+    score: Floats
+    """As recorded, in place of `columns.score`, by which a response without a readable answer is asked first; of what
+    has none, a place below all others."""
 
     @classmethod
     def of(cls, row: Row, untrained: Row | None) -> Cell:
@@ -69,6 +75,7 @@ class Cell:
             cost_usd=np.array([r.cloud_cost_usd for r in row.records]),
             solve_share=np.array([math.nan if r.solve_share is None else r.solve_share for r in row.records]),
             unanswered=np.array([float(r.answer is None) for r in row.records]),
+            score=np.array([ordering(r.problem, r.score, undecided=False) for r in row.records]),
         )
 
     def take(self, index: NDArray[np.int64]) -> Cell:
@@ -81,6 +88,7 @@ class Cell:
             cost_usd=self.cost_usd[index],
             solve_share=self.solve_share[index],
             unanswered=self.unanswered[index],
+            score=self.score[index],
         )
 
     @cached_property
@@ -89,6 +97,14 @@ class Cell:
 
     def accuracy_at(self, call_rate: float) -> float:
         return float(np.interp(call_rate, *self.curve))
+
+    @cached_property
+    def curve_of_score(self) -> tuple[Floats, Floats]:
+        """What the score alone is worth, where a response without a readable answer is asked by it, and not first."""
+        return measures.curve(replace(self.columns, score=self.score))
+
+    def score_alone_at(self, call_rate: float) -> float:
+        return float(np.interp(call_rate, *self.curve_of_score))
 
 
 def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
@@ -129,6 +145,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
     if cell.scored:
         values |= {
             f"accuracy_at_{at}": cell.accuracy_at(budget),
+            f"score_alone_at_{at}": cell.score_alone_at(budget),
             "area": measures.area(c),
             "apgr": measures.average_pgr(c),
             "cpt_50": measures.call_rate_for(c, 0.5),
@@ -139,6 +156,8 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         values["difference_to_ours"] = ours.accuracy_at(rate) - accuracy
         if cell.scored:
             values[f"difference_at_{at}"] = ours.accuracy_at(budget) - cell.accuracy_at(budget)
+            alone = ours.score_alone_at(budget) - cell.score_alone_at(budget)
+            values[f"score_alone_difference_at_{at}"] = alone
     if cell.own is not None and cell.scored:
         own_rate = float(cell.own.mean())
         own_accuracy = float(np.where(cell.own > 0, c.cloud, c.device).mean())
@@ -163,6 +182,7 @@ def names(budget: float, *, graded: bool) -> list[str]:
     return [
         *("call_rate", "accuracy", f"accuracy_at_{at}", "local_accuracy", "routing_gain_captured", "apgr"),
         *("difference_to_ours", f"difference_at_{at}", "own_call_rate", "own_accuracy", "own_difference_to_ours"),
+        *(f"score_alone_at_{at}", f"score_alone_difference_at_{at}"),
         *("cpt_50", "cpt_80", "area", "decision_auc", "pgr_vs_trained", "pgr_vs_untrained"),
         *(f"random_at_{at}", f"oracle_at_{at}", f"clairvoyant_at_{at}"),
         *("accuracy_where_answered", "accuracy_where_asked", "calls_that_rescued", "calls_wasted", "unanswered"),
@@ -176,8 +196,12 @@ class Testbed:
     """The finished rows of one testbed: by method, then by seed."""
 
     folder: Path
-    budget: float
+    settings: Mapping[str, Any]
     rows: Mapping[str, Mapping[int, Row]]
+
+    @property
+    def budget(self) -> float:
+        return float(self.settings["train"]["budget"])
 
     @property
     def name(self) -> str:
@@ -210,7 +234,7 @@ def load_testbed(folder: Path) -> Testbed:
     problems = {tuple(r.problem for r in row.records) for by_seed in ordered.values() for row in by_seed.values()}
     if len(problems) != 1:
         raise RunError(f"the rows in {folder} are of different test problems: remove those that do not belong")
-    return Testbed(folder, read_json(folder / "testbed.json")["train"]["budget"], ordered)
+    return Testbed(folder, read_json(folder / "testbed.json"), ordered)
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:
@@ -233,8 +257,7 @@ def summarise(testbed: Testbed, *, resamples: int = RESAMPLES) -> list[dict[str,
                 "problems": len(next(iter(cells.values())).device_tokens),
                 **{name: m.json() for name, m in intervals[method].items()},
                 "not_monotone": dips,
-                **ledger(testbed.rows[method]),
-                **search_cost(testbed.folder, method),
+                **ledger(testbed, method),
             }
         )
     return found
@@ -247,43 +270,60 @@ def _dips(cell: Cell, recovered: float) -> bool:
 def _intervals(testbed: Testbed, resamples: int) -> dict[str, dict[str, Measure]]:
     """By method, each measure's mean over seeds with its interval. A method that has seeds which ours lacks has no
     difference."""
-    found: dict[str, dict[str, Measure]] = {}
-    for seeds in sorted({tuple(sorted(cells)) for cells in testbed.cells.values()}):
-        cells = {m: c for m, c in testbed.cells.items() if tuple(sorted(c)) == seeds}
-        ours = testbed.cells.get(OURS, {})
-        whole = _read(cells, ours, seeds, testbed.budget)
-        count = len(next(iter(next(iter(cells.values())).values())).device_tokens)
-        rng = np.random.default_rng(0)
-        draws = []
-        for _ in range(resamples):
-            index = rng.integers(0, count, count)
-            drawn = [seeds[n] for n in rng.integers(0, len(seeds), len(seeds))]
-            taken = {m: {s: by_seed[s].take(index) for s in set(drawn)} for m, by_seed in cells.items()}
-            other = {s: ours[s].take(index) for s in set(drawn) if s in ours}
-            draws.append(_read(taken, other, drawn, testbed.budget))
-        for method in cells:
-            found[method] = {
-                name: _interval(whole[method].get(name, math.nan), [d[method].get(name, math.nan) for d in draws])
-                for name in names(testbed.budget, graded=testbed.graded)
-            }
-    return found
-
-
-def _interval(value: float, draws: Sequence[float]) -> Measure:
-    spread = np.array([d for d in draws if not math.isnan(d)])
-    low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (math.nan, math.nan)
-    return Measure(value, float(low), float(high))
-
-
-def _read(
-    cells: Mapping[str, Mapping[int, Cell]], ours: Mapping[int, Cell], seeds: Sequence[int], budget: float
-) -> dict[str, dict[str, float]]:
-    """By method, the mean over `seeds` of each measure."""
-    paired = all(s in ours for s in seeds)
+    read = _read(testbed.cells, testbed.budget)
+    count = len(next(iter(next(iter(testbed.cells.values())).values())).device_tokens)
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(resamples):
+        index = rng.integers(0, count, count)
+        drawn = {m: {seed: c.take(index) for seed, c in by_seed.items()} for m, by_seed in testbed.cells.items()}
+        draws.append({m: _over_seeds(values) for m, values in _read(drawn, testbed.budget).items()})
     return {
-        method: _over_seeds([measure(by_seed[s], ours[s] if paired else None, budget) for s in seeds])
+        method: {
+            name: _interval(
+                name, [v.get(name, math.nan) for v in values], [d[method].get(name, math.nan) for d in draws]
+            )
+            for name in names(testbed.budget, graded=testbed.graded)
+        }
+        for method, values in read.items()
+    }
+
+
+def _interval(name: str, by_seed: Sequence[float], draws: Sequence[float]) -> Measure:
+    """The mean of a measure's values by seed, and its interval from them and from its means over seeds in the draws."""
+    values = [v for v in by_seed if not math.isnan(v)]
+    spread = [d for d in draws if not math.isnan(d)]
+    if not values or not spread:
+        return Measure(math.nan, math.nan, math.nan)
+    value, count = sum(values) / len(values), len(values)
+    seeds = float(stdtrit(count - 1, 0.975)) * float(np.std(values, ddof=1)) / count**0.5 if count > 1 else 0.0
+    low, high = np.quantile(spread, [0.025, 0.975])
+    below, above = math.hypot(max(0.0, value - low), seeds), math.hypot(max(0.0, high - value), seeds)
+    if name.startswith(_UNBOUNDED) or "difference" in name:
+        return Measure(value, value - below, value + above)
+    return Measure(value, max(0.0, value - below), min(1.0, value + above))
+
+
+_UNBOUNDED = ("routing_gain", "apgr", "pgr_", "device_tokens", "cloud_tokens", "usd_per_1k")
+"""Measures, beside differences, that are no shares: their intervals may pass 0 and 1."""
+
+
+def _read(cells: Mapping[str, Mapping[int, Cell]], budget: float) -> dict[str, list[dict[str, float]]]:
+    """By method, the measures of each of its seeds, beside ours of the same seed where ours has them all."""
+    ours = cells.get(OURS, {})
+    return {
+        method: [
+            measure(cell, ours[seed] if by_seed.keys() <= ours.keys() else None, budget)
+            for seed, cell in sorted(by_seed.items())
+        ]
         for method, by_seed in cells.items()
     }
+
+
+def values_by_seed(testbed: Testbed) -> dict[str, dict[int, dict[str, float]]]:
+    """By method and seed, every measure; NaN where there is none."""
+    read = _read(testbed.cells, testbed.budget)
+    return {m: dict(zip(sorted(testbed.cells[m]), values, strict=True)) for m, values in read.items()}
 
 
 def _over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -295,37 +335,53 @@ def _over_seeds(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def ledger(rows: Mapping[int, Row]) -> dict[str, Any]:
-    """What a method cost to make, the mean over seeds; None where it was not trained."""
-    infos = [row.info for row in rows.values()]
-    trained = [info["ledger"] for info in infos if "ledger" in info]
+LEDGER = (
+    *("lr", "train_cloud_calls", "train_cost_usd", "train_device_tokens", "train_seconds", "train_cpu_seconds"),
+    *("search_cloud_calls", "search_cost_usd", "search_cpu_seconds"),
+)
+"""What a method's making is described by in compare.json."""
+
+
+def ledger(testbed: Testbed, method: str) -> dict[str, float | None]:
+    """What a method took to make: its training, or that of the model it stands on, and its own fitting and calibration,
+    the mean over seeds; and the search for the learning rate, with its first seed. None where it was not trained.
+
+    `train_seconds` is by the clock, beside whatever else the machine did; `train_cpu_seconds` are the processor's.
+    """
+    rows = testbed.rows[method].values()
+    trained = [row.info["ledger"] for row in rows if "ledger" in row.info]
     if not trained:
-        return dict.fromkeys(("lr", *(name for name, _ in _LEDGER)))
-    fits = [info.get("fit", {}) for info in infos]
+        return dict.fromkeys(LEDGER)
+    fits = [row.info.get("fit", {}) for row in rows]
 
     def mean(key: str) -> float:
-        return float(np.mean([entry[key] + fit.get(key, 0) for entry, fit in zip(trained, fits, strict=True)]))
+        return round(float(np.mean([one[key] + fit.get(key, 0) for one, fit in zip(trained, fits, strict=True)])), 6)
 
-    return {"lr": infos[0]["config"]["lr"], **{name: round(mean(key), 6) for name, key in _LEDGER}}
+    config = next(iter(rows)).info["config"]
+    return {
+        "lr": config["lr"],
+        **{f"train_{key}": mean(key) for key in ("cloud_calls", "cost_usd", "device_tokens", "seconds", "cpu_seconds")},
+        **_search(testbed.folder, METHODS[method].on or method if method in METHODS else method),
+    }
 
 
-SEARCH = ("search_cloud_calls", "search_seconds")
-
-
-def search_cost(folder: Path, method: str) -> dict[str, float | None]:
-    """What the choice of a method's learning rate cost, the run that was chosen apart; None without a search."""
-    file = folder / "search" / f"{METHODS[method].on or method if method in METHODS else method}.json"
+def _search(folder: Path, method: str) -> dict[str, float | None]:
+    """What the choice of a method's learning rate took beside the run that was chosen: the other runs, and the
+    validation of each."""
+    keys = ("cloud_calls", "cost_usd", "cpu_seconds")
+    file = folder / "search" / f"{method}.json"
     if not file.is_file():
-        return dict.fromkeys(SEARCH)
+        return {f"search_{key}": None for key in keys}
     known = read_json(file)
-    spent = [t["ledger"] for lr, t in known["tried"].items() if t["ledger"] and lr != f"{known['chosen']:g}"]
-    return dict(zip(SEARCH, (sum(s["cloud_calls"] for s in spent), sum(s["seconds"] for s in spent)), strict=True))
+    runs = [t["ledger"] for lr, t in known["tried"].items() if t["ledger"] and lr != f"{known['chosen']:g}"]
+    # A search of an earlier version does not know what its validations took.
+    spent = [*runs, *(t["validated"] for t in known["tried"].values() if "validated" in t)]
+    return {f"search_{key}": round(sum(one[key] for one in spent), 6) for key in keys}
 
 
-_LEDGER = (
-    ("train_cloud_calls", "cloud_calls"),
-    ("train_cost_usd", "cost_usd"),
-    ("train_device_tokens", "device_tokens"),
-    ("train_seconds", "seconds"),
-)
-"""Names in compare.json, and in a run's ledger."""
+def cpu_hours(testbed: Testbed) -> float:
+    """Processor time of all trainings of a testbed, those of its searches among them."""
+    rows = [row for by_seed in testbed.rows.values() for row in by_seed.values()]
+    trained = [row.info["ledger"]["cpu_seconds"] for row in rows if row.metrics and "same_as" not in row.info]
+    searched = [_search(testbed.folder, method)["search_cpu_seconds"] or 0.0 for method in testbed.rows]
+    return float(sum(trained) + sum(searched)) / 3600

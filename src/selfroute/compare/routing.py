@@ -24,10 +24,10 @@ from selfroute.routers.base import Attempt, Routed, Router
 from selfroute.routers.classifier import Boosting, Encoder
 from selfroute.routers.collect import Extra, collect
 from selfroute.routers.confidence import Confidence
-from selfroute.routers.naive import Naive
-from selfroute.routers.probe import Probe
+from selfroute.routers.naive import Naive, UnansweredFirst
+from selfroute.routers.probe import Probe, PromptProbe
 from selfroute.tasks import Task
-from selfroute.types import Progress, Response, Undecided
+from selfroute.types import Answer, Progress, Response, Undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Fitted:
     info: dict[str, Any]
 
 
-LEARN = ("router", "router_encoder", "router_boosting", "probe")
+LEARN = ("router", "router_encoder", "router_boosting", "prompt_probe", "probe")
 """The methods that are fitted."""
 
 
@@ -49,6 +49,8 @@ def make_router(method: str, engine: HFEngine, task: Task, config: CompareConfig
         "naive_offloading": lambda: Naive(seed),
         "router_encoder": lambda: Encoder(seed, engine.tokenizer, config.encoder),
         "router_boosting": lambda: Boosting(seed),
+        "prompt_probe": PromptProbe,
+        "unanswered_first": lambda: UnansweredFirst(seed),
         "log_probability": Confidence,
         "self_consistency": lambda: Agreement(task.canonical, "samples"),
         "prompt_variants": lambda: Agreement(task.canonical, "variants"),
@@ -71,24 +73,26 @@ def fit_routers(
     if "router" in methods:
         wanted += [m for m in ("router_encoder", "router_boosting") if m not in wanted]
     learn, learn_correct = [], []
-    started = time.perf_counter()
+    clock = Clock()
     if set(wanted) & set(LEARN):
         problems = task.load("train")[: config.fit_problems]
         count = counter(progress, "responses for routers to learn from", len(problems))
         learn = collect(engine, problems, sampling, f"{seed}/fit", progress=count)
         learn_correct = _correct(task, learn, [a.response for a in learn])
-    learn_seconds, started = time.perf_counter() - started, time.perf_counter()
+    learning = clock.lap()
     held_out = task.load("calibration")
     extra = _extra(wanted, config)
     count = counter(progress, "calibration responses", len(held_out) * (1 + extra.samples + extra.variants))
     held = collect(
         engine, held_out, sampling, f"{seed}/calibration", extra=extra, variants_of=task.variants, progress=count
     )
-    held_seconds = time.perf_counter() - started
+    holding, held_tokens = clock.lap(), sum(map(_tokens, held))
     fitted: dict[str, Fitted] = {}
+    alone: dict[str, Took] = {}
     for method in wanted:
         progress(f"fitting {method}", 1, 1)
-        router, begun = make_router(method, engine, task, config, seed), time.perf_counter()
+        router = make_router(method, engine, task, config, seed)
+        clock.lap()
         info: dict[str, Any] = {}
         if method in LEARN:
             router.fit(learn, learn_correct)
@@ -97,23 +101,32 @@ def fit_routers(
         info["calibration"] = threshold_for(scores, config.train.budget)
         wrong = [not correct for correct in _correct(task, held, [r.response for r in routed])]
         clipped = [min(max(r.score, 1e-6), 1 - 1e-6) for r in routed]
+        alone[method] = clock.lap()
         learns = method in LEARN
+        # Responses are collected once for all routers; each is charged with those that it needs.
+        tokens = 0 if router.prompt_only else sum(r.device_tokens for r in routed)
+        collected = holding.times(tokens / held_tokens).plus(learning.times(learns))
         info["fit"] = {
             "problems": len(learn) if learns else 0,
             "device_accuracy": sum(learn_correct) / len(learn) if learns else None,
             "calibration_accuracy": 1 - sum(wrong) / len(wrong),
             "log_loss": float(log_loss(wrong, clipped, labels=[False, True])),
-            "device_tokens": sum(r.device_tokens for r in routed)
-            + (sum(len(a.response.token_ids) for a in learn) if learns else 0),
-            # Responses are collected once for all routers; each of them would have needed its own.
-            "seconds": round(time.perf_counter() - begun + held_seconds + (learn_seconds if learns else 0), 3),
+            "device_tokens": tokens + (sum(map(_tokens, learn)) if learns else 0),
+            **collected.plus(alone[method]).json(),
         }
         info["prompt_only"] = router.prompt_only
         fitted[method] = Fitted(method, router, info)
     if "router" in methods:
         best = min(("router_encoder", "router_boosting"), key=lambda m: fitted[m].info["fit"]["log_loss"])
-        both = sum(fitted[m].info["fit"]["seconds"] for m in ("router_encoder", "router_boosting"))
-        info = {**fitted[best].info, "chosen": best, "fit": {**fitted[best].info["fit"], "seconds": both}}
+        fit, first = fitted[best].info["fit"], sum(len(a.response.token_ids) for a in held)
+        # Both were fitted, and calibration responses say which is better.
+        took = (
+            learning.plus(alone["router_encoder"])
+            .plus(alone["router_boosting"])
+            .plus(holding.times(first / held_tokens))
+        )
+        fit = {**fit, "device_tokens": fit["device_tokens"] + first, **took.json()}
+        info = {**fitted[best].info, "chosen": best, "fit": fit}
         fitted["router"] = Fitted("router", fitted[best].router, info)
     return [fitted[m] for m in methods]
 
@@ -126,8 +139,8 @@ def route_test(
     config: CompareConfig,
     seed: int,
     progress: Progress,
-) -> dict[str, list[Record]]:
-    """Each router's records of the test problems; all of them look at the same responses."""
+) -> tuple[dict[str, list[Record]], list[str | None]]:
+    """Each router's records of the test problems, and the answers of the responses that all of them look at first."""
     problems = task.load("test")
     extra = _extra([f.method for f in fitted], config)
     count = counter(progress, "test responses", len(problems) * (1 + extra.samples + extra.variants))
@@ -173,13 +186,47 @@ def route_test(
             )
             for a, r, device, answer, given in zip(attempts, routed[f.method], devices, answers, clouds, strict=True)
         ]
-    return found
+    return found, [_answer(a.response) for a in attempts]
 
 
 def threshold_for(scores: Sequence[float], budget: float) -> dict[str, Any]:
     """The threshold above which a score asks, calibrated as our own dial is, with what it spends."""
     found = asdict(calibrate(scores, budget, num_problems=len(scores)))
     return {"threshold": -found.pop("bias"), **found}
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds by the clock, and of the processor."""
+
+    seconds: float
+    cpu_seconds: float
+
+    def plus(self, other: Took) -> Took:
+        return Took(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
+    def times(self, factor: float) -> Took:
+        return Took(self.seconds * factor, self.cpu_seconds * factor)
+
+    def json(self) -> dict[str, float]:
+        return {"seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3)}
+
+
+class Clock:
+    """A stop-watch."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter(), time.process_time()
+
+    def lap(self) -> Took:
+        """What was spent since the last lap, or the start."""
+        before, self._at = self._at, (time.perf_counter(), time.process_time())
+        return Took(self._at[0] - before[0], self._at[1] - before[1])
+
+
+def _tokens(attempt: Attempt) -> int:
+    """All tokens of an attempt."""
+    return sum(len(r.token_ids) for r in (attempt.response, *attempt.samples, *attempt.variants))
 
 
 def _extra(methods: Sequence[str], config: CompareConfig) -> Extra:
@@ -197,6 +244,11 @@ def _correct(task: Task, attempts: Sequence[Attempt], responses: Sequence[Respon
 def undecided(response: Response) -> bool:
     """Whether a response has no readable answer and asks for no help."""
     return isinstance(parse(response.text, finished=response.finished), Undecided)
+
+
+def _answer(response: Response) -> str | None:
+    decision = parse(response.text, finished=response.finished)
+    return decision.text if isinstance(decision, Answer) else None
 
 
 def _seen_undecided(router: Router, routed: Routed) -> bool:

@@ -136,7 +136,7 @@ def read_gzip(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
     except FileNotFoundError:
-        raise RunError(f"no such file: {path}") from None
+        raise RunError(f"no such file: {path} (remove the row's .json beside it to make it anew)") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RunError(f"{path} is damaged: {error} (remove the row's .json beside it to make it anew)") from error
 

@@ -6,7 +6,6 @@ a rerun pays only for what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,15 +14,25 @@ from typing import Any
 
 import torch
 
-from selfroute.cloud import check_questions, free_settings, make_cloud
-from selfroute.cloud.memory import Cloud, open_judge
+from selfroute.cloud import check_questions, make_cloud
+from selfroute.cloud.memory import Cloud, open_judge, spent_by_phase
+from selfroute.compare.checks import check_answers, check_trained, check_tried, check_weights, weights
 from selfroute.compare.config import CompareConfig, brief
 from selfroute.compare.jobs import run_parts
-from selfroute.compare.methods import BOUNDS, METHODS, ROUTERS, TASK_TUNED
+from selfroute.compare.methods import BOUNDS, METHODS, OURS, ROUTERS, TASK_TUNED
 from selfroute.compare.place import Place
-from selfroute.compare.routing import fit_routers, make_router, route_test, threshold_for, undecided
-from selfroute.compare.rows import VERSION, Record, check_names, methods_of, ordering, read_row, row_info, write_row
-from selfroute.device.base import DeviceConfig
+from selfroute.compare.routing import Clock, fit_routers, make_router, route_test, threshold_for, undecided
+from selfroute.compare.rows import (
+    VERSION,
+    Record,
+    check_names,
+    methods_of,
+    ordering,
+    read_row,
+    row_info,
+    write_row,
+)
+from selfroute.config import Choice
 from selfroute.device.hf import HFEngine
 from selfroute.device.load import model_path
 from selfroute.errors import DivergenceError, RunError
@@ -31,12 +40,11 @@ from selfroute.evaluate.run import Outcome, calibration_responses, evaluate, jud
 from selfroute.evaluate.summary import training
 from selfroute.evaluate.validation import validation
 from selfroute.protocol import cloud_request
-from selfroute.records import check_problems, checkpoints, lock_run, read_json, read_records, without, write_json
+from selfroute.records import check_problems, checkpoints, lock_run, read_json, read_records, write_json
 from selfroute.tasks import Task, make_task
 from selfroute.tasks.provenance import pinned, provenance
-from selfroute.train.config import TrainConfig, as_now
+from selfroute.train.config import TrainConfig
 from selfroute.train.loop import train
-from selfroute.train.progress import flat
 from selfroute.types import Progress
 
 
@@ -95,17 +103,16 @@ class Matrix:
 
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         """What every row shares must be what the rows that are there were made with."""
-        shared = self.config.model_dump(mode="json", exclude={"methods", "seeds", "ablations", "swap_clouds"})
-        shared |= {"rows_version": VERSION, "device_sha256": _weights(self.config.train.device)}
+        shared = {
+            **self.config.shared(),
+            "rows_version": VERSION,
+            "device_sha256": weights(model_path(self.config.train.device.model)),
+        }
         data = provenance(self.task, "train", "calibration", "test")
         # Trainings read at the hub what the comparison was begun with, whatever comes later.
         self._data = before.get("data") or data
         if before and (methods_of(self.testbed) or (self.testbed / "search").exists()):
-            free = [f"train.{key}" for key in free_settings(self.config.train.cloud, self.config.train.task)]
-            known = {**before, "train": as_now(before["train"])}
-            old, new = flat(without(known, ["data", *free])), flat(without(shared, free))
-            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-            if changed:
+            if changed := self.config.differing(shared, before):
                 raise RunError(
                     f"the rows in {self.testbed} were made with other settings ({', '.join(changed)}): give another "
                     "--out, or remove it"
@@ -172,15 +179,7 @@ class Matrix:
     def _trained(self, method: str, seed: int) -> None:
         done = row_info(self.testbed, method, seed)
         if done is not None:
-            expected = self.config.training(method, lr=done["config"]["lr"], seed=seed).model_dump(mode="json")
-            free = free_settings(self.config.train.cloud, self.config.train.task)
-            old, new = without(as_now(done["config"]), free), without(expected, free)
-            if old != new:
-                changed = sorted(k for k in new if old.get(k) != new[k])
-                raise RunError(
-                    f"{self.testbed / 'rows' / method} was made with other settings ({', '.join(changed)}): "
-                    "give another --out, or remove it"
-                )
+            check_trained(self.config, self.testbed / "rows" / method, method, done["config"])
             return
         progress = self.progress(method, seed)
         config = self.config.training(method, lr=self._choose_lr(method, progress), seed=seed)
@@ -188,7 +187,11 @@ class Matrix:
             return
         run = self._train(method, config, progress)
         engine = _load(run, config)
-        info: dict[str, Any] = {"config": config.model_dump(mode="json"), "ledger": training(run)}
+        info: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
+            "ledger": training(run),
+            "weights_sha256": weights(checkpoints(run)[-1]),
+        }
         forbid = method == TASK_TUNED
         if not forbid:
             info |= self._calibrate(config, engine, progress)
@@ -218,13 +221,11 @@ class Matrix:
         self._write(method, seed, info, records, read_records(run / "metrics.jsonl"))
 
     def _same(self, method: str, config: TrainConfig) -> bool:
-        """Whether another ablation was trained with these very settings; its row then serves for this one too."""
-        free = free_settings(config.cloud, config.task)
-        for other in self.config.ablations if method in self.config.ablations else ():
+        """Whether ours or another ablation was trained with these very settings; its row serves for this one too."""
+        for other in (OURS, *self.config.ablations) if method in self.config.ablations else ():
             done = row_info(self.testbed, other, config.seed)
-            if done is not None and without(as_now(done["config"]), free) == without(
-                config.model_dump(mode="json"), free
-            ):
+            trained = done["config"] if done else None
+            if trained and trained["lr"] == config.lr and not self.config.changed(method, trained):
                 row = read_row(self.testbed, other, config.seed)
                 info = {**_own(row.info), "same_as": other}
                 self._write(method, config.seed, info, row.records, row.metrics)
@@ -233,7 +234,7 @@ class Matrix:
 
     def _swap(self, method: str, seed: int) -> None:
         """An ablation of the cloud: the same responses, with the answers of other clouds."""
-        missing = [c for c in self.config.swap_clouds if row_info(self.testbed, f"{method}@{brief(c)}", seed) is None]
+        missing = [c for c in self.config.swap_clouds if self._unswapped(f"{method}@{brief(c)}", c, seed)]
         if not missing or "cloud" not in self.config.ablations.get(method, {}):
             return
         row, problems = read_row(self.testbed, method, seed), self.task.load("test")
@@ -253,6 +254,13 @@ class Matrix:
             info = {**_own(row.info), "swapped_cloud": choice.model_dump(mode="json")}
             self._write(f"{method}@{brief(choice)}", seed, info, records)
 
+    def _unswapped(self, name: str, choice: Choice, seed: int) -> bool:
+        """Whether a row is still to be made; one of another cloud under the same name is refused."""
+        done = row_info(self.testbed, name, seed)
+        if done is not None and done["swapped_cloud"] != choice.model_dump(mode="json"):
+            raise RunError(f"{self.testbed / 'rows' / name} is of another cloud: give another --out, or remove it")
+        return done is None
+
     def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
         run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
         config = config.model_copy(update={"task": pinned(config.task, self._data)})
@@ -266,17 +274,19 @@ class Matrix:
             return lrs[0]
         file = self.testbed / "search" / f"{method}.json"
         known: dict[str, Any] = read_json(file) if file.is_file() else {"tried": {}}
+        for tried in known["tried"].values():
+            check_tried(self.config, file, method, tried)
         for lr in lrs:
             if f"{lr:g}" in known["tried"]:
                 continue
             config = self.config.training(method, lr=lr, seed=self.config.seeds[0])
             try:
                 run = self._train(method, config, progress)
-                found = {"validation": self._validate(method, config, run, progress), "ledger": training(run)}
+                found = {**self._validate(method, config, run, progress), "ledger": training(run)}
             except DivergenceError as error:
                 # A rate at which the training diverges is one that the search rules out.
                 found = {"validation": None, "error": str(error), "ledger": None}
-            known["tried"][f"{lr:g}"] = found
+            known["tried"][f"{lr:g}"] = {**found, "config": config.model_dump(mode="json")}
             write_json(file, known)
         values = {lr: known["tried"][f"{lr:g}"]["validation"] for lr in lrs}
         usable = {lr: value for lr, value in values.items() if value is not None}
@@ -287,10 +297,12 @@ class Matrix:
             write_json(file, {**known, "chosen": best})
         return best
 
-    def _validate(self, method: str, config: TrainConfig, run: Path, progress: Progress) -> float:
-        """Accuracy on the calibration problems: of the device alone for the task-tuned model, else at the budget."""
+    def _validate(self, method: str, config: TrainConfig, run: Path, progress: Progress) -> dict[str, Any]:
+        """Accuracy on the calibration problems: of the device alone for the task-tuned model, else at the budget; and
+        what that took."""
+        clock = Clock()
         with Cloud(make_cloud(config.cloud), run / "cloud.sqlite") as cloud:
-            return validation(
+            value = validation(
                 _load(run, config),
                 self.task,
                 cloud,
@@ -300,10 +312,15 @@ class Matrix:
                 alone=method == TASK_TUNED,
                 progress=progress,
             )
+        asked = spent_by_phase(run / "cloud.sqlite").get("evaluate")
+        calls = (
+            {"cloud_calls": asked.calls, "cost_usd": asked.cost_usd} if asked else {"cloud_calls": 0, "cost_usd": 0.0}
+        )
+        return {"validation": value, "validated": {**calls, **clock.lap().json()}}
 
     def _calibrate(self, config: TrainConfig, engine: HFEngine, progress: Progress) -> dict[str, Any]:
         """The dial's threshold on l for the budget, from one response to each calibration problem; no cloud."""
-        started = time.perf_counter()
+        clock = Clock()
         sampling = config.evaluation
         found = calibration_responses(
             engine, self.task, sampling=sampling, seed=config.seed, draws=1, progress=progress
@@ -311,10 +328,7 @@ class Matrix:
         scores = [ordering(problem, r.score, undecided(r)) for problem, r in found]
         return {
             "calibration": threshold_for(scores, self.config.train.budget),
-            "fit": {
-                "device_tokens": sum(len(r.token_ids) for _, r in found),
-                "seconds": round(time.perf_counter() - started, 3),
-            },
+            "fit": {"device_tokens": sum(len(r.token_ids) for _, r in found), **clock.lap().json()},
         }
 
     # Routers on a trained model.
@@ -325,28 +339,16 @@ class Matrix:
         assert trained is not None
         config = self.config.training(base, lr=trained["config"]["lr"], seed=seed)
         run = self._train(base, config, progress)
+        check_weights(self.testbed, base, seed, checkpoints(run)[-1])
         engine = _load(run, config)
         fitted = fit_routers(missing, engine, self.task, self.config, seed, progress)
         with Cloud(make_cloud(config.cloud), run / "cloud.sqlite") as cloud:
-            routed = route_test(fitted, engine, self.task, cloud, self.config, seed, progress)
+            routed, answers = route_test(fitted, engine, self.task, cloud, self.config, seed, progress)
         if base == TASK_TUNED:
-            self._same_model(seed, routed)
+            check_answers(self.testbed, seed, answers)
         for router in fitted:
             info = {"config": config.model_dump(mode="json"), "ledger": training(run), **router.info}
             self._write(router.method, seed, info, routed[router.method])
-
-    def _same_model(self, seed: int, routed: Mapping[str, Sequence[Record]]) -> None:
-        """Routers must stand on the very model of the task-tuned row, which may have been trained elsewhere."""
-        # The answers of a vote are not those of the model's first responses.
-        single = [records for m, records in routed.items() if m not in ("self_consistency", "prompt_variants")]
-        if not single:
-            return
-        row = read_row(self.testbed, TASK_TUNED, seed)
-        if [r.answer for r in row.records] != [r.answer for r in single[0]]:
-            raise RunError(
-                f"the task-tuned model of seed {seed}, trained again, is not that of the row that is there (another "
-                f"processor or thread count?): remove {self.testbed / 'rows' / TASK_TUNED} and its routers' rows"
-            )
 
 
 def _load(run: Path, config: TrainConfig) -> HFEngine:
@@ -372,12 +374,6 @@ def _record(
         device_grade=o.device_grade,
         cloud_grade=o.cloud_grade,
     )
-
-
-def _weights(device: DeviceConfig) -> str | None:
-    """SHA-256 of the device model's weights; None for one that is not a folder here (a hub id)."""
-    files = sorted(Path(model_path(device.model)).glob("*.safetensors"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else None
 
 
 def _own(info: dict[str, Any]) -> dict[str, Any]:

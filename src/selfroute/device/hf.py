@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.decode import Decoder, steps_for
 from selfroute.device.load import load_model
-from selfroute.errors import DeviceError
+from selfroute.errors import DeviceError, RejectedError
 from selfroute.protocol import DecisionPoint, decision_points, find_decision
 from selfroute.types import Message, Response
 
@@ -63,7 +63,7 @@ class HFEngine:
         """The prompt's token ids, up to where the response begins.
 
         Raises:
-            DeviceError: the chat template refuses the messages.
+            RejectedError: the chat template refuses the messages.
         """
         template = self.tokenizer.get_chat_template()
         text = self.tokenizer.apply_chat_template(
@@ -150,7 +150,7 @@ def accepted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
         tokenizer.apply_chat_template(plain, tokenize=False)
     except TemplateError as error:
         if [m["role"] for m in plain[:2]] != ["system", "user"]:
-            raise DeviceError(f"the model's chat template refuses the prompt: {error}") from error
+            raise RejectedError(f"the model's chat template refuses the prompt: {error}") from error
         merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
         return accepted(tokenizer, [merged, *plain[2:]])
     return plain

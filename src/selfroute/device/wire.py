@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from selfroute.cloud.transport import BrokenError, Incoming, Transport
 from selfroute.cloud.wire import message_of
-from selfroute.errors import ContextError, DeviceError
+from selfroute.errors import ContextError, DeviceError, RejectedError
 
 T = TypeVar("T")
 
@@ -23,6 +24,9 @@ LOOK_TIMEOUT_S = 10.0
 
 _TOO_LONG = (b"exceed_context_size", b"context_length_exceeded", b"maximum context length", b"context length")
 """What engines say of a conversation that is longer than their context."""
+
+_NO_MODEL = re.compile(rb"(?i)no models? (is |are )?loaded|model[^.]{0,100} not (found|loaded|exist)|does not exist")
+"""What engines say, with a status of 400, that have not the model: no fault of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class Wire:
 
         Raises:
             ContextError: the conversation does not fit the engine's context.
+            RejectedError: the engine refuses the request as it is.
             DeviceError: the engine failed.
         """
         response = await self._send("POST", path, self._patience.first_byte_s, body)
@@ -132,8 +137,11 @@ class Wire:
             return DeviceError(f"{self.where} sends elsewhere ({status}), which is not followed: give its own URL")
         if status in (401, 403):
             return DeviceError(f"{self.where} refuses the key, or wants one by api_key_var ({status}): {said}")
+        # Both are told to the client, whom the engine's address is no business of.
         if any(sign in body for sign in _TOO_LONG):
-            return ContextError(f"{self.where}: {said}")
+            return ContextError(f"the engine says: {said}")
+        if status in (400, 422) and not _NO_MODEL.search(body):
+            return RejectedError(f"the engine refuses the request: {said}")
         return DeviceError(f"{self.where} answers {status}: {said}")
 
     async def _wait(self, what: Awaitable[T], allowed_s: float, name: str) -> T:

@@ -55,7 +55,7 @@ class Wording:
 
         Raises:
             ContextError: it is too long.
-            DeviceError: the model's chat template refuses its messages.
+            RejectedError: the model's chat template refuses its messages.
         """
         length = len(request.prefix) + sum(len(m["content"]) for m in request.messages)
         if self.context is not None and length > self._longest * self.context:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 INK, OURS, CLOUD, MUTED, WRONG = "#1d2733", "#0b6e99", "#c4541d", "#8a94a0", "#a3244b"
 
 
-def axes(width: float, height: float, count: int = 1) -> tuple[Figure, Any]:
-    """A figure with one axis, or several side by side; sizes in inches."""
+def axes(width: float, height: float, count: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """A figure with one axis, or several side by side, in so many rows; sizes in inches."""
     # The object interface: no global backend is chosen and nothing is left open.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    made = figure.subplots(1, count)
-    for axis in np.atleast_1d(made):
+    made = figure.subplots(rows, count)
+    for axis in np.atleast_1d(made).flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK)
         axis.grid(axis="y", color="#e4e8ec", linewidth=0.8)

@@ -77,6 +77,10 @@ def export(
             set_sampling(model, sampling)
             model.save_pretrained(building)
             tokenizer.save_pretrained(building)
+            # safetensors writes its file for the owner alone; a server may run as somebody else.
+            readable = (building / "config.json").stat().st_mode
+            for weights in building.glob("*.safetensors"):
+                weights.chmod(readable)
         write_atomic(building / "README.md", card(run, checkpoint, settings, name, file=file, best=best))
         building.rename(out)
     finally:

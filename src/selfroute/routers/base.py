@@ -21,14 +21,16 @@ class Attempt:
     """A problem and the device's response to it, help forbidden.
 
     `confidence` is exp(mean log-probability of its tokens), in (0, 1]. `state` is the model's last hidden state where
-    the response chose to answer (float32, hidden size); of a cut response, at its last line break. `samples` are
-    further responses to the same prompt, `variants` responses to prompts that ask the same in other words.
+    the response chose to answer (float32, hidden size); of a cut response, at its last line break. `prompt_state` is
+    the state before the response's first token. `samples` are further responses to the same prompt, `variants`
+    responses to prompts that ask the same in other words.
     """
 
     problem: Problem
     response: Response
     confidence: float
     state: NDArray[np.float32]
+    prompt_state: NDArray[np.float32]
     samples: tuple[Response, ...] = ()
     variants: tuple[Response, ...] = ()
 

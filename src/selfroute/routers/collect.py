@@ -57,8 +57,8 @@ def collect(
     variants = [tuple(next(varied)[0] for _ in group) for group in others]
     seen = _read(engine, prompts, [group[0] for group in groups])
     return [
-        Attempt(p, group[0], confidence, state, tuple(group[1:]), varied_group)
-        for p, group, (confidence, state), varied_group in zip(problems, groups, seen, variants, strict=True)
+        Attempt(p, group[0], *read, tuple(group[1:]), varied_group)
+        for p, group, read, varied_group in zip(problems, groups, seen, variants, strict=True)
     ]
 
 
@@ -71,9 +71,10 @@ def _questions(problem: Problem, count: int, variants_of: Callable[[Problem, int
 @torch.no_grad()
 def _read(
     engine: HFEngine, prompts: Sequence[Sequence[int]], responses: Sequence[Response]
-) -> list[tuple[float, np.ndarray]]:
-    """For each response, exp(mean log-probability) and the hidden state where it chose to answer."""
-    found: list[tuple[float, np.ndarray]] = [(0.0, np.zeros(0))] * len(responses)
+) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """For each response, exp(mean log-probability), and the hidden states where it chose to answer and before its first
+    token."""
+    found: list[tuple[float, np.ndarray, np.ndarray]] = [(0.0, np.zeros(0), np.zeros(0))] * len(responses)
     head = Head(engine.model)
     for begin in range(0, len(responses), 256):
         batch = range(begin, min(begin + 256, len(responses)))
@@ -85,7 +86,8 @@ def _read(
                 targets_T = torch.tensor(rows[b], device=states_BTH.device)
                 mean = log_probs(head, states_BTH[n, : len(rows[b])], targets_T).mean()
                 at = _decision(engine, responses[begin + b])
-                found[begin + b] = mean.exp().item(), states_BTH[n, at].float().cpu().numpy()
+                state, first = (states_BTH[n, t].float().cpu().numpy() for t in (at, 0))
+                found[begin + b] = mean.exp().item(), state, first
     return found
 
 

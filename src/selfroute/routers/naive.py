@@ -1,4 +1,4 @@
-"""Naive offloading: a random share of the problems goes to the cloud."""
+"""Routers that know nothing: a random share of the problems goes to the cloud."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from selfroute.routers.base import Attempt, Routed, scored
 
 
 class Naive:
-    """A uniform score, named by the seed and the problem."""
+    """Naive offloading: a uniform score, named by the seed and the problem."""
 
     prompt_only = True
 
@@ -21,3 +21,10 @@ class Naive:
 
     def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
         return scored(attempts, [random.Random(f"{self.seed}/naive/{a.problem.id}").random() for a in attempts])
+
+
+class UnansweredFirst(Naive):
+    """The same after the response: those without a readable answer go first, which anyone can see, and chance decides
+    among the others. What other routers are worth beyond this is their own."""
+
+    prompt_only = False

@@ -1,10 +1,11 @@
-"""A probe: logistic regression on the device model's hidden state where it chose to answer."""
+"""Probes: logistic regression on the device model's hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -13,7 +14,8 @@ from selfroute.routers.base import Attempt, Routed, scored
 
 
 class Probe:
-    """score = probability that the answer is wrong; the strength of the L2 penalty by cross-validation."""
+    """On the state where the response chose to answer. score = probability that the answer is wrong; the strength of
+    the L2 penalty by cross-validation."""
 
     prompt_only = False
 
@@ -38,9 +40,21 @@ class Probe:
             self.constant = float(wrong.mean()) if len(wrong) else 0.5
             return
         self.constant = None
-        self.model.fit(np.stack([a.state for a in attempts]), wrong)
+        self.model.fit(np.stack([self._state(a) for a in attempts]), wrong)
 
     def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
         if self.constant is not None:
             return scored(attempts, [self.constant] * len(attempts))
-        return scored(attempts, self.model.predict_proba(np.stack([a.state for a in attempts]))[:, 1])
+        return scored(attempts, self.model.predict_proba(np.stack([self._state(a) for a in attempts]))[:, 1])
+
+    def _state(self, attempt: Attempt) -> NDArray[np.float32]:
+        return attempt.state
+
+
+class PromptProbe(Probe):
+    """The same on the state before the response's first token: what the device knows of a problem that it has read."""
+
+    prompt_only = True
+
+    def _state(self, attempt: Attempt) -> NDArray[np.float32]:
+        return attempt.prompt_state

@@ -7,8 +7,8 @@ windows. Money is whole nano-USD (1e-9 USD), so that sums are exact.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -71,8 +71,7 @@ class Denied:
     retry_after_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Requests and calls in the slots of a sliding window: (slot, requests, calls), the oldest first.
 
     The slot that is leaving counts whole: the window is up to a slot longer than `length_s` and never shorter, so that
@@ -82,12 +81,14 @@ class Window:
     length_s: int
     slots: tuple[tuple[int, int, int], ...] = ()
 
-    def count(self, now: float, requests: int = 0, calls: int = 0) -> Window:
+    def add(self, now: float, requests: int = 0, calls: int = 0) -> Window:
         """With so many more, at `now`; by a clock that is behind, at the newest slot."""
-        slot = max(self._slot(now), self.slots[-1][0] if self.slots else 0)
-        kept = [s for s in self.slots if slot - SLOTS <= s[0] < slot]
-        _, old_requests, old_calls = self.slots[-1] if self.slots and self.slots[-1][0] == slot else (slot, 0, 0)
-        return Window(self.length_s, (*kept, (slot, old_requests + requests, old_calls + calls)))
+        slot = self._slot(now)
+        if self.slots and self.slots[-1][0] >= slot:
+            *kept, (slot, old_requests, old_calls) = self.slots
+            return Window(self.length_s, (*kept, (slot, old_requests + requests, old_calls + calls)))
+        kept = [s for s in self.slots if slot - SLOTS <= s[0]]
+        return Window(self.length_s, (*kept, (slot, requests, calls)))
 
     def take_back(self, at: float) -> Window:
         """With one call less in the slot of `at`, if it is still there."""
@@ -97,8 +98,12 @@ class Window:
     def totals(self, now: float) -> tuple[int, int]:
         """Requests and calls in the window."""
         first = self._slot(now) - SLOTS
-        inside = [s for s in self.slots if s[0] >= first]
-        return sum(s[1] for s in inside), sum(s[2] for s in inside)
+        requests = calls = 0
+        for slot, in_slot, calls_in_slot in self.slots:
+            if slot >= first:
+                requests += in_slot
+                calls += calls_in_slot
+        return requests, calls
 
     def moves_on_in_s(self, now: float, calls: bool) -> float | None:
         """When its oldest calls (or requests) will have left; None when it holds none."""
@@ -110,8 +115,7 @@ class Window:
         return int(at * SLOTS // self.length_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """What a scope has used: nano-USD of one day, spent and held back for calls under way, and two windows."""
 
     day: int = 0
@@ -125,27 +129,31 @@ class Account:
 
         Money belongs to the day on which it was held back; counts over another length cannot be told from these.
         """
-        account = self if day == self.day else replace(self, day=day, spent=0, held=0)
-        return account if window_s == self.window.length_s else replace(account, window=Window(window_s))
+        account = self if day == self.day else self._replace(day=day, spent=0, held=0)
+        return account if window_s == self.window.length_s else account._replace(window=Window(window_s))
 
     def arrive(self, now: float, requests: int) -> Account:
         """With so many more requests."""
         if not requests:
             return self
-        return replace(self, minute=self.minute.count(now, requests), window=self.window.count(now, requests))
+        return self._replace(minute=self.minute.add(now, requests), window=self.window.add(now, requests))
 
     def hold(self, now: float, worst: int) -> Account:
         """With one more call, for which `worst` nano-USD are held back."""
-        return replace(
-            self,
+        return self._replace(
             held=self.held + worst,
-            minute=self.minute.count(now, calls=1),
-            window=self.window.count(now, calls=1),
+            minute=self.minute.add(now, calls=1),
+            window=self.window.add(now, calls=1),
         )
+
+    def pay(self, day: int, worst: int, cost: int) -> Account:
+        """With a call's cost in the place of the worst case that was held back on `day`; of a day that is over, nothing
+        is kept."""
+        return self._replace(held=self.held - worst, spent=self.spent + cost) if day == self.day else self
 
     def take_back(self, at: float) -> Account:
         """With one call less, of those that were granted at `at`."""
-        return replace(self, minute=self.minute.take_back(at), window=self.window.take_back(at))
+        return self._replace(minute=self.minute.take_back(at), window=self.window.take_back(at))
 
     def refuses_call(self, scope: Scope, now: float, worst: int) -> Denied | None:
         """The limit that one more call of at most `worst` nano-USD would pass, or None."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from selfroute.errors import SelfrouteError, StoreError
+from selfroute.errors import StoreError
 from selfroute.serve import dashboard
 from selfroute.serve.access import Key, Keys, Sessions, key_of
 from selfroute.serve.account import Denied
@@ -37,13 +37,16 @@ from selfroute.serve.refusal import RefusedError, shutting_down
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
-from selfroute.types import POLICIES, Policy
+from selfroute.types import POLICIES, DeviceEngine, Policy
 
 MAX_DEPTH = 64
 """A body that is nested deeper is refused."""
 
 BODY_S = 30.0
 """Seconds that a client has to send its body."""
+
+READY_S = 5.0
+"""Seconds that the device has to say that it is ready."""
 
 REQUEST_ID = "x-selfroute-request-id"
 
@@ -78,6 +81,8 @@ class Gateway:
     keep_alive_s: float = KEEP_ALIVE_S
     around: Callable[[ASGIApp], ASGIApp] | None = None
     """What is put around the application, such as `tracing.Tracing.app`."""
+    readiness: asyncio.Task[bool] | None = None
+    """Finds out, or has found out last, whether the device is ready."""
     began: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -122,7 +127,7 @@ class _Endpoint:
         self._gateway, self._respond, self._limited = gateway, respond, limited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, headers = self._gateway, {REQUEST_ID: uuid.uuid4().hex}
+        gateway, headers = self._gateway, {REQUEST_ID: secrets.token_hex(16)}
         if self._limited and gateway.active >= gateway.config.max_concurrent:
             message = f"{gateway.active} requests are under way, which is the most"
             refusal = RefusedError(429, message, code="too_many_requests", retry_after_s=1)
@@ -230,14 +235,29 @@ async def _healthz(gateway: Gateway, request: Request, headers: dict[str, str]) 
 
 
 async def _readyz(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
+    # Anybody may ask this, and the device is asked once for all who ask at a time.
+    if gateway.readiness is None or gateway.readiness.done():
+        gateway.readiness = asyncio.create_task(is_ready(gateway.pair.device))
+    if await asyncio.shield(gateway.readiness):
+        return JSONResponse({"status": "ok"}, headers=headers)
+    return JSONResponse({"status": "unavailable", "part": "device"}, 503, headers=headers)
+
+
+async def is_ready(device: DeviceEngine) -> bool:
+    """Whether the device can serve. Where it cannot, the log says why: the gateway serves all the same, and asks the
+    cloud instead."""
     try:
-        async with asyncio.timeout(5):
-            await gateway.pair.device.ready()
-    except (SelfrouteError, TimeoutError) as error:
-        # The cause may name places that are nobody's business.
-        _log.warning("not ready: %s", error or "the device does not say so within 5 s")
-        return JSONResponse({"status": "unavailable", "part": "device"}, 503, headers=headers)
-    return JSONResponse({"status": "ok"}, headers=headers)
+        async with asyncio.timeout(READY_S):
+            await device.ready()
+        return True
+    except TimeoutError:
+        why = f"it does not say that it is within {READY_S:g} s"
+    except Exception as error:
+        # An engine of the user's own may raise anything.
+        why = str(error) or type(error).__name__
+    # For the log alone: it may name places that are nobody's business.
+    _log.warning("the device is not ready, and requests go to the cloud as far as they may: %s", why)
+    return False
 
 
 async def _metrics(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
@@ -268,10 +288,15 @@ async def _body(gateway: Gateway, request: Request) -> Any:
     read = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
-            async for piece in request.stream():
-                read += piece
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                read += message.get("body", b"")
                 if len(read) > limit:
                     raise too_large
+                more = message.get("more_body", False)
     except TimeoutError:
         raise RefusedError(408, f"the body did not come within {BODY_S:g} s", code="timeout") from None
     try:

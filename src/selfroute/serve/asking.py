@@ -8,22 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
 from selfroute.types import Handoff, Message, Policy, Redact
 
 _PRICED = (
-    *("models", "route", "provider", "service_tier", "plugins", "web_search_options", "search_parameters"),
+    *("models", "route", "provider", "preset", "service_tier", "plugins", "web_search_options", "search_parameters"),
     *("enable_search", "prediction", "audio", "best_of"),
+    *("fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "num_retries", "max_retries"),
+    *("n_predict", "num_predict", "max_new_tokens", "max_output_tokens", "max_length"),
+    *("max_tokens_to_sample", "candidate_count", "options", "generation_config", "generationConfig", "extra_body"),
 )
-"""Fields of providers that choose another model, provider, tier or paid tool, or more answers than one."""
+"""Fields of providers and of proxies that choose another model, provider, tier or paid tool, more answers or calls than
+one, or another limit than the two that the budget knows."""
 
-_OF_UPSTREAMS = ("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers")
-"""Fields by which a client would choose where a proxy behind the gateway sends its request, and with which key."""
+_OF_UPSTREAMS = (
+    *("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers"),
+    *("extra_query", "organization", "proxy", "user_config", "mock_response", "mock_tool_calls", "model_list"),
+    *("litellm_params", "litellm_credential_name", "deployment_id", "prompt_id"),
+)
+_UPSTREAMS = ("aws_", "azure_", "vertex_", "watsonx_", "oci_", "s3_")
+"""Fields, and how more of them begin, by which a client would choose where a proxy behind the gateway sends its
+request, and with which key."""
 
 _PARTS = ("text", "image_url", "input_audio", "refusal")
 """Parts of a message whose tokens can be bounded."""
@@ -54,13 +64,21 @@ class Options(BaseModel):
     redact: StrictBool | None = None
 
 
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > len(Options.model_fields):
+        # Each unknown field would become an error of a thousand bytes.
+        raise ValueError(f"has {len(value)} fields, and no more than {len(Options.model_fields)} are known")
+    return value
+
+
 class ChatRequest(BaseModel):
-    """The body of a chat completion's request."""
+    """The body of a chat completion's request. Of a list's members the first that is wrong ends the reading: each would
+    become an error of a thousand bytes."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     model: str = Field(min_length=1, max_length=200)
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
     n: Literal[1] | None = None
@@ -71,9 +89,9 @@ class ChatRequest(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: StrictInt | None = None
-    stop: str | list[str] | None = None
-    tools: list[dict[str, Any]] | None = None
-    selfroute: Options = Options()
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    selfroute: Annotated[Options, BeforeValidator(_few)] = Options()
 
 
 _OURS = {"model", "messages", "stream", "stream_options", "n", "selfroute"}
@@ -138,13 +156,13 @@ def read(body: Any) -> ChatRequest:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(map(str, fault["loc"])) or None
+        param = ".".join(map(str, fault["loc"]))[:200] or None
         raise RefusedError(400, f"{param}: {fault['msg']}", code="invalid_value", param=param) from None
     for name in _PRICED:
         if body.get(name) is not None:
             raise _unsupported(name, "it changes what a call costs, and is not passed on")
-    for name in _OF_UPSTREAMS:
-        if name in body:
+    for name in body:
+        if name in _OF_UPSTREAMS or name.startswith(_UPSTREAMS):
             raise _unsupported(name, "where a request goes, and with which key, is the gateway's own business")
     for index, tool in enumerate(request.tools or ()):
         if tool.get("type") not in ("function", "custom"):
@@ -153,6 +171,9 @@ def read(body: Any) -> ChatRequest:
         if not isinstance(message.get("role"), str):
             raise RefusedError(400, "a message needs a role", code="invalid_value", param=f"messages.{index}.role")
         content = message.get("content")
+        if not isinstance(content, str | list | None):
+            why = "must be a text or a list of parts"
+            raise RefusedError(400, f"content {why}", code="invalid_value", param=f"messages.{index}.content")
         for part in content if isinstance(content, list) else ():
             if not isinstance(part, dict) or part.get("type") not in _PARTS:
                 raise _unsupported(f"messages.{index}.content", f"its parts are of type {', '.join(_PARTS)}")

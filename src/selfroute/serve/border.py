@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -20,13 +19,10 @@ from typing import Any, Literal, Protocol
 from selfroute.errors import TaskError
 from selfroute.serve.asking import Ask
 from selfroute.serve.privacy import Privacy
-from selfroute.serve.redaction import Placeholders, mapped, plain, texts_of, unreadable
+from selfroute.serve.redaction import Placeholders, mapped, plain, texts_of, unreadable, without_file
 from selfroute.serve.refusal import RefusedError
 from selfroute.serve.restoring import Restoring
 from selfroute.types import CloudRequest
-
-_OPAQUE = re.compile(r"(?:data:[\w/+.;=-]*,)?[A-Za-z0-9+/_-]{1000,}={0,2}")
-"""A file in base 64; no text is that long without a space or a point."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +83,8 @@ class Border:
         if self._privacy.unreadable == "block" and (part := unreadable(request.messages)):
             raise HeldBackError("privacy", 400, f"{part} holds no text that could be checked", param=part)
         tree = [request.messages, request.extra]
-        texts = [text for text in texts_of(tree) if not self._passes(text)]
+        readable = list(map(without_file, request.messages)) if self._privacy.unreadable == "pass" else request.messages
+        texts = texts_of([readable, request.extra])
         length, most = sum(map(len, texts)), self._privacy.max_chars
         if length > most:
             message = f"the request has {length} characters, and {most} can be checked before they leave"
@@ -124,6 +121,3 @@ class Border:
             placeholders.counts,
             Restoring(placeholders.originals, json_answer=json_answer),
         )
-
-    def _passes(self, text: str) -> bool:
-        return self._privacy.unreadable == "pass" and _OPAQUE.fullmatch(text) is not None

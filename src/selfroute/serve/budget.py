@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -36,6 +36,10 @@ GATEWAY = "gateway"
 """The scope of all requests. It sorts before the keys' (`key:ID`), so every transaction locks it first."""
 
 FLUSH_S = 0.5
+
+FEW = 20
+"""With fewer accounts and reservations than this a transaction is brief."""
+
 SWEEP_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -119,9 +123,9 @@ class Budget:
 
         def work(connection: Connection) -> Denied | None:
             accounts, now = self._locked(connection, scopes)
-            refused = _first(a.refuses_request(s, now) for s, a in zip(scopes, accounts, strict=True))
+            refused = _first(accounts[scope.name].refuses_request(scope, now) for scope in scopes)
             if not refused:
-                _save(connection, scopes, [account.arrive(now, 1) for account in accounts])
+                _save(connection, {name: account.arrive(now, 1) for name, account in accounts.items()})
             return refused
 
         return await self._store.write(work, brief=True)
@@ -141,16 +145,19 @@ class Budget:
         ended, self._ended = self._ended, []
 
         def work(connection: Connection) -> Reservation | Denied:
-            _end(connection, ended)
             accounts, now = self._locked(connection, scopes)
-            accounts = [account.arrive(now, requests) for account, requests in zip(accounts, arrived, strict=True)]
-            refused = _first(a.refuses_call(s, now, worst) for s, a in zip(scopes, accounts, strict=True))
+            _end(connection, ended, accounts)
+            for scope, requests in zip(scopes, arrived, strict=True):
+                accounts[scope.name] = accounts[scope.name].arrive(now, requests)
+            refused = _first(accounts[scope.name].refuses_call(scope, now, worst) for scope in scopes)
             if refused:
-                _save(connection, scopes, accounts)
+                _save(connection, accounts)
                 return refused
-            day, scope = accounts[0].day, key.name if key else ""
-            held = Reservation(uuid.uuid4().hex, now, now + self._hold_s, scope, day, worst)
-            _save(connection, scopes, [account.hold(now, worst) for account in accounts])
+            day, of = accounts[GATEWAY].day, key.name if key else ""
+            held = Reservation(secrets.token_hex(16), now, now + self._hold_s, of, day, worst)
+            for scope in scopes:
+                accounts[scope.name] = accounts[scope.name].hold(now, worst)
+            _save(connection, accounts)
             _HOLD.run(connection, {name: getattr(held, name) for name in Reservation.__slots__})
             reserved.append(held)
             return held
@@ -218,14 +225,13 @@ class Budget:
             return
 
         def work(connection: Connection) -> None:
-            _end(connection, ended)
+            _close_all(connection, ended)
             for name, (scope, requests) in sorted(arrived.items()):
-                scopes = self._scopes(scope if name != GATEWAY else None)
-                accounts, now = self._locked(connection, scopes)
-                _save(connection, [scope], [accounts[-1].arrive(now, requests)])
+                accounts, now = self._locked(connection, self._scopes(scope if name != GATEWAY else None))
+                _save(connection, {name: accounts[name].arrive(now, requests)})
 
         try:
-            await self._store.write(work)
+            await self._store.write(work, brief=len(arrived) + len(ended) < FEW)
         except (StoreError, asyncio.CancelledError):
             self._ended += ended
             raise
@@ -259,8 +265,8 @@ class Budget:
     def _scopes(self, key: Scope | None) -> list[Scope]:
         return [self._gateway, key] if key else [self._gateway]
 
-    def _locked(self, connection: Connection, scopes: Sequence[Scope]) -> tuple[list[Account], float]:
-        """The accounts of the gateway and of a key, which nobody else changes meanwhile, and the time."""
+    def _locked(self, connection: Connection, scopes: Sequence[Scope]) -> tuple[dict[str, Account], float]:
+        """The accounts of the gateway and of a key by name, which nobody else changes meanwhile, and the time."""
         names = [scope.name for scope in scopes]
         accounts = _accounts(connection, names[-1], lock=True)
         if len(accounts) < len(names):
@@ -270,30 +276,38 @@ class Budget:
         now = self._clock()
         # By a clock that is behind, it is the day that another's has seen.
         day = max(int(now // DAY_S), *(account.day for account in accounts.values()))
-        return [accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes], now
+        return {scope.name: accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes}, now
 
     async def _close(self, *ended: _Ended) -> int:
-        return await self._store.write(lambda connection: _end(connection, ended), brief=len(ended) == 1)
+        return await self._store.write(lambda connection: _close_all(connection, ended), brief=len(ended) < FEW)
 
 
-def _end(connection: Connection, ended: Sequence[_Ended]) -> int:
-    """Remove these reservations and count their calls, or take them back; how many were still there."""
-    if not ended:
-        return 0
-    # The gateway's account first, as everywhere.
-    _GATE.run(connection, {"gateway": GATEWAY})
+def _close_all(connection: Connection, ended: Sequence[_Ended]) -> int:
+    """End these reservations; how many were still there."""
+    accounts: dict[str, Account] = {}
+    found = _end(connection, ended, accounts)
+    _save(connection, accounts)
+    return found
+
+
+def _end(connection: Connection, ended: Sequence[_Ended], accounts: dict[str, Account]) -> int:
+    """Remove these reservations, and count their calls in the accounts, or take them back; how many were still there.
+
+    `accounts` are those that are locked by now; others are locked and added, and the caller saves them all.
+    """
     found = 0
     for end in ended:
         reservation = end.reservation
+        scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
+        # Before the reservation, which whoever sweeps may be removing: the gateway's account comes first everywhere.
+        if not accounts.keys() >= set(scopes):
+            accounts |= _accounts(connection, reservation.scope, lock=True) | accounts
         if _REMOVE.run(connection, {"id": reservation.id}).rowcount == 0:
             continue
         found += 1
-        scopes = [GATEWAY, reservation.scope] if reservation.scope else [GATEWAY]
-        paid = {"on": reservation.day, "worst": reservation.worst_nano, "cost": end.cost}
-        _PAY.run(connection, *({"of": scope, **paid} for scope in scopes))
-        if not end.called:
-            for scope, account in _accounts(connection, reservation.scope, lock=True).items():
-                _SAVE.run(connection, {"of": scope, **_row(account.take_back(reservation.at))})
+        for scope in accounts.keys() & set(scopes):
+            account = accounts[scope].pay(reservation.day, reservation.worst_nano, end.cost)
+            accounts[scope] = account if end.called else account.take_back(reservation.at)
     return found
 
 
@@ -324,14 +338,7 @@ def _first(refusals: Iterable[Denied | None]) -> Denied | None:
 _OF = select(ACCOUNTS).where(or_(ACCOUNTS.c.scope == bindparam("gateway"), ACCOUNTS.c.scope == bindparam("key")))
 _READ = Prepared(_OF)
 _LOCK = Prepared(_OF.order_by(ACCOUNTS.c.scope).with_for_update())
-_GATE = Prepared(select(ACCOUNTS.c.day).where(ACCOUNTS.c.scope == bindparam("gateway")).with_for_update())
 _SAVE = Prepared(update(ACCOUNTS).where(ACCOUNTS.c.scope == bindparam("of")))
-# Of a day that is over nothing is kept.
-_PAY = Prepared(
-    update(ACCOUNTS)
-    .where(ACCOUNTS.c.scope == bindparam("of"), ACCOUNTS.c.day == bindparam("on"))
-    .values(held_nano=ACCOUNTS.c.held_nano - bindparam("worst"), spent_nano=ACCOUNTS.c.spent_nano + bindparam("cost"))
-)
 _HOLD = Prepared(insert(RESERVATIONS))
 _REMOVE = Prepared(delete(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("id")))
 _EXPIRED = select(RESERVATIONS).where(RESERVATIONS.c.expires_at <= bindparam("now"))
@@ -347,11 +354,9 @@ def _account(day: int, spent: int, held: int, minute: str, window_s: int, window
     return Account(day, spent, held, Window(60, _slots(minute)), Window(window_s, _slots(window)))
 
 
-def _save(connection: Connection, scopes: Sequence[Scope], accounts: Sequence[Account]) -> None:
-    _SAVE.run(
-        connection,
-        *({"of": scope.name, **_row(account)} for scope, account in zip(scopes, accounts, strict=True)),
-    )
+def _save(connection: Connection, accounts: Mapping[str, Account]) -> None:
+    if accounts:
+        _SAVE.run(connection, *({"of": scope, **_row(account)} for scope, account in accounts.items()))
 
 
 def _row(account: Account) -> dict[str, str | int]:

@@ -93,6 +93,13 @@ class GatewayConfig(Config):
             )
         return self
 
+    @field_validator("cloud")
+    @classmethod
+    def _spends_by_the_budget(cls, cloud: Choice) -> Choice:
+        if "spend_limit_usd" in cloud.settings:
+            raise ValueError("spend_limit_usd is of a training run; a gateway's limits are in [budget], usd_per_day")
+        return cloud
+
     @model_validator(mode="after")
     def _open_to_nobody(self) -> GatewayConfig:
         if not self.keys and not loopback(self.host):

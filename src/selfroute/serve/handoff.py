@@ -21,8 +21,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from selfroute.errors import CloudError, ContextError, DeviceError, StoreError
-from selfroute.protocol import handed_over, offered, reasoning_of
+from selfroute.errors import CloudError, ContextError, DeviceError, RejectedError, StoreError
+from selfroute.protocol import handed_over, offered, reasoning_of, without_reasoning
 from selfroute.serve.account import Denied, Scope
 from selfroute.serve.asking import Ask
 from selfroute.serve.border import Border, Crossing, HeldBackError
@@ -141,8 +141,11 @@ class _Story:
             return await self._without_device(ask.beyond)
         try:
             ending, finished = await self._device("", forbid_help=ask.policy == "device-only")
-        except ContextError as error:
-            return await self._without_device("messages", str(error))
+        except RejectedError as error:
+            _log.warning("request %s: the device does not take it: %s", ask.id, error)
+            if isinstance(error, ContextError):
+                return await self._without_device("messages", str(error), "context_length_exceeded")
+            return await self._without_device("this request", str(error), "device_refuses")
         except DeviceError as error:
             _log.warning("request %s: %s", ask.id, error)
             return await self._without_device("", str(error))
@@ -158,14 +161,15 @@ class _Story:
             ending, finished = await self._without_help(ending)
         return await self._conclude(ending, finished)
 
-    async def _without_device(self, beyond: str, why: str = "") -> None:
+    async def _without_device(self, beyond: str, why: str = "", code: str = "unsupported_value") -> None:
         """The cloud alone: as asked, or because the device cannot (`beyond` names the field), or failed (`why`)."""
         ask = self.ask
+        # An engine that refuses does not say in one way which field it minds.
+        param = None if code == "device_refuses" else beyond
         if ask.policy == "device-only":
             if beyond:
                 message = why or f"the device cannot serve {beyond}, and this request may not leave it"
-                code = "context_length_exceeded" if why else "unsupported_value"
-                raise RefusedError(400, message, code=code, param=beyond)
+                raise RefusedError(400, message, code=code, param=param)
             raise device_unavailable()
         if why:
             await self._say(Turn("cloud", "beyond" if beyond else "device"))
@@ -186,7 +190,7 @@ class _Story:
             raise RefusedError(429, message, code="budget_exceeded", retry_after_s=denied.retry_after_s)
         if beyond:
             raise RefusedError(
-                400, f"the device cannot serve {beyond}, and {message}", code="budget_exceeded", param=beyond
+                400, f"the device cannot serve {beyond}, and {message}", code="budget_exceeded", param=param
             )
         raise device_unavailable()
 
@@ -273,6 +277,8 @@ class _Story:
             RefusedError: there is no more of it.
         """
         ask, pair, course = self.ask, self.pair, self.course
+        if ask.handoff != "reasoning":
+            messages = without_reasoning(messages)
         try:
             crossing = await pair.border.cross(ask, CloudRequest(messages, temperature=None, extra=ask.fields))
         except HeldBackError as error:

@@ -111,7 +111,7 @@ class Keyring:
         self._store, self._fresh_s, self._clock = store, fresh_s, clock
         self._keys: Mapping[str, Key] = {}
         self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
 
     async def check(self, authorization: str | None) -> Key | None:
         """The key of an Authorization header (`Bearer sr-...`), or None when it is not valid.
@@ -139,15 +139,25 @@ class Keyring:
         return next((k for k in self._keys.values() if k.id == key_id and k.valid(self._clock())), None)
 
     async def _refresh(self) -> None:
-        if time.monotonic() - self._read_at < self._fresh_s:
-            return
-        async with self._reading:
-            if time.monotonic() - self._read_at < self._fresh_s:
-                return
-            began = time.monotonic()
-            self._keys = await self._store.read(_valid)
-            # As old as the query: what was revoked while it ran may not be in it.
-            self._read_at = began
+        """Wait until the keys are those of a query that began `fresh_s` before the caller came, or later.
+
+        One query is under way at a time, for all who wait. Where it fails they all hear of it then: each with one of
+        its own, one after the other, they would wait the longer the more they are.
+        """
+        old = time.monotonic() - self._fresh_s
+        while self._read_at < old:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read())
+                # If all who wait go away, nobody else hears of a failure.
+                self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            # Whoever goes away does not take it from the others.
+            await asyncio.shield(self._reading)
+
+    async def _read(self) -> None:
+        began = time.monotonic()
+        self._keys = await self._store.read(_valid)
+        # As old as the query: what was revoked while it ran may not be in it.
+        self._read_at = began
 
 
 def bearer(authorization: str | None) -> str | None:

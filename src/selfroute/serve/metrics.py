@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -40,11 +41,14 @@ class Metrics:
         def seconds(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(f"selfroute_{name}_seconds", text, labels, registry=registry, buckets=SECONDS)
 
-        self._requests = counter(
-            "requests", "Requests that were answered or failed, by who answered.", "policy", "route", "status"
+        # Finding a label's counter takes longer than counting, and there are few of them.
+        self._requests = cache(
+            counter(
+                "requests", "Requests that were answered or failed, by who answered.", "policy", "route", "status"
+            ).labels
         )
         self._refused = counter("refused", "Requests that were refused before anybody was asked.", "status", "code")
-        self._decisions = counter("decisions", "What the device decided.", "decision")
+        self._decisions = cache(counter("decisions", "What the device decided.", "decision").labels)
         self._denials = counter("denials", "Calls to the cloud that were denied or failed, by why.", "reason")
         self._cost = counter("cloud_cost_usd", "What the cloud charged, in USD.")
         tokens = counter("tokens", "Tokens read (prompt) and written (completion).", "side", "kind")
@@ -52,7 +56,7 @@ class Metrics:
         self._device_s = seconds("device", "Time that the device worked on a request.")
         self._cloud_s = seconds("cloud", "Time that the cloud worked on a request.")
         self._first_s = seconds("first_token", "Time to the first piece of an answer, reasoning included.")
-        self._request_s = seconds("request", "Time of a whole request.", "route")
+        self._request_s = cache(seconds("request", "Time of a whole request.", "route").labels)
         self.dropped = counter("records_dropped", "Request records that the store never got.")
         self.in_flight = Gauge(
             "selfroute_requests_in_flight",
@@ -70,9 +74,9 @@ class Metrics:
     def observe(self, record: RequestRecord) -> None:
         """Count a request that is over."""
         route = record.route or "none"
-        self._requests.labels(record.policy, route, str(record.status)).inc()
+        self._requests(record.policy, route, str(record.status)).inc()
         if record.decision:
-            self._decisions.labels(record.decision).inc()
+            self._decisions(record.decision).inc()
         if record.denied:
             self._denials.labels(record.denied).inc()
         self._cost.inc(record.cost_usd)
@@ -80,12 +84,13 @@ class Metrics:
         cloud = record.cloud_prompt_tokens, record.cloud_completion_tokens
         for counter, tokens in zip(self._tokens, (*device, *cloud), strict=True):
             # An upstream may say anything of its tokens.
-            counter.inc(max(0, tokens))
+            if tokens > 0:
+                counter.inc(tokens)
         for histogram, ms in (
             (self._device_s, record.device_ms),
             (self._cloud_s, record.cloud_ms),
             (self._first_s, record.first_ms),
-            (self._request_s.labels(route), record.total_ms),
+            (self._request_s(route), record.total_ms),
         ):
             if ms is not None:
                 histogram.observe(ms / 1e3)

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Protocol
 
-from selfroute.errors import StoreError
+from selfroute.errors import SilentStoreError, StoreError
 from selfroute.serve import history
 from selfroute.serve.asking import Ask
 from selfroute.serve.events import Course
@@ -83,6 +83,8 @@ class Recorder:
                 await self._pause(self._interval_s)
             # Those that come meanwhile wait for the next time, so that batches do not get small under load.
             for _ in range(math.ceil(len(self._queue) / self._batch)):
+                if not self._queue:
+                    break
                 await self._write([self._queue.popleft() for _ in range(min(self._batch, len(self._queue)))])
                 await asyncio.sleep(0)
             if self._refused:
@@ -102,8 +104,13 @@ class Recorder:
                 return
             except StoreError as error:
                 if not left or self._closing.is_set():
-                    _log.error("%d request records were dropped: %s", len(records), error)
-                    self._dropped.inc(len(records))
+                    lost = len(records)
+                    if self._closing.is_set() and isinstance(error, SilentStoreError):
+                        # It would be waited for with each batch, and the end with it.
+                        lost += len(self._queue)
+                        self._queue.clear()
+                    _log.error("%d request records were dropped: %s", lost, error)
+                    self._dropped.inc(lost)
                     return
             await self._pause(wait_s)
             wait_s *= 3

@@ -36,6 +36,10 @@ _KINDS = frozenset({
 _OPAQUE = ("image_url", "input_audio")
 """Parts of a message that hold no text."""
 
+_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/_-]*={0,2}")
+_AUDIO = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
+"""Files in base 64; a text of that form in the place of sound would be short."""
+
 _ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)((?:\\u[0-9a-fA-F]{4})+)")
 
 
@@ -51,6 +55,32 @@ def unreadable(messages: Sequence[Mapping[str, Any]]) -> str:
             if isinstance(part, Mapping) and part.get("type") in _OPAQUE:
                 return f"messages.{index}.content.{at}"
     return ""
+
+
+def without_file(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message less the files that its parts hold, in which nothing can be read.
+
+    >>> image = {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}
+    >>> without_file({"content": [{"type": "image_url", "image_url": image}]})
+    {'content': [{'type': 'image_url', 'image_url': {'detail': 'low'}}]}
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [_without_file(part) for part in content]}
+
+
+def _without_file(part: Any) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in _OPAQUE:
+        return part
+    name, form = ("url", _IMAGE) if kind == "image_url" else ("data", _AUDIO)
+    held = part.get(kind)
+    if isinstance(held, str) and form.fullmatch(held):
+        return {field: value for field, value in part.items() if field != kind}
+    if isinstance(held, Mapping) and isinstance(held.get(name), str) and form.fullmatch(held[name]):
+        return {**part, kind: {field: value for field, value in held.items() if field != name}}
+    return part
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:

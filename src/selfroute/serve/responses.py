@@ -55,28 +55,48 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
+    # The reasoning just before an item, which is the item's where it is the assistant's, and else nobody's.
+    thoughts = ""
     for index, item in enumerate(_list(given, "input")):
         where = f"input.{index}"
         item = _dict(item, where)
+        before, thoughts = thoughts, ""
         match item.get("type", "message"):
             case "message":
-                messages.append({"role": item.get("role"), "content": _content(item.get("content"), where)})
+                message = {"role": item.get("role"), "content": _content(item.get("content"), where)}
+                messages.append(_thought(message, before) if message["role"] == "assistant" else message)
             case "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments")}
                 call = {"id": item.get("call_id"), "type": "function", "function": function}
-                if messages and messages[-1].get("tool_calls"):
-                    messages[-1]["tool_calls"].append(call)
-                else:
-                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+                # Thinking models want their reasoning in the message that calls, with what they said before it.
+                if not (messages and (messages[-1].get("tool_calls") or messages[-1].get("reasoning_content"))):
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(call)
+                _thought(messages[-1], before)
             case "function_call_output":
                 output = item.get("output")
                 said = _content(output, f"{where}.output")
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": said})
             case "reasoning":
-                pass
+                thoughts = "\n\n".join(filter(None, (before, _reasoning(item.get("content"), where))))
             case kind:
                 raise _cannot(where, f"items of type {kind!r} are not passed on")
     return messages
+
+
+def _thought(message: dict[str, Any], thoughts: str) -> dict[str, Any]:
+    """The message with more reasoning of its own, under the name that chats have for it."""
+    if thoughts:
+        message["reasoning_content"] = "\n\n".join(filter(None, (message.get("reasoning_content"), thoughts)))
+    return message
+
+
+def _reasoning(content: Any, where: str) -> str:
+    """The text of a reasoning item as `ResponsesWriter` writes it; summaries and what is encrypted say nothing here."""
+    given = enumerate(_list([] if content is None else content, f"{where}.content"))
+    parts = [_dict(part, f"{where}.content.{index}") for index, part in given]
+    texts = [part.get("text") for part in parts if part.get("type") == "reasoning_text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _content(content: Any, where: str) -> Any:

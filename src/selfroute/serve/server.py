@@ -18,7 +18,7 @@ import uvicorn
 
 from selfroute.errors import ConfigError, StoreError
 from selfroute.serve import history, workers
-from selfroute.serve.app import Gateway, make_app
+from selfroute.serve.app import Gateway, is_ready, make_app
 from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
 from selfroute.serve.handoff import Pair
@@ -47,8 +47,14 @@ SAY_S = 0.1
 SETTLE_S = 5.0
 """What requests that are broken off may take to tell their clients, to settle and to be recorded."""
 
+UNREAD_S = 60
+"""A client that takes nothing of its answer for so long is gone, and what it held is free for others."""
+
 BACKLOG = 2048
 """Connections that may wait to be taken."""
+
+CLOSING_ANSWER_S = 2.5
+"""Seconds that the store has for each answer when the gateway ends."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +103,8 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         ring = Keyring(store) if config.keys else None
         sessions = Sessions(store, ring) if ring else None
         around = tracing.app if tracing else None
+        # First of all in the end: what is left asks it five times, one after the other, within `workers.CLOSING_S`.
+        stack.callback(setattr, store, "answer_s", CLOSING_ANSWER_S)
         yield Gateway(config, pair, budget, ring, sessions, store, metrics, around=around)
 
 
@@ -204,6 +212,7 @@ def serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], No
 
 async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable[[], None], parent: int | None) -> None:
     async with opened(config) as gateway:
+        await is_ready(gateway.pair.device)
         server = _Server(
             uvicorn.Config(
                 make_app(gateway),
@@ -252,4 +261,7 @@ def listening(host: str, port: int) -> Generator[socket.socket]:
     with listener:
         # Else an answer's second packet waits for the client's delayed acknowledgement, 40 ms. Connections inherit it.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Of Linux alone.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
         yield listener

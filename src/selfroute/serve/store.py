@@ -6,64 +6,56 @@ one writer at a time, so one thread writes and another reads beside it, and what
 transaction; brief ones, which take about as long as the hop, are run at once where nobody else writes. PostgreSQL gets
 a few threads of each, and a transaction for each work.
 
-Left out on purpose: what is in the tables (`history`, `budget`, `keys`) and their schema (`tables`, `migrations`).
+A database may also say nothing at all: its machine hangs, or the network drops what is sent. Whoever waits for it is
+told so after `ANSWER_S`, though the thread that asked it cannot be called back and waits on.
+
+Left out on purpose: how the database is opened (`database`), what is in the tables (`history`, `budget`, `keys`) and
+their schema (`tables`, `migrations`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sqlite3
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import URL, ClauseElement, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import ClauseElement, Connection
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from selfroute.errors import ConfigError, StoreError
+from selfroute.errors import SilentStoreError, StoreError
+from selfroute.serve.database import DEFAULT, kept, open_postgres, open_sqlite, parse, transaction
 from selfroute.serve.migrations import migrate
 
-DEFAULT = "runs/gateway.sqlite"
-"""Where the store is, unless something else is said."""
-
-_BUSY_MS = 5000
-"""How long a transaction waits for another's lock."""
-
-_PRAGMAS = (
-    f"busy_timeout = {_BUSY_MS}",
-    # Whoever commits then moves the log into the file and waits for the disk; before it is so long, `_move_log` has.
-    "wal_autocheckpoint = 10000",
-    "journal_mode = WAL",
-    # With WAL this survives any crash of ours; a power cut may lose the last moments, and never the file.
-    "synchronous = NORMAL",
-    # What retention deletes is overwritten, not only forgotten.
-    "secure_delete = ON",
-)
-
-# In the event loop's thread nobody waits, neither for a lock nor for the disk.
-_AT_ONCE = ("busy_timeout = 0", "wal_autocheckpoint = 0")
+ANSWER_S = 10.0
+"""The longest that a caller waits for the database. A lock or a connection is waited for 5 s, a dead link noticed after
+8: what is merely busy or gone is told with its cause. And a client hears of it before it gives up by itself."""
 
 _LOGGED = 200
-"""After so many transactions the log is moved into the file: some 3 MB, for more would keep the disk, and with it
+"""After so many transactions the log is moved into the file: about 1 MB, for more would keep the disk, and with it
 whoever writes, for longer."""
 
-_LONG = 10_000
+_LONG = 40_000
 """Pages of a log that has to begin anew, though others wait for that."""
-
-# A worker that hangs with the budget's rows locked would stop all the others.
-_POSTGRES = f"-c lock_timeout={_BUSY_MS} -c statement_timeout=30000 -c idle_in_transaction_session_timeout=10000"
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Work = Callable[[Connection], Any]
+
+
+class _LateError(StoreError):
+    """Who asked was told that it failed, and may do it again: so it is undone."""
+
+    def __init__(self) -> None:
+        super().__init__("the store failed: it took too long")
 
 
 class Prepared:
@@ -101,27 +93,29 @@ class Store:
     """
 
     def __init__(self, url: str = DEFAULT) -> None:
-        parsed = _parse(url)
+        parsed = parse(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
         self.name = parsed.database if is_sqlite else f"{parsed.host or 'localhost'}/{parsed.database or ''}"
         """For messages: no password."""
         # Together, on PostgreSQL, works would lock rows in an order that another replica's may cross.
         self._most_writers, readers, self._most_together = (1, 1, 64) if is_sqlite else (8, 2, 1)
-        self._engine = _sqlite(parsed) if is_sqlite else _postgres(parsed, self._most_writers + readers)
+        self._engine = open_sqlite(parsed) if is_sqlite else open_postgres(parsed, self._most_writers + readers)
         self._errors = (SQLAlchemyError, sqlite3.Error, self._engine.dialect.loaded_dbapi.Error)
         self._reading = self._engine.execution_options(write=False)
         self._writing = self._engine.execution_options(write=True)
         self._at_once: Connection | None = None
-        self._writers = ThreadPoolExecutor(self._most_writers, "selfroute-store-writer")
-        self._readers = ThreadPoolExecutor(readers, "selfroute-store-reader")
+        self._writers = _Threads(self._most_writers, "selfroute-store-writer")
+        self._readers = _Threads(readers, "selfroute-store-reader")
         self._logged, self._moves_log = 0, is_sqlite
+        self.answer_s = ANSWER_S
+        """The longest that a caller waits, from now on."""
         self._waiting: deque[tuple[Work, asyncio.Future[Any]]] = deque()
         self._writers_busy = 0
         try:
             with self.begin() as connection:
                 migrate(connection)
             if is_sqlite:
-                self._at_once = _kept(self._engine.execution_options(at_once=True))
+                self._at_once = kept(self._engine.execution_options(at_once=True))
         except BaseException:
             self.close()
             raise
@@ -155,7 +149,8 @@ class Store:
         did.
 
         Raises:
-            StoreError: as from `begin`; nothing was written, unless the connection broke just as it was.
+            StoreError: as from `begin`, or there was no answer in time; nothing was written and nothing will be, unless
+                the connection broke, or the time was up, just as it was.
         """
         if brief and self._at_once and not self._writers_busy and (done := self._together([work], self._at_once)):
             self._wrote()
@@ -166,20 +161,42 @@ class Store:
         written: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, written))
         self._write_on()
-        return await _to_its_end(written)
+        return await self._to_its_end(written)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, run in a transaction that only reads; on SQLite it waits for no writer.
 
         Raises:
-            StoreError: as from `begin`.
+            StoreError: as from `begin`, or there was no answer in time.
         """
 
         def transact() -> T:
             with self.begin(write=False) as connection:
                 return work(connection)
 
-        return await _to_its_end(asyncio.get_running_loop().run_in_executor(self._readers, transact))
+        return await self._to_its_end(self._readers.run(transact))
+
+    async def _to_its_end(self, asked: asyncio.Future[T]) -> T:
+        """Its result, in time; whoever is cancelled waits for it all the same."""
+        giving_up = asked.get_loop().call_later(self.answer_s, self._give_up, asked)
+        asked.add_done_callback(_heard)
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            await asyncio.wait({asked})
+            raise
+        finally:
+            # Whoever is cancelled twice leaves it behind, and then it ends by itself.
+            if asked.done():
+                giving_up.cancel()
+
+    def _give_up(self, asked: asyncio.Future[Any]) -> None:
+        """Wait no longer; what has not begun never will."""
+        if not asked.done():
+            asked.set_exception(SilentStoreError(f"the store {self.name} failed: no answer in {self.answer_s:g} s"))
+        # They wait equally long, so that the first is given up first.
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
 
     def _write_on(self) -> None:
         """Give what waits to a writer that is idle."""
@@ -187,28 +204,23 @@ class Store:
             return
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most_together))]
         self._writers_busy += 1
-        loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._writers, self._together, [work for work, _ in group])
+        works, asked = [work for work, _ in group], [future for _, future in group]
 
         def written(running: asyncio.Future[list[tuple[Any, Exception | None]]]) -> None:
             self._writers_busy -= 1
-            for (_, done), (result, error) in zip(group, running.result(), strict=True):
-                if error is None:
-                    done.set_result(result)
-                else:
-                    done.set_exception(error)
+            for future, (result, error) in zip(asked, running.result(), strict=True):
+                _tell(future, result, error)
             self._write_on()
             self._wrote()
 
-        running.add_done_callback(written)
+        self._writers.run(lambda: self._together(works, asked=asked)).add_done_callback(written)
 
     def _wrote(self) -> None:
         """Count a transaction, and move SQLite's log into its file when there were many."""
         self._logged += 1
         if self._moves_log and self._logged >= _LOGGED:
             self._logged = 0
-            moving = asyncio.get_running_loop().run_in_executor(self._readers, self._move_log)
-            moving.add_done_callback(_told_of)
+            self._readers.run(self._move_log).add_done_callback(_told_of)
 
     def _move_log(self) -> None:
         """Move what is in the log by now, beside the others' transactions.
@@ -222,32 +234,52 @@ class Store:
             if pages > _LONG:
                 driver.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
-    def _together(self, works: list[Work], at_once: Connection | None = None) -> list[tuple[Any, Exception | None]]:
+    def _together(
+        self, works: list[Work], at_once: Connection | None = None, asked: Sequence[asyncio.Future[Any]] = ()
+    ) -> list[tuple[Any, Exception | None]]:
         """What each work returns, and how it failed: in one transaction, or, where one fails, one after the other.
 
-        Nothing where it would have to wait for another writer, and does not (`at_once`).
+        Nothing where it would have to wait for another writer, and does not (`at_once`). Whoever `asked` and was told
+        that it failed, for it took too long, may do it again: so it is undone.
         """
         results: list[Any] = []
         begun = False
         try:
-            with self._told(), self._writing.begin() if at_once is None else _transaction(at_once) as connection:
+            with self._told(), self._writing.begin() if at_once is None else transaction(at_once) as connection:
                 begun = True
                 for work in works:
                     results.append(work(connection))
+                if any(future.done() for future in asked):
+                    raise _LateError
             return [(result, None) for result in results]
+        except _LateError as error:
+            if len(works) == 1:
+                return [(None, error)]
         except Exception as error:
             if at_once and not begun:
                 return []
             if len(works) == 1 or not begun or len(results) == len(works):
                 return [(None, error)] * len(works)
-        return [outcome for work in works for outcome in self._together([work])]
+        if not asked:
+            return [self._together([work])[0] for work in works]
+        return [self._alone(work, future) for work, future in zip(works, asked, strict=True)]
+
+    def _alone(self, work: Work, asked: asyncio.Future[Any]) -> tuple[Any, Exception | None]:
+        """A work of several in a transaction of its own, told at once: those that come after may take long."""
+        if asked.done():
+            return None, _LateError()
+        [(result, error)] = self._together([work], asked=[asked])
+        with suppress(RuntimeError):
+            asked.get_loop().call_soon_threadsafe(_tell, asked, result, error)
+        return result, error
 
     def close(self) -> None:
-        """Finish what was asked for and let go of the database."""
+        """Finish what was asked for, if that is possible in time, and let go of the database."""
         # Whoever is the last to let go moves the log.
         self._moves_log = False
-        self._writers.shutdown()
-        self._readers.shutdown()
+        by = time.monotonic() + self.answer_s
+        if left := self._writers.end(by) + self._readers.end(by):
+            _log.error("the store %s does not answer; transactions left to themselves: %d", self.name, left)
         if self._at_once:
             self._at_once.close()
         self._engine.dispose()
@@ -262,128 +294,68 @@ def _told_of(moving: asyncio.Future[None]) -> None:
         _log.error("the store's log grows: %s", error)
 
 
-async def _to_its_end(running: asyncio.Future[T]) -> T:
-    """Its result; whoever is cancelled waits for it all the same."""
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        running.exception()
-        raise
+class _Threads:
+    """Up to `most` threads that run what an event loop gives them.
 
-
-def missing(url: str) -> str | None:
-    """The path of an SQLite store that is not there; None: there is one, or it is a server's.
-
-    Raises:
-        ConfigError: a URL that cannot be used.
+    They are daemons: a ThreadPoolExecutor's would keep the process from ending while one waits for a database.
     """
-    parsed = _parse(url)
-    is_sqlite = parsed.get_backend_name() == "sqlite"
-    return parsed.database if is_sqlite and not Path(parsed.database or "").exists() else None
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._calls: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._ended = False
+
+    def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """What `call` returns; it is not begun where that is told before."""
+        if self._ended:
+            raise StoreError("the store is closed")
+        asked: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.put((call, asked))
+        if len(self._threads) < self._most:
+            self._threads.append(threading.Thread(target=self._work, name=self._name, daemon=True))
+            self._threads[-1].start()
+        return asked
+
+    def end(self, by: float) -> int:
+        """Run what was given, until a time of the monotonic clock; how many threads are not done then."""
+        self._ended = True
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, by - time.monotonic()))
+        return sum(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        for call, asked in iter(self._calls.get, None):
+            if not asked.done():
+                _run(call, asked)
+            # Nothing of it is kept until the next comes.
+            del call, asked
 
 
-def _parse(text: str) -> URL:
-    """The URL of a store, its driver named."""
-    if "://" not in text:
-        return URL.create("sqlite", database=text)
+def _run(call: Callable[[], Any], asked: asyncio.Future[Any]) -> None:
+    result, error = None, None
     try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        # The text may hold a password.
-        raise ConfigError("the store's URL cannot be read: postgresql://user@host/database, or a file's path") from None
-    backend = url.get_backend_name()
-    if backend == "sqlite":
-        return URL.create("sqlite", database=url.database)
-    if backend in ("postgresql", "postgres"):
-        return url.set(drivername="postgresql+psycopg")
-    raise ConfigError(f"a store is SQLite or PostgreSQL, not {backend}: postgresql://user@host/database, or a path")
+        result = call()
+    except BaseException as raised:
+        error = raised
+    # The loop may be closed by now: then nobody waits.
+    with suppress(RuntimeError):
+        asked.get_loop().call_soon_threadsafe(_tell, asked, result, error)
 
 
-def _sqlite(url: URL) -> Engine:
-    if not url.database or url.database == ":memory:":
-        raise ConfigError("the store needs a file: workers share it")
-    path = Path(url.database)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        # SQLite gives the files beside it the same mode.
-        path.chmod(0o600)
-    except OSError as error:
-        raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
-    # Transactions end before a connection goes back, so there is nothing to undo then.
-    engine = create_engine(url, hide_parameters=True, pool_reset_on_return=None)
-
-    @event.listens_for(engine, "connect")
-    def connected(connection: sqlite3.Connection, _: Any) -> None:
-        # Transactions begin where `begin` below says so, and not where the driver thinks fit.
-        connection.isolation_level = None
-        for pragma in _PRAGMAS:
-            _set(connection, pragma)
-
-    @event.listens_for(engine, "begin")
-    def begun(connection: Connection) -> None:
-        # A writer that began by reading could be refused when it comes to write.
-        driver: Any = connection.connection.driver_connection
-        options = connection.get_execution_options()
-        if not options.get("at_once"):
-            driver.execute("BEGIN IMMEDIATE" if options.get("write") else "BEGIN")
-
-    return engine
+def _heard(asked: asyncio.Future[Any]) -> None:
+    """Who asked may be gone: then nobody else looks at how it failed."""
+    if not asked.cancelled():
+        asked.exception()
 
 
-def _kept(engine: Engine) -> Connection:
-    """A connection for what is written in the event loop's thread: taken once, for that takes as long as a write."""
-    connection = engine.connect()
-    driver: Any = connection.connection.driver_connection
-    for pragma in _AT_ONCE:
-        _set(driver, pragma)
-    return connection
-
-
-@contextmanager
-def _transaction(connection: Connection) -> Iterator[Connection]:
-    """A transaction that the driver begins and ends; SQLAlchemy is in it only where a statement is not `Prepared`."""
-    driver: Any = connection.connection.driver_connection
-    driver.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection
-        driver.commit()
-    except BaseException:
-        driver.rollback()
-        raise
-    finally:
-        # Its own has nothing left to end.
-        connection.rollback()
-
-
-def _set(connection: sqlite3.Connection, pragma: str) -> None:
-    """Set a pragma. Of several processes that open a new file, the change to WAL refuses some at once, whatever the
-    time-out, so it is tried again for that long."""
-    by = time.monotonic() + _BUSY_MS / 1000
-    while True:
-        try:
-            connection.execute(f"PRAGMA {pragma}")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > by:
-                raise
-        time.sleep(0.01)
-
-
-def _postgres(url: URL, connections: int) -> Engine:
-    try:
-        return create_engine(
-            url,
-            hide_parameters=True,
-            pool_size=connections,
-            max_overflow=0,
-            pool_pre_ping=True,
-            connect_args={"connect_timeout": 5, "options": _POSTGRES},
-        )
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "a PostgreSQL store needs psycopg: pip install 'selfroute[postgres]' (in a checkout: pip install "
-            "'.[postgres]')"
-        ) from error
+def _tell(asked: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """The outcome, to whoever still waits for it."""
+    if asked.done():
+        return
+    if error is None:
+        asked.set_result(result)
+    else:
+        asked.set_exception(error)

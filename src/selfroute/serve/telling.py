@@ -128,16 +128,15 @@ class Telling:
     async def _watch(self, work: asyncio.Task[None], receive: Receive, send: Send) -> None:
         """Until the answer is told or the client is gone; keeps a silent stream alive."""
         message = asyncio.ensure_future(receive())
+        pause_s = self._keep_alive_s if self._stream else None
         try:
             while not work.done():
-                done, _ = await asyncio.wait(
-                    {work, message}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait({work, message}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
                 if message in done:
                     if message.exception() or message.result()["type"] == "http.disconnect":
                         return
                     message = asyncio.ensure_future(receive())
-                elif not done and self._stream and time.monotonic() - self._sent_at >= self._keep_alive_s:
+                elif not done and time.monotonic() - self._sent_at >= self._keep_alive_s:
                     # Where the answer has ended meanwhile, the server takes no more.
                     with suppress(Exception):
                         await self._write(send, [], b": keep-alive\n\n")

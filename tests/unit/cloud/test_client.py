@@ -12,6 +12,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, cast
 
+import aiohttp
 import pytest
 from tests.servers import Exchange, Fault, Server, event, hang, reply
 
@@ -19,6 +20,7 @@ from selfroute.cloud import make_cloud
 from selfroute.cloud.client import OpenAICloud
 from selfroute.cloud.endpoint import OpenAIConfig
 from selfroute.cloud.memory import Cloud
+from selfroute.cloud.wire import parse_retry_after
 from selfroute.config import Choice, validate
 from selfroute.errors import CloudError, ConfigError
 from selfroute.types import CloudAnswer, CloudChunk, CloudRequest
@@ -279,6 +281,11 @@ def test_retry_after_is_honoured(after: Callable[[], str]) -> None:
     assert time.monotonic() - started >= 0.4
 
 
+@pytest.mark.parametrize("after", ["inf", "1e400", "nan", "-inf", "soon"])
+def test_a_retry_after_of_no_use_is_none(after: str) -> None:
+    assert parse_retry_after(after) is None
+
+
 def test_a_long_retry_after_is_an_error_and_not_a_wait() -> None:
     with Server(status(429, Retry_After="3600")) as server, pytest.raises(CloudError, match="asks to wait for 3600 s"):
         complete(server)
@@ -357,6 +364,17 @@ def test_an_attempt_that_broke_off_counts_at_its_worst_and_a_refused_one_not_at_
     for perhaps_charged in (cut_in_the_body, status(504), close_at_once):
         with Server(perhaps_charged) as server, pytest.raises(CloudError, match="spend limit"):
             complete(server, **limit)
+
+
+@pytest.mark.parametrize("perhaps_charged", [cut_in_the_body, status(504)])
+def test_whoever_answers_was_asked_whatever_the_transport_tells(
+    perhaps_charged: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = aiohttp.BytesPayload.write_with_length
+    monkeypatch.setattr("selfroute.cloud.transport._Body.write_with_length", silent)
+    worst = (len(json.dumps(ASK.messages[0])) * 2.0 + 100 * 8.0) / 1e6
+    with Server(perhaps_charged) as server, pytest.raises(CloudError, match="spend limit"):
+        complete(server, max_tokens=100, max_retries=1, spend_limit_usd=worst * 1.5)
 
 
 def test_what_broke_off_stands_in_the_ledger_as_money_and_no_call(tmp_path: Path) -> None:

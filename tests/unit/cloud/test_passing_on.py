@@ -144,7 +144,8 @@ def test_the_worst_case_counts_tools_images_and_the_clients_limit() -> None:
     )
     image = {"type": "image_url", "image_url": {"url": "https://example.org/large.png"}}
     seen = CloudRequest(({"role": "user", "content": [image, image]},), extra={"max_tokens": 10})
-    assert worst_usd(seen) > 2 * 20_000 * 2.0
+    # Of gpt-4o-mini, an image in high detail takes 2,833 + 8 * 5,667 tokens.
+    assert worst_usd(seen) > 2 * (2_833 + 8 * 5_667) * 2.0
 
 
 def billed(*script: Fault, limit: int = 2, **changes: Any) -> tuple[Bill, float, int, CloudError | None]:
@@ -356,3 +357,18 @@ def test_a_call_counts_where_the_provider_took_it_on_though_it_costs_nothing(fau
     with Server(otherwise=fault) as server, suppress(CloudError):
         asyncio.run(asked(server, CloudRequest(MESSAGES), bill, max_retries=0, **free))
     assert (bill.usd, bill.called) == (0.0, called)
+
+
+@pytest.mark.parametrize("send", [True, False])
+def test_reasoning_that_came_back_goes_where_it_is_wanted(send: bool) -> None:
+    calls = {"role": "assistant", "content": None, "reasoning_content": "I add", "tool_calls": [{"id": "c"}]}
+
+    async def run(server: Server) -> None:
+        cloud = OpenAICloud(OpenAIConfig(base_url=server.url, model="gpt-4.1", send_reasoning=send))
+        await cloud.complete(CloudRequest((*MESSAGES, calls)))
+        await cloud.aclose()
+
+    with Server() as server:
+        asyncio.run(run(server))
+        sent = server.requests[0].body["messages"][-1]
+    assert sent == (calls if send else {name: calls[name] for name in ("role", "content", "tool_calls")})

@@ -200,3 +200,20 @@ def test_a_proxy_of_the_environment(
     for head in heads:
         assert head.startswith("POST http://cloud.invalid/v1/chat ")
         assert f"Proxy-Authorization: Basic {base64.b64encode(b'me:canary').decode()}" in head
+
+
+async def wants_a_password(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_proxy_that_refuses_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> str:
+        async with Peer(wants_a_password) as peer:
+            monkeypatch.setenv("https_proxy", peer.url.removesuffix("/v1").replace("//", "//me:canary@"))
+            transport = Transport("sk-canary-2", 1, keep=True, trust_env=True)
+            with pytest.raises(BrokenError, match="407") as broken:
+                await transport.send("POST", "https://cloud.invalid/v1/chat", b"{}")
+            await transport.aclose()
+            return f"{broken.value!r} {broken.value.__dict__}"
+
+    assert "canary" not in asyncio.run(run())

@@ -20,7 +20,7 @@ def test_every_shipped_comparison_is_whole(name: str) -> None:
         training = config.training(method, lr=config.lrs[0], seed=7)
         assert (training.seed, training.lr) == (7, config.lrs[0])
         assert training.budget == {"rho=0.1": 0.091, "rho=1": 0.5}.get(method, 0.3)
-        assert training.task.settings["seed"] == 1, "the test problems must not be those that settings were tuned on"
+        assert training.task.settings["seed"] == 1, "another draw than the one that settings were tuned on"
         assert training.sampling.max_tokens == training.evaluation.max_tokens
     load_config(name, QUICK)
 

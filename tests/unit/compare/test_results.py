@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from selfroute.compare.report import write_report
-from selfroute.compare.results import load_testbed, summarise
+from selfroute.compare.results import _interval, load_testbed, summarise
 from selfroute.compare.rows import Record, read_row, write_row
 from selfroute.errors import RunError
 from selfroute.records import write_json
@@ -135,6 +136,50 @@ def test_points_have_no_curve(folder: Path) -> None:
     assert found["cloud_only"]["device_tokens"] is None
 
 
+def test_an_interval_joins_problems_and_seeds() -> None:
+    """Student's t of 0.5, 0.6 and 0.7: 4.3027 * 0.1 / sqrt(3) = 0.2484; beside it the draws' quantiles."""
+    spread = [0.6 + 0.04 * x for x in np.linspace(-1, 1, 41)]
+    found = _interval("apgr", [0.5, 0.6, 0.7], spread)
+    assert found.value == pytest.approx(0.6)
+    # Quantiles of 41 even steps: 0.95 * 0.04 on each side.
+    assert 0.6 - found.low == pytest.approx(math.hypot(0.038, 0.2484), abs=1e-4)
+    assert found.high - 0.6 == pytest.approx(math.hypot(0.038, 0.2484), abs=1e-4)
+    alone = _interval("apgr", [0.6], spread)
+    assert (alone.low, alone.high) == (pytest.approx(0.562), pytest.approx(0.638))
+    assert _interval("accuracy", [0.9, 0.6, 0.9], spread).high == 1.0
+    assert _interval("difference_to_ours", [0.9, 0.6, 0.9], spread).high > 1.0
+    assert _interval("accuracy", [0.5, math.nan, 0.7], spread).value == pytest.approx(0.6)
+    assert math.isnan(_interval("apgr", [math.nan], []).value)
+
+
+def test_intervals_of_three_seeds_hold_the_truth() -> None:
+    """Where seeds differ more than problems do, a bootstrap of three of them would hold it three times in four."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        values = list(rng.normal(0.5, 0.04, 3))
+        found = _interval("apgr", values, [sum(values) / 3])
+        held += found.low <= 0.5 <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(("score", "alone"), [(None, 3.0), (-1.0, 3.0), (1.5, 3.2), (3.0, 3.2)])
+def test_by_a_score_alone_what_has_no_answer_is_asked_as_it_says(
+    score: float | None, alone: float, tmp_path: Path
+) -> None:
+    """And last where it says nothing."""
+    rows = [(score, 0, 1), (2.0, 0, 1), (1.0, 1, 1), (0.0, 1, 0)]
+    write(tmp_path / "bed", "gapg", 0, rows, threshold=1.5, asked=[0] * 4)
+    first, *others = read_row(tmp_path / "bed", "gapg", 0).records
+    info = {"calibration": {"threshold": 1.5}}
+    write_row(tmp_path / "bed", "gapg", 0, info, [replace(first, undecided=True), *others])
+    found = table(tmp_path / "bed")["gapg"]
+    # At 30 % of 4 problems: the first, and a fifth of the second, and alone the two that it says.
+    assert found["accuracy_at_30"]["value"] == pytest.approx((2 + 1 + 0.2) / 4)
+    assert found["score_alone_at_30"]["value"] == pytest.approx(alone / 4)
+    assert found["decision_auc"]["value"] == 1.0
+
+
 def test_a_difference_is_paired(tmp_path: Path) -> None:
     """The same responses under another name differ by exactly nothing in every draw; accuracy itself is uncertain."""
     rng = np.random.default_rng(0)
@@ -188,23 +233,31 @@ def test_rows_of_other_problems_are_refused(folder: Path) -> None:
         load_testbed(folder)
 
 
-def test_the_ledger_adds_a_routers_own_fit(tmp_path: Path) -> None:
-    ledger = {"cloud_calls": 10, "cost_usd": 0.5, "device_tokens": 1000, "seconds": 60.0}
+def test_the_ledger_adds_a_routers_own_fit_and_the_searches_validations(tmp_path: Path) -> None:
+    ledger = {"cloud_calls": 10, "cost_usd": 0.5, "device_tokens": 1000, "seconds": 60.0, "cpu_seconds": 50.0}
     bed, config = tmp_path / "bed", {"lr": 1e-4}
     write(bed, "task_tuning", 0, OTHER, asked=[0] * 5, ledger=ledger, config=config)
-    fit = {"device_tokens": 500, "seconds": 5.0}
+    fit = {"device_tokens": 500, "seconds": 5.0, "cpu_seconds": 4.0}
     write(bed, "probe", 0, OTHER, threshold=3.5, ledger=ledger, config=config, fit=fit)
     found = table(bed)
-    assert (found["task_tuning"]["train_device_tokens"], found["task_tuning"]["train_seconds"]) == (1000, 60)
-    assert (found["probe"]["train_device_tokens"], found["probe"]["train_seconds"]) == (1500, 65)
-    assert found["probe"]["train_cloud_calls"] == 10
-    assert found["probe"]["search_seconds"] is None
-    tried = {"0.0001": {"validation": 0.5, "ledger": ledger}, "0.0002": {"validation": 0.4, "ledger": ledger},
-             "0.1": {"validation": None, "ledger": None}}  # fmt: skip
+
+    def values(method: str, kind: str, *keys: str) -> list[float]:
+        return [found[method][f"{kind}_{key}"] for key in keys]
+
+    train = ("cloud_calls", "device_tokens", "seconds", "cpu_seconds")
+    assert values("task_tuning", "train", *train) == [10, 1000, 60, 50]
+    assert values("probe", "train", *train) == [10, 1500, 65, 54]
+    assert found["probe"]["search_cpu_seconds"] is None
+    validated = {"cloud_calls": 40, "cost_usd": 0.04, "seconds": 3.0, "cpu_seconds": 2.0}
+    tried = {
+        "0.0001": {"validation": 0.5, "ledger": ledger, "validated": validated},
+        "0.0002": {"validation": 0.4, "ledger": ledger, "validated": validated},
+        "0.1": {"validation": None, "ledger": None},
+    }
     write_json(bed / "search/task_tuning.json", {"tried": tried, "chosen": 1e-4})
     found = table(bed)
     for method in ("task_tuning", "probe"):
-        assert (found[method]["search_cloud_calls"], found[method]["search_seconds"]) == (10, 60)
+        assert values(method, "search", "cloud_calls", "cost_usd", "cpu_seconds") == [90, 0.58, 54]
 
 
 def test_a_mean_score_is_measured_where_answers_are_graded(folder: Path) -> None:

@@ -160,7 +160,7 @@ def fresh() -> HFEngine:
 
 EVERY_ROUTER = [
     "naive_offloading", "router", "router_encoder", "router_boosting", "log_probability", "self_consistency",
-    "prompt_variants", "probe", "decision_votes",
+    "prompt_variants", "probe", "prompt_probe", "unanswered_first", "decision_votes",
 ]  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> 
 
     cloud = Cloud(make_cloud(settings.train.cloud), Path(":memory:"))
     try:
-        routed = route_test(fitted, fresh, Countdown(task.config), cloud, settings, 0, quiet)
+        routed, answers = route_test(fitted, fresh, Countdown(task.config), cloud, settings, 0, quiet)
     finally:
         cloud.close()
     assert listener.seen & held_out
@@ -192,8 +192,21 @@ def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> 
         assert all(r.score is not None and 0 <= r.score <= 1 for r in records), method
     # What has no readable answer is seen by those that look at responses, and by them alone.
     undecided = {m: sum(r.undecided for r in records) for m, records in routed.items()}
-    assert all(undecided[m] == 0 for m in ("naive_offloading", "router", "router_encoder", "router_boosting"))
-    assert undecided["log_probability"] == undecided["probe"] == sum(r.answer is None for r in routed["probe"])
+    prompt_only = ("naive_offloading", "router", "router_encoder", "router_boosting", "prompt_probe")
+    assert all(undecided[m] == 0 for m in prompt_only)
+    unanswered = sum(r.answer is None for r in routed["probe"])
+    assert unanswered > 0
+    assert all(undecided[m] == unanswered for m in ("log_probability", "probe", "unanswered_first"))
+    assert answers == [r.answer for r in routed["probe"]]
+    # Each is charged with the responses that it needs.
+    fits = {f.method: f.info["fit"] for f in fitted}
+    tokens = {m: fit["device_tokens"] for m, fit in fits.items()}
+    assert tokens["naive_offloading"] == 0
+    assert tokens["self_consistency"] > tokens["log_probability"] == tokens["unanswered_first"] > 0
+    assert tokens["router_encoder"] == tokens["router_boosting"] == tokens["prompt_probe"] > 0
+    assert tokens["router"] == tokens["probe"] == tokens["router_encoder"] + tokens["log_probability"]
+    for clock in ("seconds", "cpu_seconds"):
+        assert fits["router"][clock] > max(fits[m][clock] for m in ("router_encoder", "router_boosting"))
     chosen = next(f for f in fitted if f.method == "router").info["chosen"]
     assert [r.score for r in routed["router"]] == [r.score for r in routed[chosen]]
 
@@ -220,6 +233,8 @@ def test_neither_the_search_nor_our_own_calibration_sees_a_test_problem(tmp_path
     search = read_json(tmp_path / f"search/{OURS}.json")
     assert row["config"]["lr"] == search["chosen"]
     assert set(search["tried"]) == {"0.0001", "0.0002"}
+    # The cloud was asked about each calibration problem, for each rate.
+    assert [t["validated"]["cloud_calls"] for t in search["tried"].values()] == [40, 40]
     best = search["tried"][f"{search['chosen']:g}"]["validation"]
     assert best == max(t["validation"] for t in search["tried"].values())
 
@@ -236,9 +251,33 @@ class Diverging(Matrix):
 def test_a_rate_that_diverges_is_ruled_out(tmp_path: Path) -> None:
     assert Diverging(config([OURS], lrs=[1.0, 1e-4]), tmp_path / "a", quiet)._choose_lr(OURS, quiet) == 1e-4
     tried = read_json(tmp_path / f"a/search/{OURS}.json")["tried"]
-    assert tried["1"] == {"validation": None, "error": "the loss is nan at step 1", "ledger": None}
+    assert tried["1"].items() >= {"validation": None, "error": "the loss is nan at step 1", "ledger": None}.items()
     with pytest.raises(DivergenceError, match="diverges at every learning rate"):
         Diverging(config([OURS], lrs=[1.0, 2.0]), tmp_path / "b", quiet)._choose_lr(OURS, quiet)
+
+
+def test_a_search_under_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = config([OURS], lrs=[1e-4, 2e-4])
+    Matrix(settings, tmp_path, quiet)._choose_lr(OURS, quiet)
+    file = tmp_path / f"search/{OURS}.json"
+    known = read_json(file)
+    tried = known["tried"]["0.0001"]["config"]
+    tried["sampling"]["forbid_help"] = False
+    write_json(file, known)
+    with pytest.raises(RunError, match=rf"{OURS}\.json was made with other settings \(sampling\)"):
+        Matrix(settings, tmp_path, quiet)._choose_lr(OURS, quiet)
+    # An earlier version kept no settings there, but in the rows.
+    for one in known["tried"].values():
+        del one["config"]
+    write_json(file, known)
+    with pytest.raises(RunError, match="does not say with which settings: remove it"):
+        Matrix(settings, tmp_path, quiet)._choose_lr(OURS, quiet)
+    write_row(tmp_path, OURS, 0, {"config": tried}, [])
+    with pytest.raises(RunError, match=rf"rows/{OURS} was made with other settings \(sampling\)"):
+        Matrix(settings, tmp_path, quiet)._choose_lr(OURS, quiet)
+    tried["sampling"]["forbid_help"] = True
+    write_row(tmp_path, OURS, 0, {"config": tried}, [])
+    assert Matrix(settings, tmp_path, quiet)._choose_lr(OURS, quiet) == known["chosen"]
 
 
 class Full(Matrix):
@@ -299,8 +338,19 @@ def test_routers_refuse_a_model_that_is_not_that_of_the_row(tmp_path: Path) -> N
     other = [replace(r, answer="1") for r in row.records]
     write_row(bed, TASK_TUNED, 0, {"config": row.info["config"], "ledger": row.info["ledger"]}, other, row.metrics)
     shutil.rmtree(bed / "runs")
-    with pytest.raises(RunError, match="is not that of the row that is there"):
-        compare(config([TASK_TUNED, "probe"]), tmp_path)
+    # The votes of several responses are not the row's, but the first response is.
+    for router in ("probe", "self_consistency"):
+        with pytest.raises(RunError, match="is not that of the row that is there"):
+            compare(config([TASK_TUNED, router]), tmp_path)
+
+
+@pytest.mark.parametrize(("base", "router"), [(TASK_TUNED, "probe"), (OURS, "decision_votes")])
+def test_routers_refuse_other_weights_than_those_of_the_row(base: str, router: str, tmp_path: Path) -> None:
+    compare(config([base]), tmp_path)
+    file = tmp_path / f"bed/rows/{base}/seed-0.json"
+    write_json(file, {**read_json(file), "weights_sha256": "0" * 64})
+    with pytest.raises(RunError, match=f"the model of {base}, seed 0, trained again, is not that of the row"):
+        compare(config([base, router]), tmp_path)
 
 
 def test_too_few_calibration_problems_are_told_at_once(tmp_path: Path) -> None:
@@ -330,7 +380,22 @@ def test_equal_ablations_train_once_and_clouds_are_swapped(tmp_path: Path) -> No
     assert [r.device_correct for r in half.records] == [r.device_correct for r in swapped.records]
     assert all(r.cloud_correct for r in swapped.records)
     assert not all(r.cloud_correct for r in half.records)
-    assert row_info(bed, "cloud=0.95@accuracy=1.0", 0) is not None
+    info = row_info(bed, "cloud=0.95@accuracy=1.0", 0)
+    assert info is not None
+    write_json(bed / "rows/cloud=0.95@accuracy=1.0/seed-0.json", {**info, "swapped_cloud": {"name": "other"}})
+    with pytest.raises(RunError, match="is of another cloud"):
+        compare(settings, tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_ablation_that_changes_nothing_is_a_copy_of_ours(jobs: int, tmp_path: Path) -> None:
+    ablations = {"G=4": {"num_responses": 4}, "lr=0.001": {"lr": 1e-3}}
+    compare(config([OURS], ablations=ablations), tmp_path, jobs=jobs)
+    bed = tmp_path / "bed"
+    assert sorted(p.name for p in (bed / "runs").iterdir()) == [OURS, "lr=0.001"]
+    copy = row_info(bed, "G=4", 0)
+    assert copy is not None
+    assert copy["same_as"] == OURS
 
 
 def test_what_is_finished_stays_when_the_cloud_fails(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.servers import Exchange, Fault, Server, event, hang
 
 from selfroute.config import validate
 from selfroute.device.http import HTTPConfig, HTTPEngine, number
-from selfroute.errors import ConfigError, ContextError, DeviceError
+from selfroute.errors import ConfigError, ContextError, DeviceError, RejectedError
 from selfroute.protocol import HELP_CALL
 from selfroute.types import DeviceChunk, DeviceRequest
 
@@ -173,7 +173,24 @@ def test_a_refused_key_is_named_and_not_told(monkeypatch: pytest.MonkeyPatch) ->
     ids=["llama.cpp", "vllm"],
 )
 def test_too_long_a_conversation_is_an_error_of_its_own(error: dict[str, Any]) -> None:
-    raised(lambda exchange: exchange.status(400, {"error": error}), kind=ContextError)
+    message = raised(lambda exchange: exchange.status(400, {"error": error}), kind=ContextError)
+    # A client is told, whom the engine's address is no business of.
+    assert "http" not in message
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_the_engine_refuses_is_an_error_of_its_own(status: int) -> None:
+    error = {"message": "Conversation roles must alternate"}
+    message = raised(lambda exchange: exchange.status(status, {"error": error}), kind=RejectedError)
+    assert message == "the engine refuses the request: Conversation roles must alternate"
+
+
+@pytest.mark.parametrize(
+    "said", ["No models loaded. Please load a model", "model 'qwen' not found, try pulling it first"]
+)
+def test_an_engine_without_its_model_is_no_fault_of_the_request(said: str) -> None:
+    message = raised(lambda exchange: exchange.status(400, {"error": {"message": said}}))
+    assert "answers 400" in message
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def test_attempts_hold_what_the_model_did(engine: HFEngine) -> None:
             output = engine.model(torch.tensor([[*prompt, *ids]]), output_hidden_states=True)
         log_prob = output.logits[0].log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).mean()
         assert a.confidence == pytest.approx(log_prob.exp().item(), rel=1e-3)
+        assert np.allclose(a.prompt_state, output.hidden_states[-1][0, len(prompt) - 1].numpy(), atol=1e-4)
         if a.response.finished:
             assert a.response.decision_index is not None
             state = output.hidden_states[-1][0, len(prompt) - 1 + a.response.decision_index].numpy()

@@ -26,8 +26,8 @@ from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Router
 from selfroute.routers.classifier import Boosting, Encoder
 from selfroute.routers.confidence import Confidence
-from selfroute.routers.naive import Naive
-from selfroute.routers.probe import Probe
+from selfroute.routers.naive import Naive, UnansweredFirst
+from selfroute.routers.probe import Probe, PromptProbe
 from selfroute.tasks.addition import problem
 from selfroute.tasks.expressions import canonical
 from selfroute.types import Response
@@ -45,7 +45,8 @@ def attempt(
     low = 10 ** (digits - 1)
     made = problem(rng.randint(low, 10 * low - 1), rng.randint(low, 10 * low - 1))
     more = tuple(response(o) for o in others)
-    return Attempt(made, response(answer), confidence, np.zeros(4, dtype=np.float32), more, more[:1])
+    nothing = np.zeros(4, dtype=np.float32)
+    return Attempt(made, response(answer), confidence, nothing, nothing, more, more[:1])
 
 
 def by_length(count: int, seed: int) -> tuple[list[Attempt], list[bool]]:
@@ -53,6 +54,12 @@ def by_length(count: int, seed: int) -> tuple[list[Attempt], list[bool]]:
     rng = random.Random(seed)
     digits = [rng.randint(1, 6) for _ in range(count)]
     return [attempt("1", digits=d, seed=rng.getrandbits(32)) for d in digits], [d <= 3 for d in digits]
+
+
+def test_chance_among_those_with_an_answer_looks_at_the_response() -> None:
+    attempts = [attempt("1", seed=n) for n in range(20)]
+    assert UnansweredFirst(0).route(attempts) == Naive(0).route(attempts)
+    assert (Naive.prompt_only, UnansweredFirst.prompt_only) == (True, False)
 
 
 def test_agreement_by_hand() -> None:
@@ -139,15 +146,18 @@ def test_prompt_routers_see_the_prompt_alone(engine: HFEngine, which: int) -> No
     assert [r.score for r in router.route([one])] == [r.score for r in router.route([other])]
 
 
-def test_a_probe_reads_the_hidden_state() -> None:
+@pytest.mark.parametrize("kind", [Probe, PromptProbe])
+def test_a_probe_reads_the_hidden_state(kind: type[Probe]) -> None:
     rng = np.random.default_rng(0)
     attempts, correct = [], []
     for n in range(600):
         state = rng.normal(size=4).astype(np.float32)
         made = attempt("1", seed=n)
-        attempts.append(Attempt(made.problem, made.response, 0.5, state))
+        other = rng.normal(size=4).astype(np.float32)
+        states = (state, other) if kind is Probe else (other, state)
+        attempts.append(Attempt(made.problem, made.response, 0.5, *states))
         correct.append(bool(state[0] + 0.1 * rng.normal() > 0))
-    probe = Probe()
+    probe = kind()
     probe.fit(attempts[:400], correct[:400])
     scores = [r.score for r in probe.route(attempts[400:])]
     assert all(0 <= s <= 1 for s in scores)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +22,7 @@ def test_a_window_holds_what_happened_within_its_length_and_at_most_a_slot_more(
     window, now, happened = Window(length_s), 1e9, []
     for later_s, requests, calls in steps:
         now += later_s
-        window = window.count(now, requests, calls)
+        window = window.add(now, requests, calls)
         happened.append((now, requests, calls))
         found = window.totals(now)
         for i in (0, 1):
@@ -35,7 +33,7 @@ def test_a_window_holds_what_happened_within_its_length_and_at_most_a_slot_more(
 
 
 def test_a_window_is_empty_when_all_has_left_and_says_when_the_oldest_call_will() -> None:
-    window = Window(60).count(1200.5, requests=2).count(1210.2, requests=1, calls=1)
+    window = Window(60).add(1200.5, requests=2).add(1210.2, requests=1, calls=1)
     assert window.totals(1210.2) == (3, 1)
     # Slots are of 3 s: those from 1200 and from 1209 on.
     assert window.moves_on_in_s(1211.0, calls=True) == pytest.approx(1209 + 63 - 1211)
@@ -45,12 +43,12 @@ def test_a_window_is_empty_when_all_has_left_and_says_when_the_oldest_call_will(
 
 
 def test_a_clock_that_is_behind_counts_at_the_newest_slot() -> None:
-    window = Window(60).count(1000, calls=1).count(100, calls=1)
+    window = Window(60).add(1000, calls=1).add(100, calls=1)
     assert window.totals(1000) == (0, 2)
 
 
 def test_a_call_is_taken_back_once_and_only_while_it_is_there() -> None:
-    window = Window(60).count(1200, requests=1, calls=1).count(1203, calls=1)
+    window = Window(60).add(1200, requests=1, calls=1).add(1203, calls=1)
     assert window.take_back(1202.9).totals(1203) == (1, 1)
     assert window.take_back(1202.9).take_back(1200).totals(1203) == (1, 1)
     assert window.take_back(900) == window
@@ -102,10 +100,12 @@ def test_money_of_a_day_counts_what_is_held_back_and_begins_anew_at_midnight() -
     held = account().hold(NOW, nano(0.6))
     assert refuses(held, nano(0.4), usd_per_day=1) is None
     assert refuses(held, nano(0.4) + 1, usd_per_day=1) == Denied("usd_per_day", KEY, midnight - NOW)
-    settled = replace(held, held=0, spent=nano(0.1))
+    settled = held.pay(held.day, nano(0.6), nano(0.1))
+    assert (settled.held, settled.spent) == (0, nano(0.1))
     assert refuses(settled, nano(0.9), usd_per_day=1) is None
     assert refuses(settled, nano(0.9) + 1, usd_per_day=1) is not None
     tomorrow = held.on(held.day + 1, 3600)
+    assert tomorrow.pay(held.day, nano(0.6), nano(0.1)) == tomorrow
     assert refuses(tomorrow, nano(1), now=midnight, usd_per_day=1) is None
     assert refuses(tomorrow, nano(1) + 1, now=midnight, usd_per_day=1) == Denied("usd_per_day", KEY, None)
 

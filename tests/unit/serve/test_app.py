@@ -50,7 +50,6 @@ class World:
     limits: Limits = field(default_factory=Limits)
     keys: FakeKeys | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    idle_s: float = 0.5
     keep_alive_s: float = 15.0
 
     @contextmanager
@@ -58,7 +57,7 @@ class World:
         self.url = ""
         self.budget, self.recorder = MemoryBudget(self.limits), MemoryRecorder()
         config = GatewayConfig(**self.config)
-        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=self.idle_s)
+        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=60)
         self.gateway = Gateway(config, pair, self.budget, self.keys, keep_alive_s=self.keep_alive_s)
         with ExitStack() as stack:
             self.url = stack.enter_context(serving(make_app(self.gateway)))
@@ -182,6 +181,16 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "a paid search": ({**CHAT, "search_parameters": {"mode": "on"}}, 400, "search_parameters"),
     "another upstream": ({**CHAT, "base_url": "http://evil.example"}, 400, "base_url"),
     "another key": ({**CHAT, "api_key": None}, 400, "api_key"),
+    "another account": ({**CHAT, "aws_region_name": "eu"}, 400, "aws_region_name"),
+    "another model if that fails": ({**CHAT, "fallbacks": ["dear"]}, 400, "fallbacks"),
+    "another model of a proxy": ({**CHAT, "litellm_params": {"model": "dear"}}, 400, "litellm_params"),
+    "more tokens by another name": ({**CHAT, "n_predict": 100_000}, 400, "n_predict"),
+    "fields in a field": ({**CHAT, "extra_body": {"n": 8}}, 400, "extra_body"),
+    "a text that is a part": (
+        {**CHAT, "messages": [{"role": "user", "content": {"text": "hi"}}]},
+        400,
+        "messages.0.content",
+    ),
     "a paid tool": ({**CHAT, "tools": [{"type": "web_search"}]}, 400, "tools.0"),
     "no tools": ({**CHAT, "tools": 7}, 400, "tools"),
     "a file": ({**CHAT, "messages": [{"role": "user", "content": [{"type": "file"}]}]}, 400, "messages.0.content"),
@@ -283,9 +292,37 @@ def test_models_and_health() -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.get("/readyz").status_code == 200
-        world.device.failure = DOWN
-        assert client.get("/readyz").status_code == 503
-        assert "engine" not in client.get("/readyz").text
+        for failure in (DOWN, RuntimeError("an engine of the user's own")):
+            world.device.failure = failure
+            assert client.get("/readyz").status_code == 503
+            assert "engine" not in client.get("/readyz").text
+
+
+def test_whoever_asks_for_readiness_the_device_is_asked_once_at_a_time() -> None:
+    class Slow(ScriptedDevice):
+        asked = 0
+
+        async def ready(self) -> None:
+            self.asked += 1
+            await answers.wait()
+
+    async def story() -> None:
+        gateway = Gateway(GatewayConfig(), Pair(device, ScriptedCloud(), budget, MemoryRecorder()), budget)
+        transport = httpx2.ASGITransport(make_app(gateway))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asking = [asyncio.create_task(client.get("/readyz")) for _ in range(8)]
+            await asyncio.sleep(0.1)
+            # Whoever goes takes no answer from the others.
+            asking.pop(0).cancel()
+            await asyncio.sleep(0.1)
+            assert device.asked == 1
+            answers.set()
+            assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+            assert (await client.get("/readyz")).status_code == 200
+            assert device.asked == 2
+
+    answers, device, budget = asyncio.Event(), Slow(ANSWERS), MemoryBudget(Limits())
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "[::2]:80"])
@@ -379,7 +416,7 @@ def test_too_many_requests_a_minute() -> None:
 
 
 def test_too_many_requests_at_a_time() -> None:
-    world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1}, idle_s=60)
+    world = World(ScriptedDevice(["2+", None], ANSWERS), config={"max_concurrent": 1})
     with world.client() as client, ExitStack() as stack:
         first = stack.enter_context(client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
         # Kept: an iterator that is let go closes the connection.
@@ -411,7 +448,7 @@ def test_an_error_in_the_middle_of_a_stream() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_stops_the_device(stream: bool) -> None:
-    world = World(ScriptedDevice(["2+", None]), idle_s=60)
+    world = World(ScriptedDevice(["2+", None]))
     with world.client() as client:
         body = json.dumps({**CHAT, "stream": stream}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"

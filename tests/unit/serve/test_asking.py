@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from selfroute.serve.asking import Ask, ask_of, beyond, read
+from selfroute.serve.asking import Ask, ChatRequest, ask_of, beyond, read
 from selfroute.serve.chat import merged
 
 USER = {"role": "user", "content": "2+3?"}
@@ -69,6 +70,16 @@ def test_fields_that_a_device_cannot_serve(fields: dict[str, Any], found: str) -
 )
 def test_messages_that_a_device_cannot_serve(message: dict[str, Any], found: str) -> None:
     assert beyond([USER, message], {}, set()) == found
+
+
+@pytest.mark.parametrize(
+    "fields", [{"messages": [1] * 1000}, {"tools": [1] * 1000}, {"selfroute": {str(n): 1 for n in range(1000)}}]
+)
+def test_the_first_fault_ends_the_reading(fields: dict[str, Any]) -> None:
+    # Else a body of 8 MiB would become as many errors of a thousand bytes as it has members.
+    with pytest.raises(ValidationError) as invalid:
+        ChatRequest.model_validate({**CHAT, **fields})
+    assert invalid.value.error_count() == 1
 
 
 def test_pieces_of_a_message_become_the_whole() -> None:

@@ -101,13 +101,21 @@ def test_what_cannot_be_checked_stays(content: Any, status: int) -> None:
 
 def test_images_pass_where_the_config_says_so() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5000}}
-    parts = [image, {"type": "text", "text": MAIL}]
+    plain = {"type": "image_url", "image_url": image["image_url"]["url"]}
+    sound = {"type": "input_audio", "input_audio": {"data": "A" * 5000}}
+    parts = [image, plain, sound, {"type": "text", "text": MAIL}]
     finder = ScriptedFinder(MAIL)
     crossing = cross(user(parts), finder=finder, unreadable="pass", max_chars=100)
-    assert crossing.request.messages[0]["content"] == [image, {"type": "text", "text": "<EMAIL_1>"}]
+    assert crossing.request.messages[0]["content"] == [image, plain, sound, {"type": "text", "text": "<EMAIL_1>"}]
     assert finder.asked == [([MAIL], True)]
-    # A text is not taken for a file.
-    assert held_back(user("A " * 5000), finder=finder, unreadable="pass", max_chars=100).status == 413
+    # A text is not taken for a file, whatever it looks like and wherever it stands.
+    elsewhere = [{"type": "text", "text": "A" * 5000}]
+    sound = [{"type": "input_audio", "input_audio": {"data": "Project-4111", "format": "A" * 99}}]
+    page = [{"type": "image_url", "image_url": {"url": "data:text/html;base64," + "A" * 5000}}]
+    aside = [{"type": "image_url", "image_url": {"data": "A" * 5000}}]
+    address = [{"type": "image_url", "image_url": {"url": "https://a.org/" + "A" * 5000}}]
+    for content in ("A " * 5000, "A" * 5000, elsewhere, address, page, aside, sound):
+        assert held_back(user(content), finder=finder, unreadable="pass", max_chars=100).status == 413
 
 
 def test_a_check_that_fails_or_is_slow_lets_nothing_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import selfroute
 
 from selfroute import api
 from selfroute.cloud.client import OpenAICloud
 from selfroute.config import Choice
 from selfroute.device.live import LiveConfig
-from selfroute.errors import ConfigError
+from selfroute.errors import ConfigError, SelfrouteError
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud, whole
 from selfroute.serve.server import listening
 
@@ -34,6 +37,36 @@ def test_other_machines_are_served_with_keys_only(host: str) -> None:
 def test_settings_that_cannot_be(change: str) -> None:
     with pytest.raises(ConfigError):
         api.load_gateway_config(None, [change])
+
+
+def test_a_spend_limit_of_training_is_refused() -> None:
+    # Each worker would count from 0 at every start.
+    with pytest.raises(ConfigError, match="usd_per_day"):
+        api.load_gateway_config(None, ["cloud.name=openai", "cloud.spend_limit_usd=5"])
+
+
+@pytest.mark.parametrize(
+    ("store", "printed"),
+    [
+        ("postgresql://me:canary@db/x", "postgresql://me:***@db/x"),
+        ("postgresql://me:can/ary@db/x", "postgresql://me:***@db/x"),
+        ("postgresql://me@tenant:canary@db/x", "postgresql://me%40tenant:***@db/x"),
+        ("postgresql://db/x?user=me&password=canary", "postgresql://db/x?password=***&user=me"),
+        ("postgresql://db/x?pass%77ord=canary", "postgresql://db/x?password=***"),
+        ("runs/a.sqlite", "runs/a.sqlite"),
+    ],
+)
+def test_what_would_run_is_printed_without_a_password(store: str, printed: str) -> None:
+    engine = ("device.name=http", "device.base_url=http://localhost:1/v1")
+    assert json.loads(selfroute("serve", *engine, f"store={store}", "--dry-run"))["store"] == printed
+
+
+def test_what_would_run_is_printed_without_the_stores_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    monkeypatch.delitem(sys.modules, "selfroute.serve.database")
+    assert json.loads(selfroute("serve", "--dry-run"))["store"] == "runs/gateway.sqlite"
+    with pytest.raises(SelfrouteError, match=r"pip install 'selfroute\[serve\]'"):
+        selfroute("serve", "store=postgresql://me@db/x", "--dry-run")
 
 
 def test_a_model_in_process_is_loaded_once() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tests.serving import DOWN, UNREACHABLE, MemoryBudget, MemoryRecorder, ScriptedCloud, ScriptedDevice, said
 
-from selfroute.errors import CloudError, ContextError
+from selfroute.errors import CloudError, ContextError, RejectedError
 from selfroute.protocol import HELP_CALL, INSTRUCTION
 from selfroute.serve.account import Limits
 from selfroute.serve.asking import Ask
 from selfroute.serve.events import Content, Course, Done, Event, Other, Reasoning, Turn
 from selfroute.serve.handoff import Pair, answer
 from selfroute.serve.refusal import RefusedError
-from selfroute.types import CloudChunk, DeviceChunk
+from selfroute.types import CloudChunk, DeviceChunk, Policy
 
 QUESTION = ({"role": "user", "content": "2+3?"},)
 ASKS = said("hard", "\n<unk", HELP_CALL.removeprefix("<unk"))
@@ -32,6 +32,7 @@ class World:
     cloud: ScriptedCloud = field(default_factory=lambda: ScriptedCloud("fi", "ve"))
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     recorder: MemoryRecorder = field(default_factory=MemoryRecorder)
+    idle_s: float = 60.0
     log_content: bool = False
     told: list[Event] = field(default_factory=list)
     course: Course = field(default_factory=Course)
@@ -43,7 +44,7 @@ class World:
         async def tell(event: Event) -> None:
             self.told.append(event)
 
-        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=0.2, log_content=self.log_content)
+        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=self.idle_s, log_content=self.log_content)
         await answer(Ask(**{"id": "r1", "model": "m", "messages": QUESTION, **changes}), pair, tell, self.course)
 
     def refused(self, **changes: Any) -> RefusedError:
@@ -236,6 +237,31 @@ def test_too_long_a_conversation_goes_to_the_cloud() -> None:
     assert "1,024" in str(alone)
 
 
+def test_a_request_that_the_device_refuses_goes_to_the_cloud_or_is_the_clients_fault() -> None:
+    world = World(ScriptedDevice([RejectedError("roles must alternate")]))
+    world.ask()
+    assert (world.content, world.turns) == ("five", [("cloud", "beyond")])
+    alone = World(ScriptedDevice([RejectedError("roles must alternate")])).refused(policy="device-only")
+    assert (alone.status, alone.code, alone.param) == (400, "device_refuses", None)
+    assert "roles must alternate" in str(alone)
+
+
+@pytest.mark.parametrize("policy", ["auto", "cloud-only"])
+def test_reasoning_that_a_client_sends_back_stays(policy: Policy) -> None:
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "my thoughts"}
+    calls = {"role": "assistant", "content": None, "reasoning_content": "the cloud", "tool_calls": [{"id": "c"}]}
+    before = ({"role": "user", "content": "2+2?"}, thought, calls)
+    messages = (*before, {"role": "user", "content": "2+3?"})
+    world = World(ScriptedDevice(ASKS))
+    world.ask(policy=policy, messages=messages)
+    sent = world.cloud.requests[0].messages
+    assert sent[1] == {"role": "assistant", "content": "4"}
+    assert sent[2] == calls
+    open_ = World(ScriptedDevice(ASKS))
+    open_.ask(policy=policy, messages=messages, handoff="reasoning")
+    assert open_.cloud.requests[0].messages[1] == thought
+
+
 def test_the_cloud_alone_within_its_budget() -> None:
     world = World(budget=MemoryBudget(Limits(calls_per_minute=0)))
     refusal = world.refused(policy="cloud-only")
@@ -259,7 +285,7 @@ BROKEN = {"down": [DOWN], "broken off": ["2+", DOWN], "hung": [None], "hung late
 
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
 def test_a_device_that_fails_leaves_it_to_the_cloud(script: Any) -> None:
-    world = World(ScriptedDevice(script))
+    world = World(ScriptedDevice(script), idle_s=0.1)
     world.ask()
     assert world.content == "five"
     assert world.turns == [("cloud", "device")]
@@ -269,7 +295,7 @@ def test_a_device_that_fails_leaves_it_to_the_cloud(script: Any) -> None:
 
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
 def test_a_device_that_fails_alone(script: Any) -> None:
-    world = World(ScriptedDevice(script))
+    world = World(ScriptedDevice(script), idle_s=0.1)
     refusal = world.refused(policy="device-only")
     assert (refusal.status, refusal.code) == (503, "device_unavailable")
     assert not world.cloud.requests

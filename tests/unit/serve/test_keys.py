@@ -123,6 +123,85 @@ def test_many_who_come_at_once_are_one_query(store: Store) -> None:
     assert watched.reads == 1
 
 
+class Slow(Watched):
+    """A store whose answers wait until they may come; it fails then where it is `down`."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.may_answer, self.down = asyncio.Event(), False
+
+    async def read(self, work: Any) -> Any:
+        found = await super().read(work)
+        await self.may_answer.wait()
+        if self.down:
+            raise StoreError("no answer")
+        return found
+
+
+async def asked(store: Watched, times: int) -> None:
+    """Wait until the store was asked so many times."""
+    while store.reads < times:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+
+
+def test_many_who_wait_for_one_that_fails_hear_of_it_together(store: Store) -> None:
+    token, key = make(store)
+
+    async def run() -> None:
+        slow = Slow(store)
+        ring = Keyring(slow, fresh_s=0.5)
+        waiting = [asyncio.create_task(ring.check(f"Bearer {token}")) for _ in range(50)]
+        await asked(slow, 1)
+        slow.down = True
+        slow.may_answer.set()
+        failed = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(error) for error in failed} == {StoreError}
+        assert slow.reads == 1
+        slow.down = False
+        assert await ring.check(f"Bearer {token}") == key
+
+    asyncio.run(run())
+
+
+def test_one_who_goes_away_does_not_take_the_answer_from_the_others(store: Store) -> None:
+    token, key = make(store)
+
+    async def run() -> None:
+        slow = Slow(store)
+        ring = Keyring(slow, fresh_s=60)
+        first, second = (asyncio.create_task(ring.check(f"Bearer {token}")) for _ in range(2))
+        await asked(slow, 1)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        slow.may_answer.set()
+        assert await second == key
+        assert slow.reads == 1
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_took_long_lets_in_nobody_who_was_revoked_before_he_came(store: Store) -> None:
+    token, key = make(store)
+
+    async def run() -> None:
+        slow = Slow(store)
+        ring = Keyring(slow, fresh_s=0.01)
+        before = asyncio.create_task(ring.check(f"Bearer {token}"))
+        await asked(slow, 1)
+        with store.begin() as connection:
+            assert keys.revoke(connection, key.id)
+        after = asyncio.create_task(ring.check(f"Bearer {token}"))
+        await asyncio.sleep(0.05)
+        slow.may_answer.set()
+        assert await before == key
+        assert await after is None
+        assert slow.reads == 2
+
+    asyncio.run(run())
+
+
 def test_nobody_is_let_in_while_the_store_fails(store: Store) -> None:
     token, _ = make(store)
     ring = Keyring(store, fresh_s=0)

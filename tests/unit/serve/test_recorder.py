@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from selfroute.errors import StoreError
+from selfroute.errors import SilentStoreError, StoreError
 from selfroute.serve import history
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.recorder import Recorder
@@ -30,8 +30,8 @@ class Dropped:
 class Watched(Store):
     """Another store; its writes are counted, wait for a gate, and fail as often as they are told."""
 
-    def __init__(self, store: Store, failures: int = 0) -> None:
-        self.store, self.failures, self.writes = store, failures, 0
+    def __init__(self, store: Store, failures: int = 0, silent: bool = False) -> None:
+        self.store, self.failures, self.silent, self.writes = store, failures, silent, 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -40,7 +40,7 @@ class Watched(Store):
         await self.gate.wait()
         if self.failures:
             self.failures -= 1
-            raise StoreError("the store x failed: disk full")
+            raise SilentStoreError("no answer") if self.silent else StoreError("the store x failed: disk full")
         return await self.store.write(work, brief=brief)
 
 
@@ -166,15 +166,17 @@ def test_a_store_that_stays_down_costs_the_batch_and_not_the_next(
     assert "the answer" not in caplog.text
 
 
-def test_closing_while_the_store_is_down_ends(store: Store) -> None:
+@pytest.mark.parametrize(("silent", "writes"), [(True, 2), (False, 26)])
+def test_closing_while_the_store_is_down_ends(silent: bool, writes: int, store: Store) -> None:
     async def run() -> None:
-        watched, dropped = Watched(store, failures=1000), Dropped()
+        watched, dropped = Watched(store, failures=1000, silent=silent), Dropped()
         recorder = Recorder(watched, dropped, batch=10, interval_s=0.001)
         running = asyncio.create_task(recorder.run())
-        for record in records(25):
+        for record in records(250):
             recorder.record(record)
         await drained(recorder, running)
-        assert dropped.count == 25
-        assert watched.writes <= 4
+        assert dropped.count == 250
+        # One before it was told to close, and of each batch one after; a silent store is not waited for with each.
+        assert watched.writes <= writes
 
     asyncio.run(run())

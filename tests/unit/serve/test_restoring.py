@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from selfroute.serve.restoring import Restorer, Restoring
+from selfroute.serve.restoring import Restorer, Restoring, in_link
 from selfroute.types import CloudAnswer, CloudChunk
 
 ORIGINALS = {
@@ -160,3 +161,27 @@ def test_many_placeholders_take_no_time() -> None:
     told = "".join(restorer.feed(f"{name} ") for name in originals)
     assert told == "".join(f"{original} " for original in originals.values())
     assert time.monotonic() - begin < 5
+
+
+LINK = re.compile(r"""//[^\s"`]*\Z|\]\(\s*<[^\n]*//[^\n>]*\Z|=\s*"[^"]*//[^"]*\Z|=\s*'[^']*//[^']*\Z""")
+"""What `in_link` finds, in words that take long to read."""
+
+
+@given(st.text("/](<>=\"'` \na\u00a0", max_size=30))
+@example("](\n<//")
+@example("](a\n<//")
+@example("= \n'///")
+@settings(max_examples=1000)
+def test_a_link_that_has_not_ended(text: str) -> None:
+    assert in_link(text) == (LINK.search(text) is not None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["](<" * 2500 + "//" * 4000 + ">\n", "/" * 16_000 + " ", "](" + " " * 16_000, "](" * 8000, "='//" * 4000 + '"'],
+)
+def test_no_text_takes_long_to_look_for_a_link_in(text: str) -> None:
+    begin = time.monotonic()
+    for _ in range(100):
+        in_link(text)
+    assert time.monotonic() - begin < 1

@@ -8,7 +8,8 @@ import signal
 import socket
 import sqlite3
 import threading
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,9 @@ from selfroute.serve.account import Limits
 from selfroute.serve.app import make_app
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.history import RequestRecord
-from selfroute.serve.server import listening, opened, serve
-from selfroute.serve.store import Store
+from selfroute.serve.server import CLOSING_ANSWER_S, listening, opened, serve
+from selfroute.serve.store import ANSWER_S, Store
+from selfroute.serve.workers import CLOSING_S
 from selfroute.tasks.countdown import Countdown, CountdownConfig
 
 
@@ -107,6 +109,43 @@ def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> N
         assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
 
 
+def test_a_client_that_reads_nothing_holds_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfroute.serve.server.UNREAD_S", 1)
+    path = tmp_path / "gateway.sqlite"
+
+    async def floods(exchange: Exchange) -> None:
+        await exchange.begin_stream()
+        for _ in range(400):
+            await exchange.events(event("x" * 50_000))
+        await asyncio.sleep(60)
+
+    with Server(otherwise=floods) as cloud, listening("127.0.0.1", 0) as listener, ExitStack() as stack:
+        config = GatewayConfig(
+            device=Choice(name="tests.serving:NamedDevice", asks=True),
+            cloud=Choice(name="openai", base_url=cloud.url, model="gpt-4.1"),
+            store=str(path),
+            drain_s=1,
+        )
+
+        def leave() -> None:
+            client = stack.enter_context(socket.create_connection(listener.getsockname()))
+            body = b'{"model": "selfroute", "messages": [{"role": "user", "content": "2+3?"}], "stream": true}'
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            with closing(sqlite3.connect(path)) as store:
+                while not store.execute("SELECT status FROM requests").fetchall() and time.monotonic() - began < 20:
+                    time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        began = time.monotonic()
+        thread = threading.Thread(target=leave)
+        serve(config, listener, thread.start)
+        thread.join()
+    assert time.monotonic() - began < 20
+    with closing(sqlite3.connect(path)) as store:
+        assert store.execute("SELECT status, error, route FROM requests").fetchall() == [(499, "client_gone", "cloud")]
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_what_is_broken_off_at_the_end_is_told_settled_and_recorded(
     signals: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -163,6 +202,28 @@ def test_what_is_broken_off_at_the_end_is_told_settled_and_recorded(
         assert (spent, held) == (sum(row[2] for row in rows), 0)
 
 
+def test_a_device_that_is_not_there_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it is said that the gateway serves; one that does not answer is not waited for long."""
+    monkeypatch.setattr("selfroute.serve.app.READY_S", 0.2)
+    told: list[str] = []
+
+    def ready() -> None:
+        told.append(caplog.text)
+        caplog.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (1, silent.getsockname()[1]):
+            device = Choice(name="http", base_url=f"http://127.0.0.1:{port}/v1")
+            with listening("127.0.0.1", 0) as listener:
+                serve(GatewayConfig(device=device, store=str(tmp_path / "gateway.sqlite")), listener, ready)
+    refused, slow = told
+    assert "the engine at http://127.0.0.1:1/v1 cannot be reached" in refused
+    assert "requests go to the cloud as far as they may: it does not say that it is within 0.2 s" in slow
+
+
 def test_a_part_that_fails_says_so_while_the_rest_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         store = tmp_path / "gateway.sqlite"
@@ -180,3 +241,31 @@ def test_a_part_that_fails_says_so_while_the_rest_serves(tmp_path: Path, caplog:
     with pytest.raises(TypeError, match="not supported"):
         asyncio.run(main())
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_end_does_not_wait_long_for_the_store(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    closing_store = Store.close
+
+    def close(store: Store) -> None:
+        waits.append(store.answer_s)
+        closing_store(store)
+
+    monkeypatch.setattr(Store, "close", close)
+
+    async def run() -> None:
+        config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(tmp_path / "a.sqlite"))
+        async with opened(config) as gateway:
+            assert gateway.store.answer_s == ANSWER_S
+            if fails:
+                raise ValueError("whatever it is")
+
+    if fails:
+        with pytest.raises(ValueError, match="whatever"):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+    assert waits == [CLOSING_ANSWER_S]
+    # The recorder, the budget's write under way and its last, the old records' removal, and the closing itself.
+    assert 5 * CLOSING_ANSWER_S < CLOSING_S
