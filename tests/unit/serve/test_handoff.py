@@ -44,7 +44,8 @@ class World:
         async def tell(event: Event) -> None:
             self.told.append(event)
 
-        pair = Pair(self.device, self.cloud, self.budget, self.recorder, idle_s=self.idle_s, log_content=self.log_content)
+        how: Any = {"idle_s": self.idle_s, "log_content": self.log_content}
+        pair = Pair(self.device, self.cloud, self.budget, self.recorder, **how)
         await answer(Ask(**{"id": "r1", "model": "m", "messages": QUESTION, **changes}), pair, tell, self.course)
 
     def refused(self, **changes: Any) -> RefusedError:
