@@ -21,6 +21,7 @@ from selfroute.config import Config
 from selfroute.errors import CloudError, DeviceError, StoreError
 from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
+from selfroute.serve.connections import Connection
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import listening
 from selfroute.types import (
@@ -250,7 +251,7 @@ class FakeKeys:
 @contextmanager
 def serving(app: ASGIApp, *clouds: CloudClient) -> Iterator[str]:
     """An application on a free port of loopback, in a thread of its own; its URL. Its clouds are closed in the end."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=5))
     with listening("127.0.0.1", 0) as listener:
 
         async def serve() -> None:

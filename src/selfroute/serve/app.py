@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
 from selfroute.serve.handoff import Budget, Pair, answer
 from selfroute.serve.metrics import CONTENT_TYPE, Metrics
-from selfroute.serve.refusal import RefusedError, shutting_down
+from selfroute.serve.refusal import RefusedError, shutting_down, too_many
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
@@ -51,6 +52,9 @@ READY_S = 5.0
 REQUEST_ID = "x-selfroute-request-id"
 
 _POLICY = "selfroute.policy"
+
+_HELD = "selfroute.held"
+"""In the scope of a request: the name of the key that it counts towards."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +82,8 @@ class Gateway:
     metrics: Metrics = field(default_factory=Metrics)
     active: int = 0
     """Requests under way that count towards `max_concurrent`."""
+    active_of: Counter[str] = field(default_factory=Counter)
+    """Those of each key, by its scope, where `max_concurrent_per_key` is set."""
     keep_alive_s: float = KEEP_ALIVE_S
     around: Callable[[ASGIApp], ASGIApp] | None = None
     """What is put around the application, such as `tracing.Tracing.app`."""
@@ -90,6 +96,23 @@ class Gateway:
         """The models by name, each with the policy that it stands for; None: what the request says."""
         name = self.config.model
         return {name: None, f"{name}-device": "device-only", f"{name}-cloud": "cloud-only"}
+
+    def hold(self, key: Key | None, scope: Scope) -> None:
+        """Count a request towards those of its key, or refuse it."""
+        most = self.config.max_concurrent_per_key
+        if key is None or most is None:
+            return
+        if self.active_of[key.scope.name] >= most:
+            raise too_many(f"{most} requests of this key are under way")
+        self.active_of[key.scope.name] += 1
+        scope[_HELD] = key.scope.name
+
+    def let_go(self, scope: Scope) -> None:
+        """Count it no more."""
+        if held := scope.pop(_HELD, None):
+            self.active_of[held] -= 1
+            if not self.active_of[held]:
+                del self.active_of[held]
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
@@ -129,8 +152,7 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, headers = self._gateway, {REQUEST_ID: secrets.token_hex(16)}
         if self._limited and gateway.active >= gateway.config.max_concurrent:
-            message = f"{gateway.active} requests are under way, which is the most"
-            refusal = RefusedError(429, message, code="too_many_requests", retry_after_s=1)
+            refusal = too_many(f"{gateway.active} requests are under way")
             gateway.metrics.refuse(refusal)
             await refuse(send, refusal, headers)
             return
@@ -148,6 +170,7 @@ class _Endpoint:
         except ClientDisconnect:
             return
         finally:
+            gateway.let_go(scope)
             gateway.active -= self._limited
             gateway.metrics.in_flight.dec(self._limited)
 
@@ -165,6 +188,7 @@ class _Endpoint:
 async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     course = Course()
     key = await _key(gateway, request)
+    gateway.hold(key, request.scope)
     body = await _body(gateway, request)
     asked = read(body)
     ask = await _ask(gateway, request, key, asked, body, headers[REQUEST_ID])
@@ -176,6 +200,7 @@ async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> 
 async def _responses(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     course = Course()
     key = await _key(gateway, request)
+    gateway.hold(key, request.scope)
     body = await _body(gateway, request)
     chat = chat_body(body)
     asked = read(chat)

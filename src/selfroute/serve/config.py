@@ -71,6 +71,8 @@ class GatewayConfig(Config):
     """Bytes of a request's body."""
     max_concurrent: int = Field(256, ge=1)
     """Requests at a time, in each worker; further ones are refused with 429."""
+    max_concurrent_per_key: int | None = Field(None, ge=1)
+    """The same of each key, so that none takes all places; None: as many as there are."""
     workers: int = Field(1, ge=1, le=256)
     """Processes that serve, for engines by URL; about one a core."""
     drain_s: float = Field(30.0, ge=0)

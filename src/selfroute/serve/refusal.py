@@ -43,6 +43,11 @@ def device_unavailable() -> RefusedError:
     return RefusedError(503, "the device cannot answer now", code="device_unavailable", retry_after_s=5)
 
 
+def too_many(under_way: str) -> RefusedError:
+    """Others have to end first."""
+    return RefusedError(429, f"{under_way}, which is the most", code="too_many_requests", retry_after_s=1)
+
+
 def shutting_down() -> RefusedError:
     """The gateway ends before the answer does."""
     return RefusedError(503, "the gateway ends before the answer does", code="shutting_down", retry_after_s=5)

@@ -21,6 +21,7 @@ from selfroute.serve import history, workers
 from selfroute.serve.app import Gateway, is_ready, make_app
 from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
+from selfroute.serve.connections import Connection
 from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
 from selfroute.serve.metrics import Counted, Metrics
@@ -222,6 +223,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable
                 server_header=False,
                 timeout_graceful_shutdown=round(config.drain_s),
                 backlog=1,
+                http=Connection,
             )
         )
         loop = asyncio.get_running_loop()

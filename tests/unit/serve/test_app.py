@@ -427,6 +427,30 @@ def test_too_many_requests_at_a_time() -> None:
         assert client.get("/healthz").status_code == 200
 
 
+def test_no_key_takes_all_places() -> None:
+    keys = FakeKeys({f"Bearer {name}": FakeKey(scope=Scope(f"key:{name}", Limits())) for name in ("one", "two")})
+    one, two = ({"authorization": f"Bearer {name}"} for name in ("one", "two"))
+    world = World(ScriptedDevice(["2+", None], ANSWERS), keys=keys, config={"keys": True, "max_concurrent_per_key": 1})
+    with world.client() as client:
+        stream = {**CHAT, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=stream, headers=one) as first:
+            pieces = first.iter_raw()
+            assert next(pieces).startswith(b"data: ")
+            refused = post(client, one)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            # A request that is refused takes no place, nor does one of another endpoint.
+            assert client.get("/v1/models", headers=one).status_code == 200
+            assert post(client, two).status_code == 200
+            asked = client.post("/v1/responses", json={"model": "selfroute", "input": "2+3?"}, headers=one)
+            assert asked.status_code == 429
+        until(lambda: not world.gateway.active_of)
+        assert post(client, one).status_code == 200
+        assert post(client, one, model="no-such-model").status_code == 404
+        assert post(client, one).status_code == 200
+    assert not world.gateway.active_of
+
+
 def test_an_error_before_the_first_byte_has_a_status_of_its_own() -> None:
     world = World(ScriptedDevice([DOWN]), ScriptedCloud(UNREACHABLE))
     with world.client() as client:
