@@ -18,6 +18,7 @@ from selfroute.compare import figures
 from selfroute.compare.config import CompareConfig, label
 from selfroute.compare.methods import METHODS, OURS, TRAINED
 from selfroute.compare.results import LEDGER, Testbed, cpu_hours, load_testbed, names, summarise, values_by_seed
+from selfroute.compare.rows import methods_of
 from selfroute.config import load, read
 from selfroute.config import names as shipped
 from selfroute.errors import RunError
@@ -27,8 +28,10 @@ from selfroute.types import Progress
 
 
 def testbeds(out: Path) -> list[Path]:
-    """The testbeds in a comparison's folder that have a finished row."""
-    return sorted(f.parent for f in out.glob("*/testbed.json") if any((f.parent / "rows").glob("*/seed-*.json")))
+    """The testbeds in a comparison's folder that have a finished row, those with the most methods first."""
+    methods = {f.parent: methods_of(f.parent) for f in out.glob("*/testbed.json")}
+    compared = {folder: len(METHODS.keys() & found) for folder, found in methods.items() if found}
+    return sorted(compared, key=lambda folder: (-compared[folder], folder.name))
 
 
 def write_report(out: Path, *, progress: Progress = lambda what, done, total: None) -> list[dict[str, Any]]:

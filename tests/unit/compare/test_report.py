@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tests.unit.compare.test_results import OTHER, OURS, write
 
+from selfroute.compare import report
 from selfroute.compare.config import CompareConfig
 from selfroute.compare.figures import ablation_groups, cost_curve, curve_of, draw_ablations
 from selfroute.compare.report import show, terminal_tables, write_report
@@ -56,6 +57,15 @@ def test_everything_is_written_ablations_too(out: Path) -> None:
     assert "bed/rows/cloud%3D0.7%40accuracy%3D1.0/seed-0.records.jsonl.gz" in page
     assert (out / "figures/bed-ablations.png").stat().st_size > 10_000
     assert (out / "figures/bed-curves.svg").is_file()
+
+
+def test_the_testbed_with_the_most_methods_comes_first(out: Path) -> None:
+    write(
+        out / "few", "gapg_decision", 0, OURS, threshold=2.5, asked=[1, 0, 0, 0, 0], config={"lr": 1e-4}, ledger=LEDGER
+    )
+    shutil.copy(out / "bed/testbed.json", out / "few/testbed.json")
+    shutil.copytree(out / "few", out / "at-least-as-few")
+    assert [folder.name for folder in report.testbeds(out)] == ["bed", "at-least-as-few", "few"]
 
 
 def test_trainings_that_came_out_the_same_are_named(out: Path) -> None:
