@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Measure:
         return {"value": self.value, "low": low, "high": high}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Columns:
     """Evaluation records as arrays of N problems.
 
@@ -64,6 +65,13 @@ class Columns:
             return np.array([c if g is None else g for g, c in zip(grades, correct, strict=True)])
 
         return replace(self, device_score=scores(device, self.device), cloud_score=scores(cloud, self.cloud))
+
+    @cached_property
+    def curve(self) -> tuple[Floats, Floats]:
+        """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
+        n = len(self.score)
+        gain = accumulated(self.score, self.cloud - self.device)
+        return np.arange(n + 1) / n, (self.device.sum() + gain) / n
 
     @property
     def final(self) -> Floats:
@@ -116,13 +124,6 @@ def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resample
     return Measure(measure(columns), float(low), float(high))
 
 
-def curve(columns: Columns) -> tuple[Floats, Floats]:
-    """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
-    n = len(columns.score)
-    gain = accumulated(columns.score, columns.cloud - columns.device)
-    return np.arange(n + 1) / n, (columns.device.sum() + gain) / n
-
-
 def accumulated(score: Floats, values: Floats) -> Floats:
     """Sums of the values of the problems with the highest scores: of none, of one, ... of all N.
 
@@ -139,7 +140,7 @@ def accumulated(score: Floats, values: Floats) -> Floats:
 
 def accuracy_at(columns: Columns, call_rate: float) -> float:
     """Accuracy read off the method's own curve at exactly a call rate."""
-    return float(np.interp(call_rate, *curve(columns)))
+    return float(np.interp(call_rate, *columns.curve))
 
 
 def random_accuracy(columns: Columns, call_rate: float) -> float:
@@ -186,7 +187,7 @@ def pgr_vs_untrained(columns: Columns) -> float:
 
 
 def _pgr_curve(columns: Columns) -> tuple[Floats, Floats]:
-    rates, accuracy = curve(columns)
+    rates, accuracy = columns.curve
     gap = accuracy[-1] - accuracy[0]
     return rates, (accuracy - accuracy[0]) / gap if gap >= 0.01 else np.full_like(accuracy, math.nan)
 
@@ -213,7 +214,7 @@ def dips_below(columns: Columns, recovered: float) -> bool:
 
 def area(columns: Columns) -> float:
     """Area under the curve of accuracy against call rate: its mean accuracy over call rates from 0 to 100 %."""
-    rates, accuracy = curve(columns)
+    rates, accuracy = columns.curve
     return float(np.trapezoid(accuracy, rates))
 
 

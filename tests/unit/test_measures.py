@@ -25,7 +25,7 @@ C = columns(
 
 
 def test_the_curve_asks_the_highest_scores_first() -> None:
-    rates, accuracy = m.curve(C)
+    rates, accuracy = C.curve
     assert rates.tolist() == pytest.approx([k / 10 for k in range(11)])
     assert accuracy.tolist() == pytest.approx([0.6, 0.7, 0.8, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9])
     assert m.accuracy_at(C, 0.3) == pytest.approx(0.8)
@@ -35,7 +35,7 @@ def test_the_curve_asks_the_highest_scores_first() -> None:
 def test_ties_are_asked_in_no_order() -> None:
     # Four problems tie, two of them rescued by a call: each call in the tie is worth half of one.
     tied = columns([5, 1, 1, 1, 1], [0] * 5, [0, 1, 0, 1, 0], [1] * 5)
-    assert m.curve(tied)[1].tolist() == pytest.approx([0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert tied.curve[1].tolist() == pytest.approx([0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
     same = columns([0] * 10, [0] * 10, [1] * 4 + [0] * 6, [1] * 10)
     assert m.accuracy_at(same, 0.3) == pytest.approx(m.random_accuracy(same, 0.3))
 
@@ -88,7 +88,7 @@ def test_auc_by_hand() -> None:
 
 def test_undecided_problems_are_asked_last() -> None:
     c = columns([-math.inf, 1.0], [0, 0], [0, 1], [1, 1])
-    assert m.curve(c)[1].tolist() == [0.5, 0.5, 1.0]
+    assert c.curve[1].tolist() == [0.5, 0.5, 1.0]
 
 
 def test_intervals() -> None:
@@ -152,7 +152,7 @@ def test_area_by_hand() -> None:
 def test_a_curve_that_is_not_monotone_is_told() -> None:
     # A call rescues, a call hurts, a call rescues, a call rescues: accuracy 1/4, 2/4, 1/4, 2/4, 3/4.
     dipping = columns([4, 3, 2, 1], [0] * 4, [0, 1, 0, 0], [1, 0, 1, 1])
-    assert m.curve(dipping)[1].tolist() == pytest.approx([0.25, 0.5, 0.25, 0.5, 0.75])
+    assert dipping.curve[1].tolist() == pytest.approx([0.25, 0.5, 0.25, 0.5, 0.75])
     assert m.call_rate_for(dipping, 0.5) == pytest.approx(0.25)
     assert m.dips_below(dipping, 0.5)
     assert not m.dips_below(dipping, 0.8)
@@ -161,7 +161,7 @@ def test_a_curve_that_is_not_monotone_is_told() -> None:
 
 def test_one_problem_and_an_empty_class() -> None:
     one = columns([0.5], [1], [0], [1])
-    assert m.curve(one)[1].tolist() == [0.0, 1.0]
+    assert one.curve[1].tolist() == [0.0, 1.0]
     assert m.average_pgr(one) == pytest.approx(0.5)
     assert m.call_rate_for(one, 0.5) == 1.0
     assert m.oracle_accuracy(one, 0.3) == pytest.approx(0.3)

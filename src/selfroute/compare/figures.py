@@ -53,7 +53,7 @@ def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats, Floats, Flo
     alone, and the oracle's on its device model."""
     accuracy, alone = (
         np.mean([np.interp(GRID, *curve) for curve in curves], axis=0)
-        for curves in ([c.curve for c in cells], [c.curve_of_score for c in cells])
+        for curves in ([c.columns.curve for c in cells], [c.curve_of_score for c in cells])
     )
     cost = np.mean([np.interp(GRID, *cost_curve(c)) for c in cells], axis=0)
     oracle = np.mean([[measures.oracle_accuracy(c.columns, float(rate)) for rate in GRID] for c in cells], axis=0)

@@ -92,16 +92,9 @@ class Cell:
         )
 
     @cached_property
-    def curve(self) -> tuple[Floats, Floats]:
-        return measures.curve(self.columns)
-
-    def accuracy_at(self, call_rate: float) -> float:
-        return float(np.interp(call_rate, *self.curve))
-
-    @cached_property
     def curve_of_score(self) -> tuple[Floats, Floats]:
         """What the score alone is worth, where a response without a readable answer is asked by it, and not first."""
-        return measures.curve(replace(self.columns, score=self.score))
+        return replace(self.columns, score=self.score).curve
 
     def score_alone_at(self, call_rate: float) -> float:
         return float(np.interp(call_rate, *self.curve_of_score))
@@ -144,7 +137,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         values = {k: v for k, v in values.items() if k in kept}
     if cell.scored:
         values |= {
-            f"accuracy_at_{at}": cell.accuracy_at(budget),
+            f"accuracy_at_{at}": measures.accuracy_at(c, budget),
             f"score_alone_at_{at}": cell.score_alone_at(budget),
             "area": measures.area(c),
             "apgr": measures.average_pgr(c),
@@ -153,9 +146,9 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
             "decision_auc": measures.decision_auc(_decided(c)),
         }
     if ours is not None:
-        values["difference_to_ours"] = ours.accuracy_at(rate) - accuracy
+        values["difference_to_ours"] = measures.accuracy_at(ours.columns, rate) - accuracy
         if cell.scored:
-            values[f"difference_at_{at}"] = ours.accuracy_at(budget) - cell.accuracy_at(budget)
+            values[f"difference_at_{at}"] = measures.accuracy_at(ours.columns, budget) - measures.accuracy_at(c, budget)
             alone = ours.score_alone_at(budget) - cell.score_alone_at(budget)
             values[f"score_alone_difference_at_{at}"] = alone
     if cell.own is not None and cell.scored:
@@ -163,7 +156,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         own_accuracy = float(np.where(cell.own > 0, c.cloud, c.device).mean())
         values |= {"own_call_rate": own_rate, "own_accuracy": own_accuracy}
         if ours is not None:
-            values["own_difference_to_ours"] = ours.accuracy_at(own_rate) - own_accuracy
+            values["own_difference_to_ours"] = measures.accuracy_at(ours.columns, own_rate) - own_accuracy
     return values
 
 

@@ -173,10 +173,10 @@ def draw_curve(found: Mapping[str, Sequence[Outcome]], summary: Mapping[str, Any
     axis.plot(100 * grid, line(measures.oracle_accuracy), color=MUTED, linestyle="--", label="oracle")
     axis.plot(100 * grid, line(measures.random_accuracy), color=MUTED, linestyle=":", label="random offloading")
     if "before" in found:
-        rates, accuracy = measures.curve(columns(found["before"]))
+        rates, accuracy = columns(found["before"]).curve
         axis.plot(100 * rates, 100 * accuracy, color=CLOUD, linewidth=1.2, alpha=0.7, label="untrained, along its dial")
     if set(found) != {"before"}:
-        rates, accuracy = measures.curve(stand)
+        rates, accuracy = stand.curve
         axis.plot(100 * rates, 100 * accuracy, color=OURS, linewidth=2.2, label="selfroute, along its dial")
     markers = itertools.cycle("DvPX*")
     for name in found:
