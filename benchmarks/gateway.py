@@ -15,13 +15,15 @@ every 5 ms, as a model writes them, and a whole answer after 160 ms.
 
 Half load is requests at random moments (Poisson), half as many a second as the gateway answered of the same workload
 (kind and pace) when 256 connections asked without a pause, right before. Where it answers a tenth more or less right
-after, the machine has changed meanwhile and the load was not half: it is measured again, four times at most, and the
-steadiest counts (`drift`: how much its capacity changed; `loads` has them all). A gateway that is full takes a paced
-stream's events several at a time, which is cheaper than one by one: at half of that rate it is more than half busy.
+after, the machine has changed meanwhile and the load was not half: it is measured again, up to four times in all, and
+the steadiest counts (`drift`: how much its capacity changed; `loads` has them all). A gateway that is full takes a
+paced stream's events several at a time, which is cheaper than one by one: at half of that rate it is more than half
+busy.
 Every answer's text is checked, so that a lost, doubled or reordered piece is a fault. `upstream_busy` says whether the
 core of the upstream and the generator was the one that was full.
 
-FILE gets `{figure: {"median", "min", "max"} over the rounds, ..., "targets", "loads", "faults", "work"}`; the figures:
+FILE gets `{figure: {"median", "min", "max"} over the rounds, ..., "targets", "steady", "loads", "faults", "work"}`
+("steady": no capacity changed by more than a tenth in what counts); the figures:
 
     added_ms_p50, added_ms_p99     plain requests at half load of a fast upstream, less the direct call's
     stream_added_ms_p50, ..._p99   the same of whole streams
@@ -275,7 +277,8 @@ def at_half_load(sides: Sides, kind: str, every_ms: float, seconds: float, tries
         half = {side: sides.load(side, kind, 2.5 * seconds, note="half load", rate=rate, every_ms=every_ms)
                 for side in ("direct", "gateway")}  # fmt: skip
         after = capacity()
-        drift = abs(after["per_second"] / before["per_second"] - 1)
+        slow, fast = sorted(max(1.0, full["per_second"]) for full in (before, after))
+        drift = fast / slow - 1
         found.append({**half, "drift": drift, "upstream_busy": before["upstream_busy"]})
         before = after
     return min(found, key=lambda half: half["drift"])
@@ -364,6 +367,7 @@ def main() -> None:
     result = {
         **figures,
         "targets": {name: met(figures[name]["median"]) for name, met in TARGETS.items() if name in figures},
+        "steady": figures["drift"]["max"] <= STEADY,
         "faults": {side: sum(load["faults"] for load in sides.loads if load["side"] == side) for side in sides.ports},
         "streams_at_once": {name: many[name] for name in ("asked", "faults", "ms", "first_ms")},
         "loads": sides.loads,

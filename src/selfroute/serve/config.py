@@ -95,6 +95,12 @@ class GatewayConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keys_to_limit(self) -> GatewayConfig:
+        if self.max_concurrent_per_key is not None and not self.keys:
+            raise ValueError("max_concurrent_per_key is of keys, and none are asked for: set keys=true")
+        return self
+
     @field_validator("cloud")
     @classmethod
     def _spends_by_the_budget(cls, cloud: Choice) -> Choice:

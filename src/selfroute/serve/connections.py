@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from selfroute.serve.refusal import RefusedError
 
 HEAD_S = 30.0
-"""Seconds from the first moment of a connection, or from a further request's first byte, to the end of the headers."""
+"""Seconds from the first moment of a connection, or from whatever comes after an answer, to the end of the headers."""
 
 MAX_HEAD = 64 * 2**10
-"""Bytes of a request's line and headers together; one read from the socket may go beyond it."""
+"""Bytes of a request's line and headers, beyond those of the read that they begin in."""
+
+MAX_WAITING = 16
+"""Requests of one connection that wait for the answers to those before them."""
+
+_log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
@@ -28,8 +34,11 @@ class Connection(HttpToolsProtocol):
     """While a head is waited for: ends that."""
     _begun = False
     """Whether some of it has come."""
-    _head = 0
-    """Bytes of it so far, without those of the first read where another request's were in it."""
+    _understood = False
+    """Whether the last read brought the beginning or the end of a head, or some of a body."""
+    _useless = 0
+    """Bytes of the reads since then that brought none of these: of a head, of what stands between two chunks of a body
+    or behind them, or of empty lines."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
@@ -42,26 +51,49 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, and count what is not the end of a head."""
-        waited = self._late
+        """Read on."""
+        self._understood = False
         super().data_received(data)
-        if waited and self._late is waited and not self.transport.is_closing():
-            self._head += len(data)
-            if self._head > MAX_HEAD:
-                message = f"the request's headers are longer than {MAX_HEAD} bytes"
-                self._refuse(RefusedError(431, message, code="headers_too_large"))
+        if self.transport.is_closing():
+            return
+        self._useless = 0 if self._understood else self._useless + len(data)
+        if self._useless > MAX_HEAD:
+            message = f"the request's headers are longer than {MAX_HEAD} bytes"
+            self._refuse(RefusedError(431, message, code="headers_too_large"))
+        elif not self._late and not self._answering:
+            # Any byte ends uvicorn's wait for a further request: also one that begins none.
+            self._wait()
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
+        if len(self.pipeline) >= MAX_WAITING:
+            # What is left of the read may be thousands of them, and only an error ends it.
+            self.transport.abort()
+            raise ValueError("too many requests of one connection wait for their answers")
         super().on_message_begin()
         if not self._late:
             self._wait()
-        self._begun = True
+        self._begun = self._understood = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; what stands behind a body in chunks is none, and nobody reads it."""
+        if self._begun:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A head's end."""
         self._wait_no_more()
+        self._understood = True
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body."""
+        self._understood = True
+        super().on_body(body)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(HEAD_S, self._give_up)
@@ -69,21 +101,25 @@ class Connection(HttpToolsProtocol):
     def _wait_no_more(self) -> None:
         if self._late:
             self._late.cancel()
-        self._late, self._begun, self._head = None, False, 0
+        self._late, self._begun = None, False
 
     def _give_up(self) -> None:
-        if self.cycle and not self.cycle.response_complete:
-            # The answer to the request before it is still under way.
+        if self.transport.is_closing():
+            return
+        if self._answering:
+            # To the request before it.
             self._wait()
         elif self._begun:
-            message = f"the request's headers did not come within {HEAD_S:g} s"
-            self._refuse(RefusedError(408, message, code="timeout"))
+            self._refuse(RefusedError(408, f"the request's headers did not come within {HEAD_S:g} s", code="timeout"))
         else:
             self.transport.close()
 
     def _refuse(self, refusal: RefusedError) -> None:
+        _log.warning("a connection is closed: %s", refusal)
         self._wait_no_more()
-        body = json.dumps(refusal.body()).encode()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[refusal.status] + head.encode() + body)
+        # An answer under way breaks off; in the middle of it, this would be read as its text.
+        if not self._answering:
+            body = json.dumps(refusal.body()).encode()
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(STATUS_LINE[refusal.status] + head.encode() + body)
         self.transport.close()

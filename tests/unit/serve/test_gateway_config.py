@@ -39,6 +39,12 @@ def test_settings_that_cannot_be(change: str) -> None:
         api.load_gateway_config(None, [change])
 
 
+def test_a_limit_of_keys_takes_keys() -> None:
+    with pytest.raises(ConfigError, match="set keys=true"):
+        api.load_gateway_config(None, ["max_concurrent_per_key=2"])
+    assert api.load_gateway_config(None, ["max_concurrent_per_key=2", "keys=true"]).max_concurrent_per_key == 2
+
+
 def test_a_spend_limit_of_training_is_refused() -> None:
     # Each worker would count from 0 at every start.
     with pytest.raises(ConfigError, match="usd_per_day"):

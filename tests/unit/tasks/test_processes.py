@@ -78,7 +78,8 @@ def busy() -> Iterator[None]:
     """This thread, and what it starts, on one processor that others keep busy."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
-    command = [sys.executable, "-S", "-c", "while True: pass"]
+    # They end by themselves where nobody is left to end them.
+    command = [sys.executable, "-S", "-c", "import time\nby = time.monotonic() + 60\nwhile time.monotonic() < by: pass"]
     # In sessions of their own: the kernel may share a processor out to sessions (autogroup), and a program has one too.
     spin = [subprocess.Popen(command, start_new_session=True) for _ in range(6)]
     try:
