@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfroute.errors import StoreError
 from selfroute.serve import dashboard
@@ -107,6 +107,16 @@ class Gateway:
         self.active_of[key.scope.name] += 1
         scope[_HELD] = key.scope.name
 
+    def letting_go(self, scope: Scope, send: Send) -> Send:
+        """`send` that counts a request no more before its last byte: a client that has its answer may ask again."""
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self.let_go(scope)
+            await send(message)
+
+        return sending
+
     def let_go(self, scope: Scope) -> None:
         """Count it no more."""
         if held := scope.pop(_HELD, None):
@@ -156,6 +166,8 @@ class _Endpoint:
             gateway.metrics.refuse(refusal)
             await refuse(send, refusal, headers)
             return
+        if gateway.config.max_concurrent_per_key is not None:
+            send = gateway.letting_go(scope, send)
         gateway.active += self._limited
         gateway.metrics.in_flight.inc(self._limited)
         try:
