@@ -33,6 +33,7 @@ from selfroute.serve.chat import ChatWriter
 from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Course
 from selfroute.serve.handoff import Budget, Pair, answer
+from selfroute.serve.hosts import Hosts
 from selfroute.serve.metrics import CONTENT_TYPE, Metrics
 from selfroute.serve.refusal import RefusedError, shutting_down, too_many
 from selfroute.serve.responses import ResponsesWriter, chat_body
@@ -146,7 +147,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         endpoint = asked.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         await (endpoint or app)(scope, receive, send)
 
-    served = _Hosts(routed, gateway.config)
+    served = Hosts(routed, gateway.config)
     return gateway.around(served) if gateway.around else served
 
 
@@ -404,39 +405,3 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 async def _fault(request: Request, error: Exception) -> Response:
     """What nobody thought of, in the API's form; the server logs it."""
     return JSONResponse(RefusedError(500, "selfroute failed; its log knows more", code="internal_error").body(), 500)
-
-
-class _Hosts:
-    """Serves the gateway's own names and pages only: a page of another site, under a name that leads here or in its
-    own, asks in vain."""
-
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
-        self._app = app
-        self._named = set(config.hosts)
-        own = f"[{config.host}]" if ":" in config.host else config.host
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", own.lower(), *config.hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        named = [value for name, value in scope["headers"] if name == b"host"]
-        host = named[0].decode("latin-1").lower() if len(named) == 1 else ""
-        bare = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if bare not in self._hosts:
-            message = f"the gateway does not answer to the host name {bare[:100]!r}: its config can say so (hosts)"
-            await refuse(send, RefusedError(421, message, code="unknown_host"), {})
-            return
-        if not self._own(scope, host):
-            message = "pages of other sites may not ask here (Origin)"
-            await refuse(send, RefusedError(403, message, code="foreign_origin"), {})
-            return
-        await self._app(scope, receive, send)
-
-    def _own(self, scope: Scope, host: str) -> bool:
-        """Whether a request is of no page, or of one of this gateway's; a proxy may have changed the Host header."""
-        origins = [value for name, value in scope["headers"] if name == b"origin"]
-        if not origins:
-            return True
-        page = origins[0].decode("latin-1").lower().partition("://")[2]
-        return len(origins) == 1 and (page == host or page in self._named)
