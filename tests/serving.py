@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -23,6 +24,7 @@ from selfroute.protocol import HELP_CALL
 from selfroute.serve.account import DAY_S, Account, Denied, Limits, Scope, nano
 from selfroute.serve.connections import Connection
 from selfroute.serve.history import RequestRecord
+from selfroute.serve.metrics import Metrics
 from selfroute.serve.server import listening
 from selfroute.types import (
     POLICIES,
@@ -251,7 +253,8 @@ class FakeKeys:
 @contextmanager
 def serving(app: ASGIApp, *clouds: CloudClient) -> Iterator[str]:
     """An application on a free port of loopback, in a thread of its own; its URL. Its clouds are closed in the end."""
-    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=5))
+    http: Any = partial(Connection, refused=Metrics().refuse)
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=5))
     with listening("127.0.0.1", 0) as listener:
 
         async def serve() -> None:

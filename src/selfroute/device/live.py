@@ -31,6 +31,9 @@ from selfroute.types import DeviceChunk, DeviceRequest
 
 _log = logging.getLogger(__name__)
 
+CLOSE_S = 5.0
+"""Seconds that a step of the model has to end when the engine is closed."""
+
 _CLOSED = "the device engine was closed"
 
 
@@ -142,11 +145,13 @@ class LiveEngine:
                 raise DeviceError(f"{self._broken} (it is tried again; restart the gateway if this lasts)")
 
     async def aclose(self) -> None:
-        """Stop what is under way, and end the thread."""
+        """Stop what is under way, and end the thread; one that hangs in the model is left to the process's end."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, CLOSE_S)
+        if self._thread.is_alive():
+            _log.error("the device model has been at one step for over %g s, and nobody waits for it any more", CLOSE_S)
         self._reader.shutdown(wait=False)
 
     def _sampling(self, request: DeviceRequest) -> Sampling:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -28,7 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
-    """Closed where a request's line and headers do not come within `HEAD_S`, or are longer than `MAX_HEAD`."""
+    """Closed where a request's line and headers do not come within `HEAD_S`, or are longer than `MAX_HEAD`; `refused`
+    is told of those that had begun one."""
 
     _late: asyncio.TimerHandle | None = None
     """While a head is waited for: ends that."""
@@ -39,6 +42,10 @@ class Connection(HttpToolsProtocol):
     _useless = 0
     """Bytes of the reads since then that brought none of these: of a head, of what stands between two chunks of a body
     or behind them, or of empty lines."""
+
+    def __init__(self, *args: Any, refused: Callable[[RefusedError], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refused = refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
@@ -116,6 +123,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refusal: RefusedError) -> None:
         _log.warning("a connection is closed: %s", refusal)
+        self._refused(refusal)
         self._wait_no_more()
         # An answer under way breaks off; in the middle of it, this would be read as its text.
         if not self._answering:

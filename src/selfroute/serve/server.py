@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -223,7 +224,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket, ready: Callable
                 server_header=False,
                 timeout_graceful_shutdown=round(config.drain_s),
                 backlog=1,
-                http=Connection,
+                http=partial(Connection, refused=gateway.metrics.refuse),  # type: ignore[arg-type]
             )
         )
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -495,6 +496,32 @@ def test_closing_the_engine_ends_what_is_under_way(passes: Passes) -> None:
         assert not live._thread.is_alive()
 
     run(live, story)
+
+
+def test_closing_the_engine_does_not_wait_for_a_step_without_an_end(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("selfroute.device.live.CLOSE_S", 0.2)
+    live = live_of(passes, max_streams=1)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(ids: torch.Tensor) -> None:
+        hangs.set()
+        goes_on.wait(60)
+
+    async def story() -> None:
+        passes.fails = hang
+        stream = asyncio.ensure_future(told(live, LONG))
+        await asyncio.to_thread(hangs.wait, 60)
+        await live.aclose()
+        assert live._thread.is_alive()
+        assert "nobody waits for it any more" in caplog.text
+        goes_on.set()
+        with pytest.raises(DeviceError, match="the device engine was closed"):
+            await stream
+
+    run(live, story)
+    assert not live._thread.is_alive()
 
 
 def test_a_model_with_a_state_of_another_kind_is_refused() -> None:

@@ -22,6 +22,7 @@ from selfroute.serve import keys
 from selfroute.serve.account import Limits
 from selfroute.serve.app import make_app
 from selfroute.serve.config import GatewayConfig
+from selfroute.serve.connections import MAX_HEAD
 from selfroute.serve.history import RequestRecord
 from selfroute.serve.server import CLOSING_ANSWER_S, listening, opened, serve
 from selfroute.serve.store import ANSWER_S, Store
@@ -107,6 +108,29 @@ def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> N
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         serve(config, listener, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
+
+
+def test_headers_that_are_refused_are_counted(tmp_path: Path) -> None:
+    config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(tmp_path / "gateway.sqlite"))
+    told: list[str] = []
+    with listening("127.0.0.1", 0) as listener:
+        host, port = listener.getsockname()
+
+        def ask() -> None:
+            try:
+                with socket.create_connection((host, port), timeout=20) as client:
+                    client.sendall(b"GET / HTTP/1.1\r\n")
+                    time.sleep(0.3)
+                    client.sendall(b"X-Long: " + b"a" * MAX_HEAD)
+                    assert client.recv(1000).startswith(b"HTTP/1.1 431")
+                told.append(httpx2.get(f"http://localhost:{port}/metrics").text)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        asking = threading.Thread(target=ask)
+        serve(config, listener, asking.start)
+        asking.join()
+    assert '\nselfroute_refused_total{code="headers_too_large",status="431"} 1.0\n' in told[0]
 
 
 def test_a_client_that_reads_nothing_holds_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
