@@ -20,8 +20,9 @@ demo: $(VENV)/.train-ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
+# Two at a time, and whoever is done takes of what the other still has: the main job alone is as long as most others together.
 test-slow: $(VENV)/.dev-ready clients
-	$(BIN)/pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu" -n 2 --dist worksteal
 
 test-long: $(VENV)/.dev-ready
 	$(BIN)/pytest -m "long and not gpu"
