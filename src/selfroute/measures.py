@@ -53,7 +53,10 @@ class Columns:
 
     def take(self, index: NDArray[np.int64]) -> Columns:
         more = (None if c is None else c[index] for c in (self.untrained, self.device_score, self.cloud_score))
-        return Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index], *more)
+        taken = Columns(self.score[index], self.asked[index], self.device[index], self.cloud[index], *more)
+        # A bootstrap need not sort each of its draws.
+        taken.__dict__["places"] = self.places[index]
+        return taken
 
     def graded(self, device: Sequence[float | None], cloud: Sequence[float | None]) -> Columns:
         """These columns with scores: the grades of both sides' answers, or where one has none its correctness. As they
@@ -67,10 +70,15 @@ class Columns:
         return replace(self, device_score=scores(device, self.device), cloud_score=scores(cloud, self.cloud))
 
     @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Of each problem by its l, the highest first; those that tie share one. Some places may be nobody's."""
+        return np.unique(-self.score, return_inverse=True)[1]
+
+    @cached_property
     def curve(self) -> tuple[Floats, Floats]:
         """Call rate and accuracy along the dial, N + 1 points: the problems with the highest l are asked first."""
         n = len(self.score)
-        gain = accumulated(self.score, self.cloud - self.device)
+        gain = accumulated(self.places, self.cloud - self.device)
         return np.arange(n + 1) / n, (self.device.sum() + gain) / n
 
     @property
@@ -124,17 +132,16 @@ def bootstrap(columns: Columns, measure: Callable[[Columns], float], *, resample
     return Measure(measure(columns), float(low), float(high))
 
 
-def accumulated(score: Floats, values: Floats) -> Floats:
-    """Sums of the values of the problems with the highest scores: of none, of one, ... of all N.
+def accumulated(places: NDArray[np.int64], values: Floats) -> Floats:
+    """Sums of the values of the problems in the first places: of none, of one, ... of all N.
 
     Problems that tie are asked in no order, so each of them counts as the mean of them all.
 
-    >>> accumulated(np.array([1.0, 2.0, 1.0]), np.array([4.0, 1.0, 0.0])).tolist()
+    >>> accumulated(np.array([1, 0, 1]), np.array([4.0, 1.0, 0.0])).tolist()
     [0.0, 1.0, 3.0, 5.0]
     """
-    distinct, which, counts = np.unique(-score, return_inverse=True, return_counts=True)
-    total = np.zeros(len(distinct))
-    np.add.at(total, which, values)
+    counts, total = np.bincount(places), np.bincount(places, weights=values)
+    counts, total = counts[counts > 0], total[counts > 0]
     return np.concatenate([[0.0], np.cumsum(np.repeat(total / counts, counts))])
 
 
@@ -218,18 +225,20 @@ def area(columns: Columns) -> float:
     return float(np.trapezoid(accuracy, rates))
 
 
-def decision_auc(columns: Columns) -> float:
+def decision_auc(columns: Columns, decided: NDArray[np.bool_] | None = None) -> float:
     """Probability that a problem which the device fails has a higher l than one which it solves; ties count half.
 
-    Problems without a decision are left out; NaN where either kind is missing.
+    Problems without a decision are left out (those whose l is not finite, unless `decided` says which have one); NaN
+    where either kind is missing.
     """
-    decided = np.isfinite(columns.score)
-    score, failed = columns.score[decided], columns.device[decided] == 0
+    if decided is None:
+        decided = np.isfinite(columns.score)
+    places, failed = columns.places[decided], columns.device[decided] == 0
     positives, negatives = int(failed.sum()), int((~failed).sum())
     if not positives or not negatives:
         return math.nan
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    rank = (last - counts + last + 1) / 2
-    total = float(rank[inverse][failed].sum())
+    counts = np.bincount(places)
+    # From the lowest l; those that tie share the mean of their ranks.
+    rank = positives + negatives - np.cumsum(counts) + (counts + 1) / 2
+    total = float(rank[places][failed].sum())
     return (total - positives * (positives + 1) / 2) / (positives * negatives)

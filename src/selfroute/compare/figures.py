@@ -53,7 +53,7 @@ def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats, Floats, Flo
     alone, and the oracle's on its device model."""
     accuracy, alone = (
         np.mean([np.interp(GRID, *curve) for curve in curves], axis=0)
-        for curves in ([c.columns.curve for c in cells], [c.curve_of_score for c in cells])
+        for curves in ([c.columns.curve for c in cells], [c.alone.curve for c in cells])
     )
     cost = np.mean([np.interp(GRID, *cost_curve(c)) for c in cells], axis=0)
     oracle = np.mean([[measures.oracle_accuracy(c.columns, float(rate)) for rate in GRID] for c in cells], axis=0)
@@ -63,7 +63,7 @@ def curve_of(cells: Sequence[Cell]) -> tuple[Floats, Floats, Floats, Floats, Flo
 def cost_curve(cell: Cell) -> tuple[Floats, Floats]:
     """Call rate, and the cost in USD per 1k problems of the calls made so far, in the order of the score."""
     n = len(cell.cost_usd)
-    return np.arange(n + 1) / n, 1000 * measures.accumulated(cell.columns.score, cell.cost_usd) / n
+    return np.arange(n + 1) / n, 1000 * measures.accumulated(cell.columns.places, cell.cost_usd) / n
 
 
 def draw_curves(testbed: Testbed) -> Figure:

@@ -51,9 +51,9 @@ class Cell:
     cost_usd: Floats
     solve_share: Floats
     unanswered: Floats
-    score: Floats
-    """As recorded, in place of `columns.score`, by which a response without a readable answer is asked first; of what
-    has none, a place below all others."""
+    alone: Columns
+    """`columns` with the score as recorded, in place of that by which a response without a readable answer is asked
+    first; of what has none, a place below all others."""
 
     @classmethod
     def of(cls, row: Row, untrained: Row | None) -> Cell:
@@ -75,7 +75,9 @@ class Cell:
             cost_usd=np.array([r.cloud_cost_usd for r in row.records]),
             solve_share=np.array([math.nan if r.solve_share is None else r.solve_share for r in row.records]),
             unanswered=np.array([float(r.answer is None) for r in row.records]),
-            score=np.array([ordering(r.problem, r.score, undecided=False) for r in row.records]),
+            alone=replace(
+                columns, score=np.array([ordering(r.problem, r.score, undecided=False) for r in row.records])
+            ),
         )
 
     def take(self, index: NDArray[np.int64]) -> Cell:
@@ -88,16 +90,8 @@ class Cell:
             cost_usd=self.cost_usd[index],
             solve_share=self.solve_share[index],
             unanswered=self.unanswered[index],
-            score=self.score[index],
+            alone=self.alone.take(index),
         )
-
-    @cached_property
-    def curve_of_score(self) -> tuple[Floats, Floats]:
-        """What the score alone is worth, where a response without a readable answer is asked by it, and not first."""
-        return replace(self.columns, score=self.score).curve
-
-    def score_alone_at(self, call_rate: float) -> float:
-        return float(np.interp(call_rate, *self.curve_of_score))
 
 
 def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
@@ -138,18 +132,18 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
     if cell.scored:
         values |= {
             f"accuracy_at_{at}": measures.accuracy_at(c, budget),
-            f"score_alone_at_{at}": cell.score_alone_at(budget),
+            f"score_alone_at_{at}": measures.accuracy_at(cell.alone, budget),
             "area": measures.area(c),
             "apgr": measures.average_pgr(c),
             "cpt_50": measures.call_rate_for(c, 0.5),
             "cpt_80": measures.call_rate_for(c, 0.8),
-            "decision_auc": measures.decision_auc(_decided(c)),
+            "decision_auc": measures.decision_auc(c, np.abs(c.score) < ASK_FIRST),
         }
     if ours is not None:
         values["difference_to_ours"] = measures.accuracy_at(ours.columns, rate) - accuracy
         if cell.scored:
             values[f"difference_at_{at}"] = measures.accuracy_at(ours.columns, budget) - measures.accuracy_at(c, budget)
-            alone = ours.score_alone_at(budget) - cell.score_alone_at(budget)
+            alone = measures.accuracy_at(ours.alone, budget) - measures.accuracy_at(cell.alone, budget)
             values[f"score_alone_difference_at_{at}"] = alone
     if cell.own is not None and cell.scored:
         own_rate = float(cell.own.mean())
@@ -158,11 +152,6 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
         if ours is not None:
             values["own_difference_to_ours"] = measures.accuracy_at(ours.columns, own_rate) - own_accuracy
     return values
-
-
-def _decided(columns: Columns) -> Columns:
-    """The columns with the responses that have no score of their own left out of the AUC."""
-    return replace(columns, score=np.where(np.abs(columns.score) >= ASK_FIRST, -math.inf, columns.score))
 
 
 def _mean(values: NDArray[Any]) -> float:
