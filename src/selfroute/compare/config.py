@@ -32,7 +32,7 @@ class CompareConfig(Config):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of the training and of the evaluation's sampling; the problems are the same for all."""
     lrs: tuple[float, ...] = Field((3e-4,), min_length=1)
-    """Learning rates to choose from for each trained method, on calibration problems, half-way with the first seed."""
+    """Learning rates to choose from for each trained method, on calibration problems, with the first seed."""
     ablations: dict[str, dict[str, Any]] = Field({})
     """More rows: GAPG + decision loss with these changes to the training's settings."""
     swap_clouds: tuple[Choice, ...] = ()

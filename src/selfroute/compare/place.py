@@ -18,8 +18,8 @@ class Place:
 
     def __init__(self, config: CompareConfig, testbed: Path) -> None:
         bounds, routers = ([m for m in config.methods if m in kind] for kind in (BOUNDS, ROUTERS))
-        # The first seed trains every learning rate that there is to choose from, those that are not chosen by half.
-        rates = {config.seeds[0]: (1 + len(config.lrs)) / 2}
+        # The first seed trains every learning rate that there is to choose from.
+        rates = {config.seeds[0]: len(config.lrs)}
         self.rows: dict[tuple[str, int], float] = {}
         for seed in config.seeds:
             self.rows |= {(m, seed): BOUND for m in bounds}

@@ -261,16 +261,14 @@ class Matrix:
             raise RunError(f"{self.testbed / 'rows' / name} is of another cloud: give another --out, or remove it")
         return done is None
 
-    def _train(self, method: str, config: TrainConfig, progress: Progress, until: int | None = None) -> Path:
+    def _train(self, method: str, config: TrainConfig, progress: Progress) -> Path:
         run = self.testbed / "runs" / method / f"lr-{config.lr:g}-seed-{config.seed}"
         config = config.model_copy(update={"task": pinned(config.task, self._data)})
-        steps = until or config.steps
-        train(config, run, resume=True, report=lambda step: progress("training", step.step, steps), until=until)
+        train(config, run, resume=True, report=lambda step: progress("training", step.step, config.steps))
         return run
 
     def _choose_lr(self, method: str, progress: Progress) -> float:
-        """The learning rate of a method: the best on the calibration problems after half of the steps with the first
-        seed, whose training goes on from there."""
+        """The learning rate of a method: the best on the calibration problems, trained in full with the first seed."""
         lrs = self.config.lrs
         if len(lrs) == 1 or "lr" in self.config.ablations.get(method, {}):
             return lrs[0]
@@ -283,17 +281,13 @@ class Matrix:
                 continue
             config = self.config.training(method, lr=lr, seed=self.config.seeds[0])
             try:
-                run = self._train(method, config, progress, until=(config.steps + 1) // 2)
+                run = self._train(method, config, progress)
                 found = {**self._validate(method, config, run, progress), "ledger": training(run)}
             except DivergenceError as error:
                 # A rate at which the training diverges is one that the search rules out.
                 found = {"validation": None, "error": str(error), "ledger": None}
             known["tried"][f"{lr:g}"] = {**found, "config": config.model_dump(mode="json")}
             write_json(file, known)
-        if len({tried["ledger"]["steps"] for tried in known["tried"].values() if tried["ledger"]}) > 1:
-            raise RunError(
-                f"{file} compares trainings of different lengths: remove it, and {self.testbed / 'runs' / method}"
-            )
         values = {lr: known["tried"][f"{lr:g}"]["validation"] for lr in lrs}
         usable = {lr: value for lr, value in values.items() if value is not None}
         if not usable:

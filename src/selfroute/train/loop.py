@@ -52,14 +52,12 @@ def train(
     report: Callable[[StepRecord], None] = lambda record: None,
     rate: Rate | None = None,
     stage: str = "",
-    until: int | None = None,
 ) -> Path:
     """Post-train a device model; returns the last checkpoint.
 
     A Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; `resume` goes on from the newest one.
     With `rate`, every `config.evaluation.every` steps and at the end a checkpoint is rated, and the best one kept.
-    `stage` tells the run's cloud calls from those of other runs that share its cloud's file. The run ends early,
-    after the step `until`, and the same call without it goes on from there.
+    `stage` tells the run's cloud calls from those of other runs that share its cloud's file.
 
     Raises:
         ConfigError: checkpoints are to be rated, and there is no `rate`.
@@ -85,7 +83,7 @@ def train(
 
         ranks.from_first(begin)
         ranks.each(lambda: check_memory(config))
-        trainer = Trainer(config, out, ranks, rate, task, stage, until)
+        trainer = Trainer(config, out, ranks, rate, task, stage)
         with trainer.clouds:
             last = trainer.run(report)
     ranks.end()
@@ -103,9 +101,7 @@ class Trainer:
         rate: Rate | None = None,
         task: Task | None = None,
         stage: str = "",
-        until: int | None = None,
     ) -> None:
-        self.last = config.steps if until is None else min(until, config.steps)
         self.config, self.out, self.ranks, self.rate = config, out, ranks, rate
         self.task = task or make_task(config.task)
         self.problems = self.task.load("train")
@@ -153,7 +149,7 @@ class Trainer:
             # A run that was stopped before its last checkpoint was rated.
             if self._rate() and self.ranks.any(stop.is_set()):
                 raise KeyboardInterrupt
-            for step in range(self.finished + 1, self.last + 1):
+            for step in range(self.finished + 1, config.steps + 1):
                 try:
                     record = self.step(step)
                     values = {name: getattr(record, name) for name in StepRecord.__slots__}
@@ -168,7 +164,7 @@ class Trainer:
                         self.save()
                     raise
                 stopped = self.ranks.any(stop.is_set())
-                if step % config.checkpoint_every == 0 or step == self.last or stopped or self._due():
+                if step % config.checkpoint_every == 0 or step == config.steps or stopped or self._due():
                     self.ranks.from_first(self.save)
                 if stopped or (self._rate() and self.ranks.any(stop.is_set())):
                     raise KeyboardInterrupt

@@ -239,38 +239,13 @@ def test_neither_the_search_nor_our_own_calibration_sees_a_test_problem(tmp_path
     assert best == max(t["validation"] for t in search["tried"].values())
 
 
-def test_rates_are_tried_by_half_and_the_chosen_one_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    steps = {"train": {"steps": 3}}
-    both, alone = Matrix(config([OURS], lrs=[1e-4, 2e-4], **steps), tmp_path / "both", quiet), tmp_path / "alone"
-    both._trained(OURS, 0)
-    search = read_json(tmp_path / f"both/search/{OURS}.json")
-    assert [t["ledger"]["steps"] for t in search["tried"].values()] == [2, 2]
-    Matrix(config([OURS], lrs=[search["chosen"]], **steps), alone, quiet)._trained(OURS, 0)
-    rows = [row_info(bed, OURS, 0) for bed in (tmp_path / "both", alone)]
-    assert rows[0]
-    assert rows[1]
-    assert rows[0]["ledger"]["steps"] == 3
-    assert rows[0]["weights_sha256"] == rows[1]["weights_sha256"]
-
-
-def test_rates_tried_for_different_lengths_are_not_compared(tmp_path: Path) -> None:
-    settings = config([OURS], lrs=[1e-4, 2e-4], train={"steps": 3})
-    matrix = Matrix(settings, tmp_path, quiet)
-    # As an earlier version left it, which trained each rate in full.
-    matrix._train(OURS, settings.training(OURS, lr=1e-4, seed=0), quiet)
-    with pytest.raises(
-        RunError, match=rf"{OURS}\.json compares trainings of different lengths: remove it, and .*runs/{OURS}"
-    ):
-        matrix._choose_lr(OURS, quiet)
-
-
 class Diverging(Matrix):
     """A matrix whose training diverges at learning rates of 1 and more."""
 
-    def _train(self, method: str, config: Any, progress: Any, until: int | None = None) -> Path:
+    def _train(self, method: str, config: Any, progress: Any) -> Path:
         if config.lr >= 1:
             raise DivergenceError("the loss is nan at step 1")
-        return super()._train(method, config, progress, until)
+        return super()._train(method, config, progress)
 
 
 def test_a_rate_that_diverges_is_ruled_out(tmp_path: Path) -> None:
@@ -308,7 +283,7 @@ def test_a_search_under_other_settings_is_refused(tmp_path: Path) -> None:
 class Full(Matrix):
     """A matrix whose disk is full."""
 
-    def _train(self, method: str, config: Any, progress: Any, until: int | None = None) -> Path:
+    def _train(self, method: str, config: Any, progress: Any) -> Path:
         raise TrainingError("cannot write metrics.jsonl: No space left on device")
 
 
