@@ -25,7 +25,7 @@ test-slow: $(VENV)/.dev-ready clients
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu" -n 2 --dist worksteal
 
 test-long: $(VENV)/.dev-ready
-	$(BIN)/pytest -m "long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not gpu" -n 2 --dist worksteal
 
 # LiteLLM's SDK and lm-evaluation-harness do not share an environment with selfroute's tested set.
 clients: .venv-clients/.ready

@@ -180,7 +180,7 @@ class Sides:
             wait_for(f"http://127.0.0.1:{port}/health/liveliness")
         self.awake = bool(own) and not halting
         for core in (own, served) if self.awake else ():
-            run([*loopback, "awake"], core)
+            run([*loopback, "awake"], core).line()
         self.loads: list[dict[str, Any]] = []
         self._began = time.monotonic(), self._elsewhere_s()
 

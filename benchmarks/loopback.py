@@ -316,8 +316,9 @@ def generate() -> None:
 
 
 def awake() -> None:
-    """Take whatever nobody else of this session wants of a core."""
+    """Take whatever nobody else of this session wants of a core; says so once it does."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    print("awake", flush=True)
     threading.Thread(target=sys.stdin.read).start()
     while threading.active_count() > 1:
         for _ in range(100_000):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,6 +327,24 @@ def test_the_command_drains_on_sigterm(tmp_path: Path) -> None:
         assert "Traceback" not in (process.stderr.read() if process.stderr else "")
     with sqlite3.connect(store) as connection:
         assert connection.execute("SELECT route, status FROM requests").fetchall() == [("device", 200)]
+
+
+@pytest.mark.slow
+def test_a_gateway_whose_model_hangs_ends_all_the_same(tmp_path: Path) -> None:
+    store = tmp_path / "gateway.sqlite"
+    with command("device.name=tests.hanging:HangingDevice", "drain_s=1", f"store={store}") as (process, url):
+        with OpenAI(base_url=url, api_key="any", max_retries=0) as client, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.chat.completions.create, model="selfroute-device", messages=QUESTION)
+            assert process.stdout
+            while "hangs" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIStatusError) as refused:
+                asked.result(60)
+        assert refused.value.status_code == 503
+        assert process.wait(60) == 0
+        assert process.stderr
+        assert "nobody waits for it any more" in process.stderr.read()
 
 
 IN_PROCESS = "selfroute.device.hf:HFEngine"

@@ -32,7 +32,7 @@ from selfroute.types import DeviceChunk, DeviceRequest
 _log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
-"""Seconds that a step of the model has to end when the engine is closed."""
+"""Seconds that what the model is at has to end when the engine is closed."""
 
 _CLOSED = "the device engine was closed"
 
@@ -151,7 +151,7 @@ class LiveEngine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join, CLOSE_S)
         if self._thread.is_alive():
-            _log.error("the device model has been at one step for over %g s, and nobody waits for it any more", CLOSE_S)
+            _log.error("what the device model is at has not ended in %g s, and nobody waits for it any more", CLOSE_S)
         self._reader.shutdown(wait=False)
 
     def _sampling(self, request: DeviceRequest) -> Sampling:

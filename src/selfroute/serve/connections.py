@@ -123,7 +123,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, refusal: RefusedError) -> None:
         _log.warning("a connection is closed: %s", refusal)
-        self._refused(refusal)
+        if self._begun:
+            self._refused(refusal)
         self._wait_no_more()
         # An answer under way breaks off; in the middle of it, this would be read as its text.
         if not self._answering:
