@@ -19,10 +19,6 @@ after, the machine has changed meanwhile and the load was not half: it is measur
 the steadiest counts (`drift`: how much its capacity changed; `loads` has them all). A gateway that is full takes a
 paced stream's events several at a time, which is cheaper than one by one: at half of that rate it is more than half
 busy.
-On a virtual machine a core that has nothing to do halts, and other guests have it: the next request waits until it is
-back, and meets cold caches. So that the gateway is measured and not the host, a process below all others (SCHED_IDLE)
-keeps each core from halting, for the direct call too; with `--halting`, none does.
-
 Every answer's text is checked, so that a lost, doubled or reordered piece is a fault. `upstream_busy` says whether the
 core of the upstream and the generator was the one that was full.
 
@@ -147,7 +143,7 @@ def running(command: Sequence[str], cores: set[int], **options: Any) -> Iterator
 class Sides:
     """The upstream, what stands before it, and the generator; `ports`, `keys` and `proxies` by side."""
 
-    def __init__(self, stack: ExitStack, folder: Path, litellm: Path | None, *, halting: bool = False) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, litellm: Path | None) -> None:
         own, served = cores()
         self._all: list[Process] = []
 
@@ -178,9 +174,6 @@ class Sides:
                      "LITELLM_LOG": "ERROR"},
             )  # fmt: skip
             wait_for(f"http://127.0.0.1:{port}/health/liveliness")
-        self.awake = bool(own) and not halting
-        for core in (own, served) if self.awake else ():
-            run([*loopback, "awake"], core).line()
         self.loads: list[dict[str, Any]] = []
         self._began = time.monotonic(), self._elsewhere_s()
 
@@ -356,7 +349,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.2, help="of one load")
     parser.add_argument("--no-litellm", action="store_true")
-    parser.add_argument("--halting", action="store_true", help="let cores halt that have nothing to do")
     parser.add_argument("--tiny", action="store_true", help="one short round, without LiteLLM")
     options = parser.parse_args()
     rounds, seconds, connections, tries = options.rounds, options.seconds, CONNECTIONS, TRIES
@@ -365,7 +357,7 @@ def main() -> None:
     litellm = None if options.no_litellm or options.tiny else litellm_venv()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sides = Sides(stack, folder, litellm, halting=options.halting)
+        sides = Sides(stack, folder, litellm)
         for side in sides.proxies:
             sides.load(side, "stream", seconds, note="warming up", connections=4)
         turns = [turn(sides, seconds, connections, tries) for _ in range(rounds)]
@@ -380,7 +372,7 @@ def main() -> None:
         "streams_at_once": {name: many[name] for name in ("asked", "faults", "ms", "first_ms")},
         "loads": sides.loads,
         "work": {"rounds": rounds, "seconds": seconds, "pieces": PIECES, "pinned": bool(cores()[0]),
-                 "awake": sides.awake, "cores_busy_elsewhere": round(others, 3),
+                 "cores_busy_elsewhere": round(others, 3),
                  "machine": machine(), "versions": versions(litellm), "commit": commit()},
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,10 +2,9 @@
 
     python benchmarks/loopback.py upstream      writes its port, and serves until it is killed
     python benchmarks/loopback.py generate      takes a load on each line that it reads, and writes what came of it
-    python benchmarks/loopback.py awake         keeps a core from halting, below all other work, until its input ends
 
-Upstream and generator speak HTTP over asyncio's bare protocols, since they share two cores with what they measure. What
-a request wants stands in the user's last message, as JSON, which any proxy passes on:
+Both speak HTTP over asyncio's bare protocols, since they share two cores with what they measure. What a request wants
+stands in the user's last message, as JSON, which any proxy passes on:
 
     {"name": "a7", "pieces": 3, "every_ms": 0, "device": "answer"}      ->  "a7-0 a7-1 a7-2 "
 
@@ -18,12 +17,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import random
 import re
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -315,16 +312,6 @@ def generate() -> None:
         print(json.dumps(asyncio.run(Generator(json.loads(line)).run())), flush=True)
 
 
-def awake() -> None:
-    """Take whatever nobody else of this session wants of a core; says so once it does."""
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    print("awake", flush=True)
-    threading.Thread(target=sys.stdin.read).start()
-    while threading.active_count() > 1:
-        for _ in range(100_000):
-            pass
-
-
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
-        {"upstream": lambda: asyncio.run(upstream()), "generate": generate, "awake": awake}[sys.argv[1]]()
+        asyncio.run(upstream()) if sys.argv[1] == "upstream" else generate()
