@@ -20,12 +20,12 @@ demo: $(VENV)/.train-ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not long and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
-# Two at a time, and whoever is done takes of what the other still has: the main job alone is as long as most others together.
+# Two at a time, and whoever is done takes of what the other still has: the main job alone is a third of it all.
 test-slow: $(VENV)/.dev-ready clients
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu" -n 2 --dist worksteal
 
 test-long: $(VENV)/.dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not gpu" -n 2 --dist worksteal
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/pytest -m "long and not gpu"
 
 # LiteLLM's SDK and lm-evaluation-harness do not share an environment with selfroute's tested set.
 clients: .venv-clients/.ready

@@ -29,8 +29,7 @@ def test_all_sides_run_in_turn(tmp_path: Path) -> None:
     }  # fmt: skip
     for ratio in result.values():
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
-    # Half the work; another test may run beside any of the rounds.
-    assert sides["half_kept"]["seconds"]["min"] < sides["all_kept"]["seconds"]["max"]
+    assert sides["half_kept"]["seconds"]["median"] < sides["all_kept"]["seconds"]["max"]
     assert work["problems"] * work["responses"] == 64
     # A warm-up round, and two that count.
     assert done.stdout.count("/2 trl_grpo ") == 3

@@ -137,6 +137,7 @@ def measure(cell: Cell, ours: Cell | None, budget: float) -> dict[str, float]:
             "apgr": measures.average_pgr(c),
             "cpt_50": measures.call_rate_for(c, 0.5),
             "cpt_80": measures.call_rate_for(c, 0.8),
+            # Those without a readable answer are asked first, and not by a score of theirs.
             "decision_auc": measures.decision_auc(c, np.abs(c.score) < ASK_FIRST),
         }
     if ours is not None:

@@ -123,6 +123,10 @@ def test_headers_that_are_refused_are_counted(tmp_path: Path) -> None:
                     time.sleep(0.3)
                     client.sendall(b"X-Long: " + b"a" * MAX_HEAD)
                     assert client.recv(1000).startswith(b"HTTP/1.1 431")
+                # Refused, too, but no request that anybody had begun.
+                with socket.create_connection((host, port), timeout=20) as client:
+                    client.sendall(b"\r\n" * (MAX_HEAD // 2 + 1))
+                    assert client.recv(1000).startswith(b"HTTP/1.1 431")
                 told.append(httpx2.get(f"http://localhost:{port}/metrics").text)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
