@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,8 @@ class ScriptedCloud:
         self.requests: list[CloudRequest] = []
         self.waiting = asyncio.Event()
         self.cancelled = 0
+        self.final = CloudAnswer("", "", True, 20, 5, usd, 0.1)
+        """How it ends, but for the text."""
 
     def carry(self, spent_usd: float) -> None:
         """It has no limit."""
@@ -133,7 +135,7 @@ class ScriptedCloud:
             ended = True
             bill.usd += self.usd
             text = "".join(s for s in self.script if isinstance(s, str))
-            yield CloudChunk(final=CloudAnswer(text, "", True, 20, 5, self.usd, 0.1), finish_reason="stop")
+            yield CloudChunk(final=replace(self.final, text=text), finish_reason="stop")
         finally:
             if begun and not ended:
                 self.cancelled += 1

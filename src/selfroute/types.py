@@ -159,7 +159,8 @@ class Bill:
 class CloudAnswer:
     """A complete answer of the cloud. `cost_usd` is its price when it was bought; a cache hit keeps it.
 
-    An answer that is not `finished` was cut at its token limit.
+    An answer that is not `finished` was cut at its token limit. `cached_tokens` of the prompt's and `reasoning_tokens`
+    of the completion's are those that the provider tells of.
     """
 
     text: str
@@ -169,6 +170,8 @@ class CloudAnswer:
     completion_tokens: int
     cost_usd: float
     latency_s: float
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,8 @@ class OpenAICloud:
             completion_tokens=completion_tokens,
             cost_usd=self._price.of(prompt_tokens, completion_tokens, usage.cached_tokens),
             latency_s=latency_s,
+            cached_tokens=usage.cached_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
         )
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], affordable: Callable[[], bool] = lambda: True) -> T:

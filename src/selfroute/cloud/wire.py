@@ -18,9 +18,10 @@ from selfroute.types import CloudChunk
 
 
 class Details(BaseModel):
-    """What the prompt's tokens were."""
+    """What the prompt's tokens were, or the completion's."""
 
     cached_tokens: int | None = Field(None, ge=0)
+    reasoning_tokens: int | None = Field(None, ge=0)
 
 
 class Usage(BaseModel):
@@ -29,6 +30,7 @@ class Usage(BaseModel):
     prompt_tokens: int | None = Field(None, ge=0)
     completion_tokens: int | None = Field(None, ge=0)
     prompt_tokens_details: Details | None = None
+    completion_tokens_details: Details | None = None
     prompt_cache_hit_tokens: int | None = Field(None, ge=0)
 
     @property
@@ -36,6 +38,12 @@ class Usage(BaseModel):
         """As OpenAI says it, or as DeepSeek does."""
         details = self.prompt_tokens_details
         return (details.cached_tokens if details else None) or self.prompt_cache_hit_tokens or 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of the completion's."""
+        details = self.completion_tokens_details
+        return (details.reasoning_tokens if details else None) or 0
 
 
 class Message(BaseModel):

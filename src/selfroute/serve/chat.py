@@ -114,11 +114,17 @@ def _joined(whole: list[Any], piece: list[Any]) -> list[Any]:
     return members
 
 
-def usage_of(course: Course) -> dict[str, int]:
-    """Tokens of the device and the cloud together."""
+def usage_of(course: Course) -> dict[str, Any]:
+    """Tokens of the device and the cloud together; which of them were cached, or reasoning, where the cloud tells."""
     prompt = course.device_prompt_tokens + course.cloud_prompt_tokens
     completion = course.device_completion_tokens + course.cloud_completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    usage["total_tokens"] = prompt + completion
+    if course.cached_tokens:
+        usage["prompt_tokens_details"] = {"cached_tokens": course.cached_tokens}
+    if course.reasoning_tokens:
+        usage["completion_tokens_details"] = {"reasoning_tokens": course.reasoning_tokens}
+    return usage
 
 
 def report(course: Course) -> dict[str, Any]:

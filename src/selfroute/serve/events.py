@@ -74,6 +74,10 @@ class Course:
     device_completion_tokens: int = 0
     cloud_prompt_tokens: int = 0
     cloud_completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the cloud's prompt tokens, as far as it tells."""
+    reasoning_tokens: int = 0
+    """Of the cloud's completion tokens, likewise."""
     cost_usd: float = 0.0
     first_ms: float | None = None
     device_ms: float | None = None

@@ -324,6 +324,8 @@ class _Story:
                     finish_reason = chunk.finish_reason
                     course.cloud_prompt_tokens = chunk.final.prompt_tokens
                     course.cloud_completion_tokens = chunk.final.completion_tokens
+                    course.cached_tokens = chunk.final.cached_tokens
+                    course.reasoning_tokens = chunk.final.reasoning_tokens
         return finish_reason
 
     async def _pass_on(self, chunk: CloudChunk) -> None:

@@ -204,9 +204,9 @@ class ResponsesWriter:
                     "incomplete_details": {"reason": cut} if cut else None,
                     "usage": {
                         "input_tokens": usage["prompt_tokens"],
-                        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                        "input_tokens_details": {"cached_tokens": course.cached_tokens, "cache_write_tokens": 0},
                         "output_tokens": usage["completion_tokens"],
-                        "output_tokens_details": {"reasoning_tokens": 0},
+                        "output_tokens_details": {"reasoning_tokens": course.reasoning_tokens},
                         "total_tokens": usage["total_tokens"],
                     },
                     "selfroute": report(course),

@@ -144,6 +144,33 @@ def test_cached_prompt_tokens_have_their_own_price(usage: dict[str, Any], cost: 
         assert complete(server)[0].cost_usd == pytest.approx(cost / 1e6)
 
 
+DETAILED = {
+    "prompt_tokens": 100, "completion_tokens": 10,
+    "prompt_tokens_details": {"cached_tokens": 60, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [
+        (DETAILED, (60, 7)),
+        ({**DETAILED, "prompt_tokens_details": None, "completion_tokens_details": {"reasoning_tokens": None}}, (0, 0)),
+        ({"prompt_tokens": 100, "completion_tokens": 10, "prompt_cache_hit_tokens": 100}, (100, 0)),
+    ],
+)
+def test_what_the_provider_tells_of_its_tokens(usage: dict[str, Any], told: tuple[int, int], streamed: bool) -> None:
+    if streamed:
+        with Server(streams(event("four", "stop"), {"choices": [], "usage": usage})) as server:
+            final = stream(server)[-1].final
+    else:
+        with Server(status(200, reply(usage=usage))) as server:
+            [final] = complete(server)
+    assert final is not None
+    assert (final.cached_tokens, final.reasoning_tokens) == told
+
+
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": 500}, {"prompt_tokens": 100, "completion_tokens": None}])
 def test_a_server_that_does_not_tell_its_usage_is_not_free(usage: dict[str, Any] | None) -> None:
     with Server(status(200, reply("x" * 400, usage=usage))) as server:

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -124,6 +124,22 @@ def test_a_streamed_answer() -> None:
     assert last["selfroute"]["route"] == "cloud"
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 38
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_what_the_cloud_tells_of_its_tokens_is_in_the_usage(path: str) -> None:
+    cloud = ScriptedCloud("five")
+    cloud.final = replace(cloud.final, cached_tokens=16, reasoning_tokens=4)
+    with World(ScriptedDevice(ASKS), cloud).client() as client:
+        usage = client.post(path, json={**CHAT, "input": "2+3?"}).json()["usage"]
+    if path == "/v1/responses":
+        assert usage["input_tokens_details"] == {"cached_tokens": 16, "cache_write_tokens": 0}
+        assert usage["output_tokens_details"] == {"reasoning_tokens": 4}
+    else:
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
+    # Of the device's nothing is known.
+    assert usage["total_tokens"] == 38
 
 
 def test_the_cloud_alone_says_so_in_the_streams_headers() -> None:
