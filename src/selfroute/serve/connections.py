@@ -15,7 +15,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from selfroute.serve.refusal import RefusedError
+from selfroute.serve.refusal import RefusedError, too_many
 
 HEAD_S = 30.0
 """Seconds from the first moment of a connection, or from whatever comes after an answer, to the end of the headers."""
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 class Connection(HttpToolsProtocol):
-    """Closed where a request's line and headers do not come within `HEAD_S`, or are longer than `MAX_HEAD`; `refused`
-    is told of those that had begun one."""
+    """Closed where a request's line and headers do not come within `HEAD_S`, or are longer than `MAX_HEAD`, or more
+    than `MAX_WAITING` come at once; `refused` is told of those that had begun one."""
 
     _late: asyncio.TimerHandle | None = None
     """While a head is waited for: ends that."""
@@ -74,9 +74,10 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request's first byte."""
         if len(self.pipeline) >= MAX_WAITING:
+            self._refused(too_many(f"{MAX_WAITING} requests of one connection wait for their answers"))
             # What is left of the read may be thousands of them, and only an error ends it.
             self.transport.abort()
-            raise ValueError("too many requests of one connection wait for their answers")
+            raise ValueError
         super().on_message_begin()
         if not self._late:
             self._wait()

@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,7 +110,7 @@ def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> N
         assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
 
 
-def test_headers_that_are_refused_are_counted(tmp_path: Path) -> None:
+def test_what_a_connection_is_closed_for_is_counted(tmp_path: Path) -> None:
     config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(tmp_path / "gateway.sqlite"))
     told: list[str] = []
     with listening("127.0.0.1", 0) as listener:
@@ -127,6 +127,11 @@ def test_headers_that_are_refused_are_counted(tmp_path: Path) -> None:
                 with socket.create_connection((host, port), timeout=20) as client:
                     client.sendall(b"\r\n" * (MAX_HEAD // 2 + 1))
                     assert client.recv(1000).startswith(b"HTTP/1.1 431")
+                with socket.create_connection((host, port), timeout=20) as client:
+                    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+                    with suppress(ConnectionError):
+                        while client.recv(65536):
+                            pass
                 told.append(httpx2.get(f"http://localhost:{port}/metrics").text)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -135,6 +140,7 @@ def test_headers_that_are_refused_are_counted(tmp_path: Path) -> None:
         serve(config, listener, asking.start)
         asking.join()
     assert '\nselfroute_refused_total{code="headers_too_large",status="431"} 1.0\n' in told[0]
+    assert '\nselfroute_refused_total{code="too_many_requests",status="429"} 1.0\n' in told[0]
 
 
 def test_a_client_that_reads_nothing_holds_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
