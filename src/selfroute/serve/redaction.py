@@ -36,11 +36,17 @@ _KINDS = frozenset({
 _OPAQUE = ("image_url", "input_audio")
 """Parts of a message that hold no text."""
 
+_FILES = ("images", "audios", "videos", "files", "attachments")
+"""Fields of a message that are none of the API's, and in which some engines take what holds no text."""
+
 _IMAGE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/_-]*={0,2}")
 _AUDIO = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
 """Files in base 64; a text of that form in the place of sound would be short."""
 
 _ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)((?:\\u[0-9a-fA-F]{4})+)")
+_PLACEHOLDER = re.compile(r"<([A-Z0-9_]+_[0-9]+)>")
+_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+_LETTERED = re.compile(r"(?<!\\)((?:\\\\)*)(\\(?:[bfnrt]|u[0-9a-fA-F]{4}))")
 
 
 def unreadable(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -50,6 +56,8 @@ def unreadable(messages: Sequence[Mapping[str, Any]]) -> str:
     'messages.0.content.1'
     """
     for index, message in enumerate(messages):
+        if held := next((name for name in _FILES if message.get(name)), None):
+            return f"messages.{index}.{held}"
         content = message.get("content")
         for at, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, Mapping) and part.get("type") in _OPAQUE:
@@ -98,8 +106,20 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
     result = {}
     for name, member in value.items():
         fixed = name in ("role", "type") and isinstance(member, str) and member in _KINDS
-        result[name if name in _OF_THE_API else change(name)] = member if fixed else mapped(member, change)
+        changed = member if fixed else mapped(member, change)
+        if name == "name" and changed != member:
+            changed = named(changed)
+        result[name if name in _OF_THE_API else change(name)] = changed
     return result
+
+
+def named(value: Any) -> Any:
+    """A name with its placeholders as APIs let names be.
+
+    >>> named("<REDACTED_1>-status")
+    'REDACTED_1-status'
+    """
+    return _PLACEHOLDER.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def texts_of(value: Any) -> list[str]:
@@ -120,13 +140,27 @@ def plain(text: str) -> str:
     >>> print(plain(r'{"name": "M\u00fcller", "quote": "\u0022"}'), plain(r"M\u00fcller"))
     {"name": "Müller", "quote": "\u0022"} M\u00fcller
     """
-    if r"\u" not in text or text.lstrip()[:1] not in ("{", "["):
-        return text
+    return _ESCAPED.sub(lambda m: m[1] + _letters(m[2]), text) if r"\u" in text and _is_json(text) else text
+
+
+def legible(text: str) -> str:
+    r"""A text for whoever looks for words in it, of the same length: in one that is JSON, an escape's letter is none of
+    the word's that stands behind it.
+
+    >>> print(legible(r'{"said": "to\nProject Falcon"}'), legible(r"to\nProject Falcon"))
+    {"said": "to  Project Falcon"} to\nProject Falcon
+    """
+    return _LETTERED.sub(lambda m: m[1] + " " * len(m[2]), text) if "\\" in text and _is_json(text) else text
+
+
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
     try:
         from_json(text)
     except ValueError:
-        return text
-    return _ESCAPED.sub(lambda m: m[1] + _letters(m[2]), text)
+        return False
+    return True
 
 
 def _letters(escapes: str) -> str:
@@ -164,7 +198,11 @@ class Placeholders:
     def put(self, text: str, spans: Sequence[Span]) -> str:
         """A text with placeholders in the place of its spans."""
         pieces, at = [], 0
+        # All of an escape or nothing of it: half of one is no JSON.
+        escapes = [m.span() for m in _ESCAPE.finditer(text)] if "\\" in text and _is_json(text) else []
         for start, end, kind in spans:
+            start = max(at, next((a for a, b in escapes if a < start < b), start))
+            end = next((b for a, b in escapes if a < end < b), end)
             pieces += [text[at:start], self._placeholder(_value(text, start, end), kind)]
             at = end
         return "".join([*pieces, text[at:]])

@@ -7,51 +7,83 @@ when it is shown. What may be the beginning of a placeholder is held back, which
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from selfroute.serve.redaction import named
 from selfroute.types import CloudChunk
 
-_TAIL = 16_384
-"""Characters in which a link is looked for."""
+_TAIL, _AHEAD = 1024, 16
+"""Characters in which a link is looked for, of one that began before them what `link` says; and more than it takes to
+tell that one begins."""
 
 _FORM = re.compile(r"(?:<|\\u003[cC])[A-Z0-9_]+(?:>|\\u003[eE])")
 """What looks like a placeholder."""
 
-_WORD = re.compile(r"""[^\s"`]*""")
-_BRACKET = re.compile(r"\]\(\s*<")
-"""Where a link of Markdown begins that may have spaces in it."""
+_ELSEWHERE = re.compile(r"//|\b(?:https?|ftp|wss?):|\bwww\.", re.IGNORECASE)
+"""How an address begins that names another machine: with these schemes, browsers need no slashes."""
+
+_LONG = re.compile(r"&#x?[0-9a-f]{8}", re.IGNORECASE)
+"""A number of a character, as long as none is."""
+
+_AS_BROWSERS_READ = str.maketrans({"\\": "/", "\t": None, "\n": None, "\r": None})
+
+_ENDS = " \t\n\r\f"
+_LINKED = re.compile(r"\][(:]|=")
+"""Behind these of Markdown and HTML nothing but white space ends an address; elsewhere quotation marks do, too."""
+
+_BRACKET = re.compile(r"\][(:]\s*<")
+_CLOSED = re.compile(r"(?<!\\)(?:\\\\)*>")
+"""Between these, an address of Markdown has spaces in it."""
+
+_PIECE = re.compile(
+    r'(?P<said>(?:[^"\\]+|\\(?:u[0-9a-fA-F]{4}|[^u]))+)|(?P<quote>")|(?P<begun>\\(?:u[0-9a-fA-F]{0,3})?$)|.', re.DOTALL
+)
+"""Of JSON: some of a string, a quotation mark, the beginning of an escape at the end."""
+
+_SPACES = re.compile(r"\s{2,}")
 
 
-def in_link(text: str) -> bool:
-    """Whether a text ends in a link that has not ended: a URL, or the places of Markdown and HTML that take one with
-    spaces in it.
+def link(text: str) -> str:
+    """The beginning of a link that a text ends in, in short, or "": of a URL, or of the places of Markdown and HTML
+    that take one with spaces in it.
 
     In time that grows with the text, whatever stands in it: one pattern for all of this takes minutes of some texts,
     and a client can have the cloud write them.
 
-    >>> [in_link(text) for text in ("see //a.org/?", "see //a.org/ and", "[a](<//a.org/b c", '<img src="//a.org/b c')]
-    [True, False, True, True]
+    >>> [link(text) for text in ("see //a.org/?", "see //a.org/ and", "[a](<//a.org/b c", '<img src="//a.org/b c')]
+    ['//', '', '](<//', '="//']
     """
-    slashes = text.rfind("//")
-    if slashes < 0:
-        return False
-    last_word = _WORD.match(text[::-1])
-    assert last_word is not None
-    if slashes >= len(text) - last_word.end():
-        return True
+    begin = max(map(text.rfind, _ENDS)) + 1
+    word = text[begin:]
+    if _elsewhere(word[max(map(word.rfind, '"`')) + 1 :]):
+        return "//"
+    if text[:begin].rstrip(_ENDS).endswith(("](", "]:", "=")):
+        linked = 0
+    else:
+        linked = found.end() if (found := _LINKED.search(word)) else len(word)
+    if _elsewhere(word[linked:]):
+        return "=//"
     for quote in "\"'":
         opened = text.rfind(quote)
-        if 0 <= opened < slashes and text[:opened].rstrip().endswith("="):
-            return True
-    line = text.rfind("\n") + 1
-    if slashes < line or text.find(">", slashes) >= 0:
-        return False
-    # The bracket may stand on a line before.
-    before = len(text[:line].rstrip())
-    return _BRACKET.search(text, max(0, before - 2), slashes) is not None
+        if opened > 0 and text[:opened].rstrip().endswith("=") and _elsewhere(text[opened:]):
+            return f"={quote}//"
+    # Of this line, but for the bracket, which may stand on the one before.
+    start = max(0, len(text[: text.rfind("\n") + 1].rstrip()) - 2)
+    for closed in _CLOSED.finditer(text, start):
+        start = closed.end()
+    opener = _BRACKET.search(text, start)
+    return "](<//" if opener and _elsewhere(text[opener.end() :]) else ""
+
+
+def _elsewhere(address: str) -> bool:
+    """Whether the beginning of an address leads to another machine."""
+    if _LONG.search(address):
+        return True
+    return _ELSEWHERE.search(html.unescape(address).translate(_AS_BROWSERS_READ)) is not None
 
 
 class Restorer:
@@ -76,7 +108,8 @@ class Restorer:
             self._values |= inside
         self._beginnings = {name[:n] for name in self._values for n in range(1, len(name))}
         self._longest = max(map(len, self._values), default=1)
-        self._held = self._tail = ""
+        self._quoted = quoted
+        self._held = self._tail = self._escape = ""
 
     def feed(self, text: str) -> str:
         """What is certain now."""
@@ -97,7 +130,7 @@ class Restorer:
         pieces, at = [], 0
         for found in self._known(text):
             self._read(text[at : found.start()])
-            pieces += [text[at : found.start()], found[0] if in_link(self._tail) else self._values[found[0]]]
+            pieces += [text[at : found.start()], found[0] if link(self._tail) else self._values[found[0]]]
             # Its brackets end no link.
             self._read("_")
             at = found.end()
@@ -108,7 +141,38 @@ class Restorer:
         return [found for found in _FORM.finditer(text) if found[0] in self._values]
 
     def _read(self, text: str) -> None:
-        self._tail = (self._tail + text)[-_TAIL:]
+        """Go on with what was told; of JSON, with what its string says so far."""
+        if self._quoted:
+            self._read_json(text)
+        else:
+            self._tail += text
+        if len(self._tail) > 2 * _TAIL:
+            tail = _SPACES.sub(_one, self._tail)
+            self._tail = link(tail[: _AHEAD - _TAIL]) + tail[-_TAIL:]
+
+    def _read_json(self, text: str) -> None:
+        text, self._escape = self._escape + text, ""
+        for piece in _PIECE.finditer(text):
+            match piece.lastgroup:
+                case "said":
+                    self._tail += _said(piece[0])
+                case "quote":
+                    self._tail = ""
+                case "begun":
+                    self._escape = piece[0]
+
+
+def _one(spaces: re.Match[str]) -> str:
+    """One space in the place of many, that browsers read alike."""
+    return next((c for c in (" ", "\f", "\n") if c in spaces[0]), "\t")
+
+
+def _said(inside: str) -> str:
+    """What the inside of a string of JSON says; as it is, where it is none."""
+    try:
+        return str(json.loads(f'"{inside}"', strict=False))
+    except ValueError:
+        return inside
 
 
 class Restoring:
@@ -121,6 +185,7 @@ class Restoring:
 
     def __init__(self, originals: Mapping[str, str], *, json_answer: bool = False) -> None:
         self._originals, self._json_answer = originals, json_answer
+        self._in_names = {named(placeholder): original for placeholder, original in originals.items()}
         self._restorers: dict[tuple[str, Any], Restorer] = {}
         self._last: tuple[str, Any] | None = None
 
@@ -167,10 +232,17 @@ class Restoring:
         for name in ("function", "custom"):
             if name in result:
                 result[name] = self._argued(at, result[name])
+        if isinstance(result.get("name"), str):
+            result["name"] = self._name(result["name"])
         for name in ("arguments", "input"):
             if isinstance(result.get(name), str):
                 result[name] = self._feed(at, result[name], quoted=name == "arguments")
         return result
+
+    def _name(self, name: str) -> str:
+        """A tool's name, which comes whole."""
+        longest_first = "|".join(sorted(self._in_names, key=len, reverse=True))
+        return re.sub(f"(?<!<)(?:{longest_first})(?!>)", lambda m: self._in_names[m[0]], name)
 
     def _feed(self, at: tuple[str, Any], text: str, *, quoted: bool = False) -> str:
         if at not in self._restorers:

@@ -128,3 +128,8 @@ def test_a_check_that_fails_or_is_slow_lets_nothing_out(caplog: pytest.LogCaptur
 
 def test_a_border_that_cannot_redact_lets_nothing_out_that_asks_for_it() -> None:
     assert held_back(user("hi")).reason == "privacy"
+
+
+def test_many_empty_texts_are_too_long() -> None:
+    refusal = held_back(user([{"type": "text", "text": ""}] * 200), finder=ScriptedFinder(MAIL), max_chars=100)
+    assert (refusal.reason, refusal.status) == ("privacy", 413)

