@@ -189,7 +189,7 @@ class MemoryBudget:
 
     def _now(self) -> float:
         now = time.time()
-        self.gateway = self.gateway.on(int(now // DAY_S), self.limits.window_s)
+        self.gateway = self.gateway.on(int(now // DAY_S), self.limits.window_s, now)
         return now
 
 

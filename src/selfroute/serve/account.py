@@ -124,13 +124,17 @@ class Account(NamedTuple):
     minute: Window = Window(60)
     window: Window = Window(3600)
 
-    def on(self, day: int, window_s: int) -> Account:
+    def on(self, day: int, window_s: int, now: float) -> Account:
         """On a day (since 1970) that is not before its own, with a share's window of that length.
 
-        Money belongs to the day on which it was held back; counts over another length cannot be told from these.
+        Money belongs to the day on which it was held back. Where the length changes, what is counted is of now: while
+        replicas with both lengths run, none may begin anew with every transaction of another.
         """
         account = self if day == self.day else self._replace(day=day, spent=0, held=0)
-        return account if window_s == self.window.length_s else account._replace(window=Window(window_s))
+        if window_s == self.window.length_s:
+            return account
+        counted = self.window.totals(now)
+        return account._replace(window=Window(window_s).add(now, *counted) if any(counted) else Window(window_s))
 
     def arrive(self, now: float, requests: int) -> Account:
         """With so many more requests."""

@@ -370,17 +370,9 @@ async def _ask(
         raise RefusedError(400, message, code="invalid_value", param=_POLICY)
     if key and policy not in key.policies:
         raise RefusedError(403, f"this key may not ask for {policy}", code="policy_not_allowed", param=_POLICY)
-    scope = key.scope if key else None
-    try:
-        denied = await gateway.budget.arrive(scope)
-    except StoreError as error:
-        _log.error("requests cannot be counted: %s", error)
-        raise RefusedError(503, "requests cannot be counted now", code="store_unavailable", retry_after_s=5) from error
-    if denied:
-        message = f"too many requests ({denied.limit})"
-        raise RefusedError(429, message, code="rate_limit_exceeded", retry_after_s=denied.retry_after_s)
-    config = gateway.config
-    return ask_of(
+    scope, config = key.scope if key else None, gateway.config
+    # What is refused does not count.
+    ask = ask_of(
         asked,
         body,
         id=id,
@@ -392,6 +384,15 @@ async def _ask(
         key=scope,
         redact=config.privacy.redact,
     )
+    try:
+        denied = await gateway.budget.arrive(scope)
+    except StoreError as error:
+        _log.error("requests cannot be counted: %s", error)
+        raise RefusedError(503, "requests cannot be counted now", code="store_unavailable", retry_after_s=5) from error
+    if denied:
+        message = f"too many requests ({denied.limit})"
+        raise RefusedError(429, message, code="rate_limit_exceeded", retry_after_s=denied.retry_after_s)
+    return ask
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

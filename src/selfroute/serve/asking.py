@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from selfroute.serve.account import Scope
 from selfroute.serve.refusal import RefusedError
@@ -21,10 +21,12 @@ _PRICED = (
     *("enable_search", "prediction", "audio", "best_of"),
     *("fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "num_retries", "max_retries"),
     *("n_predict", "num_predict", "max_new_tokens", "max_output_tokens", "max_length"),
-    *("max_tokens_to_sample", "candidate_count", "options", "generation_config", "generationConfig", "extra_body"),
+    *("max_tokens_to_sample", "candidate_count", "options", "generation_config", "generationconfig", "extra_body"),
+    *("additional_drop_params", "drop_params", "allowed_openai_params"),
+    *("enable_thinking", "thinking_budget", "cache_control"),
 )
 """Fields of providers and of proxies that choose another model, provider, tier or paid tool, more answers or calls than
-one, or another limit than the two that the budget knows."""
+one, another limit than the two that the budget knows, or none; all names in small letters."""
 
 _OF_UPSTREAMS = (
     *("api_base", "api_key", "api_version", "base_url", "custom_llm_provider", "extra_headers", "headers"),
@@ -34,6 +36,8 @@ _OF_UPSTREAMS = (
 _UPSTREAMS = ("aws_", "azure_", "vertex_", "watsonx_", "oci_", "s3_")
 """Fields, and how more of them begin, by which a client would choose where a proxy behind the gateway sends its
 request, and with which key."""
+
+_COSTS = "it changes what a call costs, and is not passed on"
 
 _PARTS = ("text", "image_url", "input_audio", "refusal")
 """Parts of a message whose tokens can be bounded."""
@@ -60,7 +64,7 @@ class Options(BaseModel):
     policy: Policy | None = None
     undecided: Literal["cloud", "device"] | None = None
     handoff: Handoff | None = None
-    bias: float | None = Field(None, ge=-100, le=100)
+    bias: StrictFloat | None = Field(None, ge=-100, le=100)
     redact: StrictBool | None = None
 
 
@@ -84,10 +88,10 @@ class ChatRequest(BaseModel):
     n: Literal[1] | None = None
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    temperature: StrictFloat | None = Field(None, ge=0, le=2)
+    top_p: StrictFloat | None = Field(None, ge=0, le=1)
+    frequency_penalty: StrictFloat | None = Field(None, ge=-2, le=2)
+    presence_penalty: StrictFloat | None = Field(None, ge=-2, le=2)
     seed: StrictInt | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -158,13 +162,18 @@ def read(body: Any) -> ChatRequest:
         fault = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(map(str, fault["loc"]))[:200] or None
         raise RefusedError(400, f"{param}: {fault['msg']}", code="invalid_value", param=param) from None
-    for name in _PRICED:
-        if body.get(name) is not None:
-            raise _unsupported(name, "it changes what a call costs, and is not passed on")
-    for name in body:
-        if name in _OF_UPSTREAMS or name.startswith(_UPSTREAMS):
+    for name, value in body.items():
+        # Proxies written in Go take a name in any letters.
+        small = name.casefold()
+        if small in _PRICED and value is not None:
+            raise _unsupported(name, _COSTS)
+        if small in _OF_UPSTREAMS or small.startswith(_UPSTREAMS):
             raise _unsupported(name, "where a request goes, and with which key, is the gateway's own business")
+        if name != small and small in ChatRequest.model_fields:
+            raise _unsupported(name, f"it is called {small}")
     for index, tool in enumerate(request.tools or ()):
+        if tool.get("cache_control") is not None:
+            raise _unsupported(f"tools.{index}.cache_control", _COSTS)
         if tool.get("type") not in ("function", "custom"):
             raise _unsupported(f"tools.{index}", "only a client's own tools are passed on (type function or custom)")
     for index, message in enumerate(request.messages):
@@ -174,7 +183,10 @@ def read(body: Any) -> ChatRequest:
         if not isinstance(content, str | list | None):
             why = "must be a text or a list of parts"
             raise RefusedError(400, f"content {why}", code="invalid_value", param=f"messages.{index}.content")
-        for part in content if isinstance(content, list) else ():
+        parts = content if isinstance(content, list) else []
+        if any(isinstance(held, dict) and held.get("cache_control") is not None for held in (message, *parts)):
+            raise _unsupported(f"messages.{index}.cache_control", _COSTS)
+        for part in parts:
             if not isinstance(part, dict) or part.get("type") not in _PARTS:
                 raise _unsupported(f"messages.{index}.content", f"its parts are of type {', '.join(_PARTS)}")
     return request

@@ -276,7 +276,7 @@ class Budget:
         now = self._clock()
         # By a clock that is behind, it is the day that another's has seen.
         day = max(int(now // DAY_S), *(account.day for account in accounts.values()))
-        return {scope.name: accounts[scope.name].on(day, scope.limits.window_s) for scope in scopes}, now
+        return {scope.name: accounts[scope.name].on(day, scope.limits.window_s, now) for scope in scopes}, now
 
     async def _close(self, *ended: _Ended) -> int:
         return await self._store.write(lambda connection: _close_all(connection, ended), brief=len(ended) < FEW)
@@ -318,7 +318,7 @@ def usages(connection: Connection, scopes: Sequence[Scope], now: float) -> list[
     found = []
     for scope in scopes:
         account = accounts.get(scope.name, Account())
-        account = account.on(max(account.day, int(now // DAY_S)), scope.limits.window_s)
+        account = account.on(max(account.day, int(now // DAY_S)), scope.limits.window_s, now)
         counts = *account.window.totals(now), *account.minute.totals(now)
         found.append(Usage(*counts, account.spent / 1e9, account.held / 1e9))
     return found

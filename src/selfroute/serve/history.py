@@ -220,6 +220,8 @@ async def forget(store: Store, older_than_s: float, *, batch: int = 1000, now: f
         if deleted < batch:
             break
     await store.write(lambda c: _forget_sums(c, before))
+    if forgotten:
+        await store.empty_log()
     return forgotten
 
 

@@ -11,7 +11,6 @@ key is refused before it is hashed, and of the rest there is only a hash.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from selfroute.serve.account import Limits, Scope
+from selfroute.serve.latest import Latest
 from selfroute.serve.store import Store
 from selfroute.serve.tables import KEYS
 from selfroute.types import POLICIES, Policy
@@ -108,10 +108,8 @@ class Keyring:
     """The keys of a store, as a worker asks for them."""
 
     def __init__(self, store: Store, *, fresh_s: float = FRESH_S, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._fresh_s, self._clock = store, fresh_s, clock
-        self._keys: Mapping[str, Key] = {}
-        self._read_at = float("-inf")
-        self._reading: asyncio.Task[None] | None = None
+        self._fresh_s, self._clock = fresh_s, clock
+        self._keys = Latest(lambda: store.read(_valid))
 
     async def check(self, authorization: str | None) -> Key | None:
         """The key of an Authorization header (`Bearer sr-...`), or None when it is not valid.
@@ -122,11 +120,10 @@ class Keyring:
             StoreError: the store failed and what is known is too old; nobody is let in then.
         """
         token = bearer(authorization)
-        await self._refresh()
+        keys = await self._fresh()
         if token is None:
             return None
-        shown = hashed(token)
-        key = self._keys.get(shown)
+        key = keys.get(hashed(token))
         return key if key and key.valid(self._clock()) else None
 
     async def find(self, key_id: str) -> Key | None:
@@ -135,29 +132,12 @@ class Keyring:
         Raises:
             StoreError: as from `check`.
         """
-        await self._refresh()
-        return next((k for k in self._keys.values() if k.id == key_id and k.valid(self._clock())), None)
+        keys = await self._fresh()
+        return next((k for k in keys.values() if k.id == key_id and k.valid(self._clock())), None)
 
-    async def _refresh(self) -> None:
-        """Wait until the keys are those of a query that began `fresh_s` before the caller came, or later.
-
-        One query is under way at a time, for all who wait. Where it fails they all hear of it then: each with one of
-        its own, one after the other, they would wait the longer the more they are.
-        """
-        old = time.monotonic() - self._fresh_s
-        while self._read_at < old:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._read())
-                # If all who wait go away, nobody else hears of a failure.
-                self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
-            # Whoever goes away does not take it from the others.
-            await asyncio.shield(self._reading)
-
-    async def _read(self) -> None:
-        began = time.monotonic()
-        self._keys = await self._store.read(_valid)
-        # As old as the query: what was revoked while it ran may not be in it.
-        self._read_at = began
+    async def _fresh(self) -> Mapping[str, Key]:
+        """The keys by their hash, as they were `fresh_s` ago or later."""
+        return await self._keys.since(time.monotonic() - self._fresh_s)
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -32,7 +32,9 @@ def chat_body(body: Any) -> dict[str, Any]:
     known = {"input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"}
     chat = {name: value for name, value in body.items() if name not in {*known, *_DROPPED, *_NEEDS_MEMORY}}
     instructions = body.get("instructions")
-    chat["messages"] = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
+    if not isinstance(instructions, str | None):
+        raise _cannot("instructions", "they must be a text")
+    chat["messages"] = [] if instructions is None else [{"role": "system", "content": instructions}]
     chat["messages"] += _messages(body.get("input"))
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]

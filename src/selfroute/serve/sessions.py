@@ -6,6 +6,7 @@ store can sign in with nothing that is there, and revoking a key ends its sessio
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from collections.abc import Callable
 from sqlalchemy import Connection, delete, insert, or_, select
 
 from selfroute.serve.keys import Key, Keyring, hashed
+from selfroute.serve.latest import Latest
 from selfroute.serve.store import Store
 from selfroute.serve.tables import SESSIONS
 
 LASTS_S = 8 * 3600
 """A working day; then the key has to be shown again."""
+
+_FORM = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class Sessions:
@@ -25,6 +29,7 @@ class Sessions:
 
     def __init__(self, store: Store, ring: Keyring, *, clock: Callable[[], float] = time.time) -> None:
         self._store, self._ring, self._clock = store, ring, clock
+        self._sessions = Latest(lambda: store.read(_all))
 
     async def begin(self, shown: str) -> str | None:
         """A new session's token for somebody who shows a key, or None when it is not valid.
@@ -51,9 +56,8 @@ class Sessions:
         Raises:
             StoreError: the store failed.
         """
-        query = select(SESSIONS.c.key_id).where(SESSIONS.c.hash == hashed(token), SESSIONS.c.expires_at > self._clock())
-        key_id = await self._store.read(lambda c: c.execute(query).scalar())
-        return None if key_id is None else await self._ring.find(key_id)
+        key_id, expires_at = await self._found(token)
+        return await self._ring.find(key_id) if expires_at > self._clock() else None
 
     async def end(self, token: str) -> None:
         """Forget a session, and those whose time is up.
@@ -61,5 +65,21 @@ class Sessions:
         Raises:
             StoreError: the store failed.
         """
+        key_id, _ = await self._found(token)
+        if not key_id:
+            # Nobody can make the store write without a session.
+            return
         over = or_(SESSIONS.c.hash == hashed(token), SESSIONS.c.expires_at <= self._clock())
         await self._store.write(lambda c: c.execute(delete(SESSIONS).where(over)))
+
+    async def _found(self, token: str) -> tuple[str, float]:
+        """Whose session it is, and until when; ("", 0) of none."""
+        if not _FORM.fullmatch(token):
+            return "", 0.0
+        sessions = await self._sessions.since(time.monotonic())
+        return sessions.get(hashed(token), ("", 0.0))
+
+
+def _all(connection: Connection) -> dict[str, tuple[str, float]]:
+    rows = connection.execute(select(SESSIONS.c.hash, SESSIONS.c.key_id, SESSIONS.c.expires_at))
+    return {row.hash: (row.key_id, row.expires_at) for row in rows}

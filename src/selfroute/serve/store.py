@@ -234,6 +234,24 @@ class Store:
             if pages > _LONG:
                 driver.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
+    async def empty_log(self) -> None:
+        """Move all of SQLite's log into its file, and cut it off: what was deleted still stands in it.
+
+        Raises:
+            StoreError: as from `begin`, or others held it up for too long.
+        """
+        if self._at_once:
+            await self._to_its_end(self._readers.run(self._empty_log))
+
+    def _empty_log(self) -> None:
+        # Most of it beside the others' transactions, which wait for the rest.
+        self._move_log()
+        with self._told(), self._engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            [(busy, _, _)] = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if busy:
+            raise StoreError(f"the store {self.name} failed: its log is in use")
+
     def _together(
         self, works: list[Work], at_once: Connection | None = None, asked: Sequence[asyncio.Future[Any]] = ()
     ) -> list[tuple[Any, Exception | None]]:

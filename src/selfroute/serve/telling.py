@@ -22,6 +22,11 @@ from selfroute.serve.refusal import RefusedError, shutting_down
 KEEP_ALIVE_S = 15.0
 
 
+def _json(value: Any) -> bytes:
+    """JSON, in which no number is infinite: an engine's score may be."""
+    return to_json(value, inf_nan_mode="null")
+
+
 class Writer(Protocol):
     """How an API says the events of an answer."""
 
@@ -104,7 +109,7 @@ class Telling:
         if self._stream:
             await self._write(send, [], self._writer.last, more=False)
         else:
-            body = to_json(self._writer.whole())
+            body = _json(self._writer.whole())
             await self._start(send, "application/json", {**self._report(), "content-length": str(len(body))})
             await send({"type": "http.response.body", "body": body})
 
@@ -154,8 +159,7 @@ class Telling:
         # JSON holds no line break, so that no text of a model or a client can make an event of its own.
         named = self._writer.named
         body = b"".join(
-            (b"event: " + e["type"].encode() + b"\n" if named else b"") + b"data: " + to_json(e) + b"\n\n"
-            for e in events
+            (b"event: " + e["type"].encode() + b"\n" if named else b"") + b"data: " + _json(e) + b"\n\n" for e in events
         )
         await send({"type": "http.response.body", "body": body + after, "more_body": more})
 
@@ -183,7 +187,7 @@ class Telling:
 
 async def refuse(send: Send, refusal: RefusedError, headers: Mapping[str, str]) -> None:
     """Send a refusal."""
-    body = to_json(refusal.body())
+    body = _json(refusal.body())
     wait = {} if refusal.retry_after_s is None else {"retry-after": str(math.ceil(refusal.retry_after_s))}
     own = {"content-type": "application/json", "content-length": str(len(body)), **headers, **wait}
     raw = [(name.encode(), value.encode()) for name, value in own.items()]

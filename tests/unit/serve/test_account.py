@@ -63,7 +63,7 @@ def refuses(account: Account, worst: int = 0, now: float = NOW, **limits: float)
 
 
 def account(requests: int = 0, calls: int = 0) -> Account:
-    made = Account().on(int(NOW // DAY_S), 3600).arrive(NOW, requests)
+    made = Account().on(int(NOW // DAY_S), 3600, NOW).arrive(NOW, requests)
     for _ in range(calls):
         made = made.hold(NOW, 0)
     return made
@@ -104,7 +104,7 @@ def test_money_of_a_day_counts_what_is_held_back_and_begins_anew_at_midnight() -
     assert (settled.held, settled.spent) == (0, nano(0.1))
     assert refuses(settled, nano(0.9), usd_per_day=1) is None
     assert refuses(settled, nano(0.9) + 1, usd_per_day=1) is not None
-    tomorrow = held.on(held.day + 1, 3600)
+    tomorrow = held.on(held.day + 1, 3600, midnight)
     assert tomorrow.pay(held.day, nano(0.6), nano(0.1)) == tomorrow
     assert refuses(tomorrow, nano(1), now=midnight, usd_per_day=1) is None
     assert refuses(tomorrow, nano(1) + 1, now=midnight, usd_per_day=1) == Denied("usd_per_day", KEY, None)
@@ -121,10 +121,16 @@ def test_requests_a_minute() -> None:
     assert account(2).refuses_request(scope, NOW + 63) is None
 
 
-def test_a_window_of_another_length_begins_empty() -> None:
-    changed = account(5, 2).on(account().day, 600)
-    assert changed.window == Window(600)
+def test_a_window_of_another_length_forgets_no_call() -> None:
+    changed = account(5, 2).on(account().day, 600, NOW)
+    assert changed.window.length_s == 600
     assert changed.minute == account(5, 2).minute
+    # Replicas with both lengths, in turn.
+    for n in range(10):
+        changed = changed.on(changed.day, 3600 if n % 2 else 600, NOW + n)
+        assert changed.window.totals(NOW + n) == (5, 2)
+    assert changed.window.totals(NOW + 10 * 3600) == (0, 0)
+    assert account().on(account().day, 600, NOW).window == Window(600)
 
 
 def test_amounts_are_rounded_to_the_nearest_nano_usd_and_bounded() -> None:

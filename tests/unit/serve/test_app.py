@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -140,6 +141,21 @@ def test_what_the_cloud_tells_of_its_tokens_is_in_the_usage(path: str) -> None:
         assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
     # Of the device's nothing is known.
     assert usage["total_tokens"] == 38
+
+
+def test_what_is_refused_does_not_count() -> None:
+    world = World()
+    with world.client() as client:
+        assert post(client, selfroute={"redact": True}).status_code == 400
+        assert world.budget.gateway.window.totals(time.time()) == (0, 0)
+        assert post(client).status_code == 200
+        assert world.budget.gateway.window.totals(time.time()) == (1, 0)
+
+
+def test_an_infinite_score_is_none_in_json() -> None:
+    device = ScriptedDevice(said("2+3=5", "<answer>", "5", "</answer>", score=math.inf))
+    with World(device).client() as client:
+        assert json.loads(post(client).text, parse_constant=pytest.fail)["selfroute"]["score"] is None
 
 
 def test_the_cloud_alone_says_so_in_the_streams_headers() -> None:

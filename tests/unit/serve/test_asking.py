@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from selfroute.serve.asking import Ask, ChatRequest, ask_of, beyond, read
 from selfroute.serve.chat import merged
+from selfroute.serve.refusal import RefusedError
 
 USER = {"role": "user", "content": "2+3?"}
 CHAT = {"model": "selfroute", "messages": [USER]}
@@ -106,3 +107,36 @@ def test_pieces_of_a_message_become_the_whole() -> None:
         ],
         "annotations": [{"n": 1}, {"n": 2}],
     }
+
+
+CACHED = {"cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"additional_drop_params": ["max_tokens"]}, "additional_drop_params"),
+        ({"thinking_budget": 100_000}, "thinking_budget"),
+        # Some proxies take a name in any letters.
+        ({"Service_Tier": "priority"}, "Service_Tier"),
+        ({"N": 10}, "N"),
+        ({"MAX_TOKENS": 10**6}, "MAX_TOKENS"),
+        ({"Base_URL": "http://x"}, "Base_URL"),
+        ({"generationConfig": {}}, "generationConfig"),
+        (CACHED, "cache_control"),
+        ({"messages": [{**USER, **CACHED}]}, "messages.0.cache_control"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", **CACHED}]}]},
+            "messages.0.cache_control",
+        ),
+        ({"tools": [{"type": "function", **CACHED}]}, "tools.0.cache_control"),
+        ({"top_p": "0.5"}, "top_p"),
+        ({"temperature": True}, "temperature"),
+        ({"selfroute": {"bias": "1"}}, "selfroute.bias"),
+    ],
+)
+def test_what_would_cost_more_or_is_no_number_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RefusedError) as refused:
+        read({**CHAT, **fields})
+    assert refused.value.status == 400
+    assert refused.value.param == param

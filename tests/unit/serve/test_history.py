@@ -150,3 +150,18 @@ def test_forgotten_content_is_not_in_the_file(tmp_path: Path) -> None:
             asyncio.run(history.forget(store, 0, now=HOUR + 86_400))
         store.close()
         assert (b"canary-8861" in path.read_bytes()) != forgotten
+
+
+def test_forgotten_content_is_not_in_the_log_either(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sqlite"
+    store = Store(str(path))
+    try:
+        write(store, *(replace(CLOUD, id=str(i), response="canary-8861 " * 100) for i in range(500)))
+        write(store, replace(CLOUD, id="new", at=HOUR + 86_400))
+        assert asyncio.run(history.forget(store, 3600, now=HOUR + 86_400)) == 500
+        # While the gateway runs, and whoever reads on.
+        for file in tmp_path.iterdir():
+            assert b"canary-8861" not in file.read_bytes()
+        assert [r.id for r in read(store, history.latest, 10)] == ["new"]
+    finally:
+        store.close()

@@ -158,6 +158,7 @@ def test_an_answer_comes_back_as_the_message_that_it_was() -> None:
     ("changes", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"instructions": ["Be brief."]}, "instructions"),
         ({"background": True}, "background"),
         ({"input": 3}, "input"),
         ({"input": [3]}, "input.0"),

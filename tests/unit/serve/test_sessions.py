@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from sqlalchemy import text
 
 from selfroute.serve import keys
@@ -57,9 +58,30 @@ def test_a_session_ends_with_its_time_and_is_forgotten(store: Store) -> None:
     assert whose(store, session, until - 1) == key
     assert whose(store, session, until) is None
     later = Sessions(store, Keyring(store), clock=lambda: until + LASTS_S)
-    asyncio.run(later.end("another"))
+    asyncio.run(later.end(session))
     with store.begin(write=False) as connection:
         assert connection.execute(text("SELECT COUNT(*) FROM sessions")).scalar() == 0
+
+
+def test_what_is_no_session_costs_next_to_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = Sessions(store, Keyring(store))
+    asked: list[str] = []
+    for name in ("read", "write"):
+        does = getattr(store, name)
+        monkeypatch.setattr(
+            store, name, lambda *args, name=name, does=does, **more: asked.append(name) or does(*args, **more)
+        )
+
+    async def garbage(*tokens: str) -> None:
+        assert await asyncio.gather(*map(sessions.key, tokens)) == [None] * len(tokens)
+        await asyncio.gather(*map(sessions.end, tokens))
+
+    asyncio.run(garbage("garbage", "'" * 43, ""))
+    assert asked == []
+    # What could be one is looked up, for all who ask at a time at once, and nothing is written.
+    asyncio.run(garbage(*(f"{n:043}" for n in range(50))))
+    assert 1 <= len(asked) <= 4
+    assert "write" not in asked
 
 
 def test_a_session_ends_with_its_key_and_at_a_word(store: Store) -> None:
