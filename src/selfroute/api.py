@@ -109,6 +109,8 @@ def load_gateway_config(name: str | None = None, overrides: Sequence[str] = ()) 
     """A gateway's config by path, or the one that needs none, changed by `key=value` overrides."""
     if name is None:
         return validate(GatewayConfig, override(defaults(GatewayConfig), overrides), "this gateway")
+    if not Path(name).is_file():
+        raise ConfigError(f"no such file: {name} (a gateway's .toml file; none for the shipped model and its cloud)")
     return load_config(GatewayConfig, name, overrides)
 
 

@@ -44,6 +44,13 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...",
     ),
 ]
+MainJob = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to what `selfroute train countdown-tiny --dry-run` prints: steps=50, task.seed=1.",
+        metavar="[KEY=VALUE]...",
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 Best = Annotated[
     bool,
@@ -285,7 +292,7 @@ def report(run: Run, best: Best = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The run directory to write; an unfinished one is continued.")],
-    overrides: Overrides = None,
+    overrides: MainJob = None,
     config: Annotated[str, typer.Option(help="The config to run.")] = "countdown-tiny",
     quick: Annotated[bool, typer.Option("--quick", help="All parts in under a minute; it learns little.")] = False,
 ) -> None:

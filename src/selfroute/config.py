@@ -107,9 +107,10 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
         lines = []
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"]))
-            if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-                near = _near(key, kind.model_fields, under)
-                fault["msg"] += near or f"; known: {', '.join(kind.model_fields)}"
+            if fault["type"] == "extra_forbidden" and (known := _fields(kind, fault["loc"][:-1])):
+                *tables, last = map(str, fault["loc"])
+                near = _near(last, known, under + "".join(f"{table}." for table in tables))
+                fault["msg"] += near or f"; known: {', '.join(known)}"
             elif fault["type"] == "model_type":
                 fault["msg"] = f"a table, whose values are written {under}{key}.KEY=VALUE"
             elif fault["type"] in ("tuple_type", "list_type"):
@@ -121,6 +122,16 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"  {under}{key}: {message}{got}" if key else f"  {message}")
         raise ConfigError(f"{where} cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _fields(kind: type[BaseModel], tables: Sequence[int | str]) -> Sequence[str]:
+    """The keys of a table in a config; none where it is not of one kind."""
+    for table in tables:
+        inside = kind.model_fields[str(table)].annotation if str(table) in kind.model_fields else None
+        if not (isinstance(inside, type) and issubclass(inside, BaseModel)):
+            return ()
+        kind = inside
+    return tuple(kind.model_fields)
 
 
 def _near(name: str, known: Iterable[str], under: str = "") -> str:

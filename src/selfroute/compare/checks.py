@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selfroute.compare.config import CompareConfig
-from selfroute.compare.methods import TASK_TUNED
-from selfroute.compare.rows import read_row, row_info, seeds_of
+from selfroute.compare.methods import METHODS, TASK_TUNED
+from selfroute.compare.rows import Row, read_row, row_info, seeds_of
 from selfroute.errors import RunError
 
 
@@ -59,6 +59,47 @@ def check_answers(testbed: Path, seed: int, answers: Sequence[str | None]) -> No
     """
     if [r.answer for r in read_row(testbed, TASK_TUNED, seed).records] != list(answers):
         raise _other_model(testbed, TASK_TUNED, seed)
+
+
+def base_of(row: Row) -> str | None:
+    """The method whose model a row stands on; None: its own."""
+    if row.method in METHODS:
+        return METHODS[row.method].on
+    swapped, at, _ = row.method.partition("@")
+    return row.info.get("same_as") or (swapped if at else None)
+
+
+def check_base(testbed: Path, row: Row, base: Row) -> None:
+    """Stop where a row stands on another model than the one whose row is there now.
+
+    Raises:
+        RunError: naming the row.
+    """
+    votes = row.method in METHODS and METHODS[row.method].votes
+    same = votes or [r.answer for r in row.records] == [r.answer for r in base.records]
+    if not same or not _agree(row.info.get("config"), base.info.get("config")):
+        raise RunError(
+            f"the row {row.method}, seed {row.seed}, in {testbed} stands on another model than that of {base.method}, "
+            f"which was made anew: remove {testbed / 'rows' / row.method}"
+        )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two configs are of the same settings, as far as both have them: later versions have more."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_agree(one[key], other[key]) for key in one.keys() & other.keys())
+    return bool(one == other)
+
+
+def check_place(testbed: Path, row: Row) -> None:
+    """Stop where a row's file stands in another row's place.
+
+    Raises:
+        RunError: naming both.
+    """
+    said = row.info.get("method"), row.info.get("seed")
+    if said != (row.method, row.seed):
+        raise RunError(f"{testbed / 'rows' / row.method}, seed {row.seed}, is the row {said[0]}, seed {said[1]}")
 
 
 def _other_model(testbed: Path, base: str, seed: int) -> RunError:

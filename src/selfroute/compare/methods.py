@@ -31,12 +31,13 @@ _NO_HELP: Mapping[str, Any] = {"sampling": {"forbid_help": True}}
 @dataclass(frozen=True, slots=True)
 class Method:
     """A row: its name for people, its kind, and either the changes to the training's settings of a trained method, or
-    the trained method whose device model a router stands on."""
+    the trained method whose device model a router stands on; `votes`: on several responses of its own."""
 
     label: str
     kind: Kind
     changes: Mapping[str, Any] | None = field(default=None)
     on: str | None = None
+    votes: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -54,7 +55,7 @@ METHODS: Mapping[str, Method] = {
     "gapg": Method("GAPG", "paper", {**_PAPER, "algorithm": "gapg", "d1": "any_correct"}),
     "gapg_mixed": Method("GAPG, D1 mixed", "paper", {**_PAPER, "algorithm": "gapg", "d1": "mixed"}),
     OURS: Method("GAPG + decision loss", "ours", {"algorithm": "gapg", "d1": "any_correct", **_NO_HELP}),
-    "decision_votes": Method("GAPG + decision loss, k samples vote", "ours", on=OURS),
+    "decision_votes": Method("GAPG + decision loss, k samples vote", "ours", on=OURS, votes=True),
     "da_grpo": Method("DA-GRPO", "later", {**_PAPER, "algorithm": "da_grpo"}),
     "lagrangian_gapg": Method("Lagrangian GAPG", "later", {**_PAPER, "algorithm": "lagrangian_gapg"}),
     "router_encoder": Method("Prompt router: encoder", "prompt", on=TASK_TUNED),
@@ -62,8 +63,8 @@ METHODS: Mapping[str, Method] = {
     "prompt_probe": Method("Prompt router: hidden state", "prompt", on=TASK_TUNED),
     "unanswered_first": Method("Unanswered first, then random", "post-hoc", on=TASK_TUNED),
     "log_probability": Method("Mean log-probability", "post-hoc", on=TASK_TUNED),
-    "self_consistency": Method("Self-consistency", "post-hoc", on=TASK_TUNED),
-    "prompt_variants": Method("Agreement across prompt variants", "post-hoc", on=TASK_TUNED),
+    "self_consistency": Method("Self-consistency", "post-hoc", on=TASK_TUNED, votes=True),
+    "prompt_variants": Method("Agreement across prompt variants", "post-hoc", on=TASK_TUNED, votes=True),
     "probe": Method("Hidden-state probe", "post-hoc", on=TASK_TUNED),
 }
 """Every method by name, in the table's order."""

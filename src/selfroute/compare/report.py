@@ -89,6 +89,7 @@ def _section(out: Path, testbed: Testbed, rows: Sequence[Mapping[str, Any]]) -> 
         "figures": pictures,
         "task": read_json(out / testbed.name / "testbed.json")["train"]["task"],
         "alike": _alike(testbed),
+        "unpriced": _unpriced(testbed),
         "command": _command(testbed),
         "cpu_hours": cpu_hours(testbed),
         "threads": sorted({info["threads"] for info in infos if "threads" in info}),
@@ -167,6 +168,8 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
                 text.append(f"| {name} | {len(r['seeds'])} | " + " | ".join(cells) + " |")
         if s["alike"]:
             text += ["", f"The same responses to every problem with every seed: {'; '.join(s['alike'])}."]
+        if s["unpriced"]:
+            text += ["", f"Lambda never left 0, so that calls had no price: {'; '.join(s['unpriced'])}."]
     return "\n".join(text) + "\n"
 
 
@@ -183,6 +186,20 @@ def _alike(testbed: Testbed) -> list[str]:
         else:
             groups.append([method])
     return [" and ".join(label(m) for m in group) for group in groups if len(group) > 1]
+
+
+_WITH_LAMBDA = ("da_grpo", "lagrangian_gapg")
+
+
+def _unpriced(testbed: Testbed) -> list[str]:
+    """Methods with a multiplier that never left 0, and with which seeds: what they add did not come to bear."""
+    found = []
+    for method in (m for m in testbed.rows if m in _WITH_LAMBDA):
+        rows = testbed.rows[method].values()
+        seeds = [str(row.seed) for row in rows if row.metrics and not any(step.get("dual") for step in row.metrics)]
+        if seeds:
+            found.append(f"{label(method)} (seed {', '.join(seeds)})")
+    return found
 
 
 def _command(testbed: Testbed) -> str:

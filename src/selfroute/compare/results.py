@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from selfroute import measures
+from selfroute.compare.checks import base_of, check_base, check_place
 from selfroute.compare.methods import METHODS, OURS
 from selfroute.compare.rows import ASK_FIRST, Row, methods_of, ordering, read_row, seeds_of
 from selfroute.errors import RunError
@@ -205,10 +206,10 @@ class Testbed:
 
 
 def load_testbed(folder: Path) -> Testbed:
-    """Read the finished rows of a testbed.
+    """Read the finished rows of a testbed, which may have been made in several places and copied together.
 
     Raises:
-        RunError: there are none, or their problems differ.
+        RunError: there are none, or they do not belong together.
     """
     found = {m: {seed: read_row(folder, m, seed) for seed in seeds_of(folder, m)} for m in methods_of(folder)}
     if not found:
@@ -217,6 +218,15 @@ def load_testbed(folder: Path) -> Testbed:
     problems = {tuple(r.problem for r in row.records) for by_seed in ordered.values() for row in by_seed.values()}
     if len(problems) != 1:
         raise RunError(f"the rows in {folder} are of different test problems: remove those that do not belong")
+    for method, by_seed in ordered.items():
+        if len({row.info.get("config", {}).get("lr") for row in by_seed.values()}) > 1:
+            raise RunError(
+                f"the seeds of {method} in {folder} have different learning rates: remove those of another run"
+            )
+        for seed, row in by_seed.items():
+            check_place(folder, row)
+            if base := found.get(base_of(row) or "", {}).get(seed):
+                check_base(folder, row, base)
     return Testbed(folder, read_json(folder / "testbed.json"), ordered)
 
 

@@ -14,7 +14,6 @@ rows can be moved, committed and added to.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -28,6 +27,7 @@ import numpy as np
 from selfroute.errors import RunError
 from selfroute.measures import Columns
 from selfroute.records import SCHEMA, origin, read_json, write_bytes, write_json
+from selfroute.routers.base import chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def ordering(problem: str, score: float | None, undecided: bool) -> float:
     """
     if score is not None and not undecided:
         return score
-    place = ASK_FIRST + int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6]) / 2**48
+    place = ASK_FIRST + chance(problem)
     return place if undecided else -place
 
 

@@ -106,7 +106,7 @@ def cannot_load(name: str, error: Exception) -> DeviceError:
     elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled):
         why = (
             f"it is not on this machine, and {constants.ENDPOINT} cannot be reached: where it can, run "
-            f"`hf download {base} --local-dir FOLDER`, and give that folder as device.model"
+            f"`hf download {base} --local-dir FOLDER`, and give that folder as device.model ({there})"
         )
     else:
         why = f"{str(error).splitlines()[0]} ({there})"

@@ -6,6 +6,7 @@ calibrated on calibration problems, like our own dial.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,3 +64,17 @@ def scored(attempts: Sequence[Attempt], scores: Sequence[float]) -> list[Routed]
     return [
         Routed(float(score), a.response, len(a.response.token_ids)) for a, score in zip(attempts, scores, strict=True)
     ]
+
+
+def alike(attempts: Sequence[Attempt], score: float) -> list[float]:
+    """About the same score for all. Of equal ones a threshold takes all or none; by how little these differ, chance
+    decides."""
+    return [(1 - _LITTLE) * score + _LITTLE * chance(a.problem.id) for a in attempts]
+
+
+_LITTLE = 1e-6
+
+
+def chance(problem: str) -> float:
+    """A number in [0, 1) that a problem's name decides."""
+    return int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6]) / 2**48

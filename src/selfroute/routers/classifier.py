@@ -30,7 +30,7 @@ from transformers import (
 
 from selfroute.device.prefix import pad_right
 from selfroute.errors import DeviceError
-from selfroute.routers.base import Attempt, Routed, scored
+from selfroute.routers.base import Attempt, Routed, alike, scored
 
 
 class Boosting:
@@ -64,7 +64,7 @@ class Boosting:
 
     def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
         if self.constant is not None:
-            return scored(attempts, [self.constant] * len(attempts))
+            return scored(attempts, alike(attempts, self.constant))
         return scored(attempts, self.model.predict_proba(self._features(attempts))[:, 1])
 
     def _features(self, attempts: Sequence[Attempt]) -> NDArray[np.float64]:
@@ -156,12 +156,16 @@ class Encoder:
 
     def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
         if self.constant is not None:
-            return scored(attempts, [self.constant] * len(attempts))
+            return scored(attempts, alike(attempts, self.constant))
         return scored(attempts, self._probability(self._encode(attempts)))
 
     def _encode(self, attempts: Sequence[Attempt]) -> list[list[int]]:
-        limit = self.model.config.max_position_embeddings
-        return [self.tokenizer.encode(a.problem.question)[:limit] for a in attempts]
+        positions = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        # Models of RoBERTa's kind count positions from behind that of the padding.
+        first = 0 if padding is None else padding + 1
+        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - first)
+        return [self.tokenizer.encode(a.problem.question, truncation=True, max_length=limit) for a in attempts]
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         pad = self.tokenizer.pad_token_id or 0

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from selfroute.routers.base import Attempt, Routed, scored
+from selfroute.routers.base import Attempt, Routed, alike, scored
 
 
 class Probe:
@@ -44,7 +44,7 @@ class Probe:
 
     def route(self, attempts: Sequence[Attempt]) -> list[Routed]:
         if self.constant is not None:
-            return scored(attempts, [self.constant] * len(attempts))
+            return scored(attempts, alike(attempts, self.constant))
         return scored(attempts, self.model.predict_proba(np.stack([self._state(a) for a in attempts]))[:, 1])
 
     def _state(self, attempt: Attempt) -> NDArray[np.float32]:

@@ -126,6 +126,14 @@ class Keyring:
         key = keys.get(hashed(token))
         return key if key and key.valid(self._clock()) else None
 
+    async def anybody(self) -> bool:
+        """Whether any key is valid.
+
+        Raises:
+            StoreError: as from `check`.
+        """
+        return any(key.valid(self._clock()) for key in (await self._fresh()).values())
+
     async def find(self, key_id: str) -> Key | None:
         """The valid key of an id, as a session has it; never of anything that shows the right to it.
 

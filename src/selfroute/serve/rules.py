@@ -55,7 +55,8 @@ def read_rules(path: str | Path, known_entities: Callable[[], Collection[str]]) 
         raise ConfigError(f"the rule file {path} is not valid TOML: {error}") from error
     given = values.get("rules")
     if set(values) != {"rules"} or not isinstance(given, list) or not given:
-        raise ConfigError(f"the rule file {path} must hold [[rules]], and nothing else")
+        held = ", ".join(sorted(values)) or "nothing"
+        raise ConfigError(f"the rule file {path} must hold [[rules]], and nothing else (it holds: {held})")
     rules: list[Rule] = []
     faults: list[str] = []
     for index, value in enumerate(given):

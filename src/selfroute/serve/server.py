@@ -23,6 +23,7 @@ from selfroute.serve.app import Gateway, is_ready, make_app
 from selfroute.serve.budget import Budget
 from selfroute.serve.config import GatewayConfig, make_device, make_serving_cloud
 from selfroute.serve.connections import Connection
+from selfroute.serve.database import without_password
 from selfroute.serve.handoff import Pair
 from selfroute.serve.keys import Keyring
 from selfroute.serve.metrics import Counted, Metrics
@@ -104,6 +105,11 @@ async def opened(config: GatewayConfig) -> AsyncGenerator[Gateway]:
         )
         ring = Keyring(store) if config.keys else None
         sessions = Sessions(store, ring) if ring else None
+        if ring and not await ring.anybody():
+            _log.warning(
+                "nobody can ask yet: no key in the store %s is valid (selfroute keys new NAME --store %s)",
+                store.name, without_password(config.store),
+            )  # fmt: skip
         around = tracing.app if tracing else None
         # First of all in the end: what is left asks it five times, one after the other, within `workers.CLOSING_S`.
         stack.callback(setattr, store, "answer_s", CLOSING_ANSWER_S)

@@ -87,6 +87,20 @@ def test_trainings_that_came_out_the_same_are_named(out: Path) -> None:
     assert "The same responses" not in (out / "results.md").read_text() + (out / "report.html").read_text()
 
 
+def test_a_lambda_that_never_left_0_is_named(out: Path) -> None:
+    info = {"config": {"lr": 1e-4}, "ledger": LEDGER}
+    settings = read_json(out / "bed/testbed.json")
+    write(out / "bed", "da_grpo", 0, OTHER, threshold=3.5, asked=[0] * 5, **info)
+    write_json(out / "bed/testbed.json", settings)
+    row = read_row(out / "bed", "da_grpo", 0)
+    for dual, named in ((0.0, True), (0.25, False)):
+        steps = [{"step": n, "dual": dual * n, "help": 0.0, "asking": 0.0, "local_accuracy": 0.0} for n in range(2)]
+        write_row(out / "bed", "da_grpo", 0, {**info, "calibration": row.info["calibration"]}, row.records, steps)
+        write_report(out)
+        for page in ("results.md", "report.html"):
+            assert ("calls had no price: DA-GRPO (seed 0)" in (out / page).read_text()) is named
+
+
 def test_ablations_are_grouped_by_what_they_change(out: Path) -> None:
     assert ablation_groups(load_testbed(out / "bed")) == {
         "G": [("4", "G=4"), ("16", "G=16")],

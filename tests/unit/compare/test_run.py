@@ -11,6 +11,7 @@ from tests.clouds import FlakyOracle
 
 from selfroute.compare.config import CompareConfig
 from selfroute.compare.methods import OURS, TASK_TUNED
+from selfroute.compare.results import load_testbed
 from selfroute.compare.routing import fit_routers, route_test
 from selfroute.compare.rows import methods_of, read_row, row_info, write_row
 from selfroute.compare.run import Matrix, compare
@@ -21,6 +22,8 @@ from selfroute.errors import ConfigError, DivergenceError, RunError, TrainingErr
 from selfroute.protocol import chat
 from selfroute.records import read_json, write_json
 from selfroute.tasks.countdown import Countdown
+from selfroute.tasks.provenance import provenance
+from selfroute.train import loop
 from selfroute.types import Problem, Split
 
 TRAIN = {
@@ -211,32 +214,74 @@ def test_no_router_probe_or_calibration_sees_a_test_problem(fresh: HFEngine) -> 
     assert [r.score for r in routed["router"]] == [r.score for r in routed[chosen]]
 
 
-def test_neither_the_search_nor_our_own_calibration_sees_a_test_problem(tmp_path: Path) -> None:
-    """A whole row of ours: test problems can be loaded only once its threshold is there."""
-    settings = config([OURS], lrs=[1e-4, 2e-4])
+@pytest.mark.parametrize("method", [OURS, TASK_TUNED])
+def test_nothing_before_the_test_loads_a_test_problem(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole row: neither training, the search nor our calibration loads them, whatever task they make themselves."""
+    settings = config([method], lrs=[1e-4, 2e-4])
     matrix = Matrix(settings, tmp_path, quiet)
-    watched = Watched(matrix.task.config)
-    matrix.task = watched
-    calibrate = matrix._calibrate
+    loaded: list[Split] = []
+    load, tested = Countdown.load, matrix._evaluate
 
-    def then_allow(*args: Any) -> dict[str, Any]:
-        found = calibrate(*args)
-        assert set(watched.loaded) == {"calibration"}
-        matrix.task = Countdown(watched.config)
-        return found
+    def watched(self: Countdown, split: Split) -> list[Problem]:
+        loaded.append(split)
+        assert split != "test", "a test problem was asked for before the test"
+        return load(self, split)
 
-    matrix._calibrate = then_allow  # type: ignore[method-assign]
-    matrix._trained(OURS, 0)
-    row = row_info(tmp_path, OURS, 0)
+    def then_allow(*args: Any, **how: Any) -> Any:
+        assert set(loaded) == {"train", "calibration"}
+        monkeypatch.setattr(Countdown, "load", load)
+        return tested(*args, **how)
+
+    # A run keeps a hash of all its problems, and nothing else of the test's.
+    monkeypatch.setattr(
+        loop, "provenance", lambda task, *splits: provenance(task, *(split for split in splits if split != "test"))
+    )
+    monkeypatch.setattr(Countdown, "load", watched)
+    monkeypatch.setattr(matrix, "_evaluate", then_allow)
+    matrix._trained(method, 0)
+    row = row_info(tmp_path, method, 0)
     assert row is not None
-    assert row["calibration"]["problems"] == 40
-    search = read_json(tmp_path / f"search/{OURS}.json")
+    search = read_json(tmp_path / f"search/{method}.json")
     assert row["config"]["lr"] == search["chosen"]
     assert set(search["tried"]) == {"0.0001", "0.0002"}
-    # The cloud was asked about each calibration problem, for each rate.
-    assert [t["validated"]["cloud_calls"] for t in search["tried"].values()] == [40, 40]
     best = search["tried"][f"{search['chosen']:g}"]["validation"]
     assert best == max(t["validation"] for t in search["tried"].values())
+    # The cloud was asked about each calibration problem, for each rate; of the device alone nothing is asked.
+    calls = [t["validated"]["cloud_calls"] for t in search["tried"].values()]
+    assert calls == ([40, 40] if method == OURS else [0, 0])
+    if method == OURS:
+        assert row["calibration"]["problems"] == 40
+
+
+def test_a_row_whose_model_was_made_anew_is_not_mixed_with_the_old(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    compare(config([OURS, "probe", "decision_votes"]), out)
+    for method, base in (("probe", TASK_TUNED), ("decision_votes", OURS)):
+        row = read_row(out / "bed", method, 0)
+        written = {k: v for k, v in row.info.items() if k not in ("schema", "method", "seed")}
+        write_row(out / "bed", method, 0, {**written, "config": {**written["config"], "lr": 9.0}}, row.records)
+        for refused in (lambda: compare(config([OURS, "probe"]), out), lambda: load_testbed(out / "bed")):
+            with pytest.raises(RunError, match=rf"{method}, seed 0, .* another model than that of {base}"):
+                refused()
+        if method == "probe":
+            others = [replace(r, answer="1") for r in row.records]
+            write_row(out / "bed", method, 0, written, others)
+            with pytest.raises(RunError, match="another model than that of task_tuning"):
+                load_testbed(out / "bed")
+        write_row(out / "bed", method, 0, written, row.records)
+    load_testbed(out / "bed")
+
+
+def test_a_row_in_anothers_place_is_refused(finished: Path, tmp_path: Path) -> None:
+    bed = tmp_path / "bed"
+    shutil.copytree(finished / "bed", bed)
+    for file in (bed / "rows/probe").glob("seed-0.*"):
+        shutil.copy(file, file.with_name(file.name.replace("seed-0", "seed-1")))
+    with pytest.raises(RunError, match="probe, seed 1, is the row probe, seed 0"):
+        load_testbed(bed)
 
 
 class Diverging(Matrix):

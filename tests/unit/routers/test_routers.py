@@ -17,10 +17,13 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from selfroute.device.hf import HFEngine
 from selfroute.errors import DeviceError
+from selfroute.evaluate.calibrate import calibrate
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN
 from selfroute.routers.agreement import Agreement, DecisionVotes
 from selfroute.routers.base import Attempt, Router
@@ -169,7 +172,26 @@ def test_a_device_that_always_or_never_solves_leaves_nothing_to_learn(engine: HF
     attempts, _ = by_length(50, 0)
     for router in (*learners(engine), Probe()):
         router.fit(attempts, [solved] * 50)
-        assert [r.score for r in router.route(attempts[:2])] == [float(not solved)] * 2
+        scores = [r.score for r in router.route(attempts)]
+        assert scores == pytest.approx([float(not solved)] * 50, abs=1e-5)
+        assert all(0 <= score <= 1 for score in scores)
+        # Equal ones would all stay or all leave, whatever the budget.
+        assert calibrate(scores, 0.5, num_problems=50).call_rate > 0.3
+
+
+def test_a_question_longer_than_an_encoder_reads(tmp_path: Path, engine: HFEngine) -> None:
+    """RoBERTa's kind counts positions from behind that of the padding."""
+    shape = RobertaConfig(
+        vocab_size=len(engine.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    RobertaForSequenceClassification(shape).save_pretrained(tmp_path / "encoder")
+    engine.tokenizer.save_pretrained(tmp_path / "encoder")
+    router = Encoder(0, engine.tokenizer, str(tmp_path / "encoder"))
+    attempts, _ = by_length(2, 0)
+    long = replace(attempts[0], problem=replace(attempts[0].problem, question="1 + 2 " * 500))
+    assert len(router._encode([long])[0]) == 64
+    assert 0 <= router._probability(router._encode([long]))[0] <= 1
 
 
 @given(st.lists(st.sampled_from(["1+2", "2+1", "3", None]), min_size=1, max_size=6), st.floats(0.001, 1))

@@ -146,3 +146,16 @@ def test_no_packet_waits_for_an_acknowledgement() -> None:
 
 def test_at_most_25_settings() -> None:
     assert len(GatewayConfig.model_fields) <= 25
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [("budget.shar=1", "did you mean budget.share"), ("privacy.x=1", "known: redact")]
+)
+def test_a_key_inside_a_table_is_suggested(given: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        api.load_gateway_config(None, [given])
+
+
+def test_a_config_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"no such file: nosuch \(a gateway's \.toml file"):
+        api.load_gateway_config("nosuch")

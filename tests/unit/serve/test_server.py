@@ -110,6 +110,23 @@ def test_those_that_had_come_before_the_signal_are_answered(tmp_path: Path) -> N
         assert [client.recv(1000)[:15] for client in clients] == [b"HTTP/1.1 200 OK"] * 50
 
 
+def test_a_gateway_that_nobody_can_ask_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "gateway.sqlite"
+    config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(path), keys=True)
+
+    async def begin() -> None:
+        async with opened(config):
+            pass
+
+    asyncio.run(begin())
+    assert f"selfroute keys new NAME --store {path}" in caplog.text
+    caplog.clear()
+    with closing(Store(config.store)) as store, store.begin() as connection:
+        keys.new(connection, "one")
+    asyncio.run(begin())
+    assert "nobody can ask" not in caplog.text
+
+
 def test_what_a_connection_is_closed_for_is_counted(tmp_path: Path) -> None:
     config = GatewayConfig(device=Choice(name="tests.serving:NamedDevice"), store=str(tmp_path / "gateway.sqlite"))
     told: list[str] = []
