@@ -44,7 +44,7 @@ _PIECE = re.compile(
 )
 """Of JSON: some of a string, a quotation mark, the beginning of an escape at the end."""
 
-_SPACES = re.compile(r"\s{2,}")
+_SPACES = re.compile(rf"[{_ENDS}]{{2,}}")
 
 
 def link(text: str) -> str:

