@@ -42,7 +42,7 @@ class Bars:
 
 
 def routes(steps: Steps) -> Bars:
-    """Requests by where they were answered: on the device, there after a denial, in the cloud."""
+    """Requests by where they went: to the device, whose call was denied, to the cloud."""
     return _bars(steps, {"device": on_device, "denied": lambda t: t.denied, "cloud": lambda t: t.calls})
 
 

@@ -177,7 +177,6 @@ class _Story:
             denied = await self._cloud(ask.messages)
         except CloudError as error:
             _log.warning("request %s: %s", ask.id, error)
-            self.course.route = ""
             raise cloud_failed(error) from error
         if denied is None:
             return

@@ -121,7 +121,7 @@ def test_what_the_store_has_is_what_the_page_shows(site: Site) -> None:
     assert tile(html, "calls") == "Call rate 3.3 % budget 25 % · 13.3 % used 1 of 30 requests in 60 min"
     assert tile(html, "cost").startswith("Cost today 0.500 USD limit 2.00 USD · 25 % used")
     assert tile(html, "cloud").startswith("Cloud Unsteady 1 of 4 calls failed in 5 min")
-    assert card(html, "routes").startswith("Where answers came from device 6 device, denied 1 cloud 4 failed 1")
+    assert card(html, "routes").startswith("Where answers came from device 6 call denied 1 cloud 4 failed 1")
     assert card(html, "denials") == "Calls denied 1 in all share of requests 1"
     assert "device 80 ms 80 ms 80 ms" in card(html, "latency")
     rows = card(html, "requests")
@@ -336,7 +336,7 @@ def test_a_key_sees_its_own_requests_and_an_admins_all(site: Site) -> None:
         assert 'id="keys"' not in html
         assert tile(html, "calls").startswith("Call rate 2.5 % budget 50 %")
         assert tile(html, "cost").startswith("Cost today 0.250 USD limit 1.00 USD")
-        assert card(html, "routes").startswith("Where answers came from device 2 device, denied 0 cloud 0")
+        assert card(html, "routes").startswith("Where answers came from device 2 call denied 0 cloud 0")
         assert client.get("/dashboard/requests/r0").status_code == 200
         assert client.get("/dashboard/requests/r10").status_code == 404
         # A page that begins behind another's request tells nothing of it.
