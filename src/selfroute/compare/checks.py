@@ -9,7 +9,7 @@ from typing import Any
 
 from selfroute.compare.config import CompareConfig
 from selfroute.compare.methods import METHODS, TASK_TUNED
-from selfroute.compare.rows import Row, read_row, row_info, seeds_of
+from selfroute.compare.rows import Row, methods_of, read_row, row_info, seeds_of
 from selfroute.errors import RunError
 
 
@@ -82,6 +82,19 @@ def check_base(testbed: Path, row: Row, base: Row) -> None:
             f"the row {row.method}, seed {row.seed}, in {testbed} stands on another model than that of {base.method}, "
             f"which was made anew: remove {testbed / 'rows' / row.method}"
         )
+
+
+def check_bases(testbed: Path, seed: int) -> None:
+    """`check_base` of all rows of a seed that are there, with what they stand on.
+
+    Raises:
+        RunError: naming the row.
+    """
+    rows = {method: read_row(testbed, method, seed) for method in methods_of(testbed)
+            if row_info(testbed, method, seed) is not None}  # fmt: skip
+    for row in rows.values():
+        if base := rows.get(base_of(row) or ""):
+            check_base(testbed, row, base)
 
 
 def _agree(one: Any, other: Any) -> bool:

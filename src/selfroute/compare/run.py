@@ -17,9 +17,8 @@ import torch
 from selfroute.cloud import check_questions, make_cloud
 from selfroute.cloud.memory import Cloud, open_judge, spent_by_phase
 from selfroute.compare.checks import (
-    base_of,
     check_answers,
-    check_base,
+    check_bases,
     check_trained,
     check_tried,
     check_weights,
@@ -146,21 +145,11 @@ class Matrix:
             for method in self.config.trained:
                 self._trained(method, seed)
                 self._swap(method, seed)
-            for method in methods_of(self.testbed):
-                self._check_base(method, seed)
+            check_bases(self.testbed, seed)
             missing = [m for m in self.config.methods if m in ROUTERS and row_info(self.testbed, m, seed) is None]
             for base in dict.fromkeys(METHODS[m].on for m in missing):
                 assert base is not None
                 self._routers([m for m in missing if METHODS[m].on == base], base, seed)
-
-    def _check_base(self, method: str, seed: int) -> None:
-        """Stop where a row that is there stands on a model that is not the one that is there."""
-        if row_info(self.testbed, method, seed) is None:
-            return
-        row = read_row(self.testbed, method, seed)
-        base = base_of(row)
-        if base and row_info(self.testbed, base, seed) is not None:
-            check_base(self.testbed, row, read_row(self.testbed, base, seed))
 
     # The two sides alone.
 
