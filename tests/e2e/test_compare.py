@@ -35,8 +35,9 @@ def test_every_row_is_in_every_file(compared: tuple[Path, str]) -> None:
         assert r["testbed"] == "countdown-3"
         assert r["seeds"] == [0]
         assert set(r["call_rate"]) == {"value", "low", "high"}
-        for name in ("accuracy", "accuracy_at_30", "routing_gain_captured", "apgr", "difference_to_ours"):
-            assert name in r
+        assert 0 <= r["accuracy"]["low"] <= r["accuracy"]["value"] <= r["accuracy"]["high"] <= 1
+        # Methods with a score have a curve; the two sides alone are points.
+        assert (r["accuracy_at_30"] is None) == (r["apgr"] is None)
         assert (r["train_cloud_calls"] is None) == (METHODS[r["method"]].kind == "bound")
         assert METHODS[r["method"]].label in printed
     by_method = {r["method"]: r for r in rows}
@@ -62,6 +63,7 @@ def test_every_number_on_the_page_leads_to_its_records(compared: tuple[Path, str
     out = cwd / "out"
     page = (out / "report.html").read_text()
     assert not re.search(r'(?:src|href)="https?:', page), "the page must open offline"
+    assert "<th>clairvoyant at 30 %</th>" in page
     anchors = set(re.findall(r'<tr id="([^"]+)"', page))
     inside = set(re.findall(r'href="#(r-[^"]+)"', page))
     assert inside == anchors == {f"r-countdown-3-{m}" for m in METHODS}
@@ -83,6 +85,38 @@ def test_again_it_pays_for_nothing_and_reports_the_same(compared: tuple[Path, st
     assert table in printed
     assert table in selfroute("report", "out", cwd=cwd, COLUMNS="240")
     assert {name: (cwd / "out" / name).read_bytes() for name in kept} == before
+
+
+SMALL = (
+    *("--quick", "seeds=[0]", "fit_problems=20", "train.steps=1", "train.task.test=20", "train.task.calibration=20"),
+    *("--out", "out"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["compare-countdown-4", "compare-countdown-345", "compare-countdown-informed", "compare-addition"]
+)
+def test_every_other_testbed_runs_to_its_end(name: str, tmp_path: Path) -> None:
+    selfroute("compare", name, *SMALL, cwd=tmp_path, timeout=580)
+    rows = {r["method"]: r for r in json.loads((tmp_path / "out/compare.json").read_text())}
+    assert rows.keys() >= {
+        *("device_only", "task_tuning", "router_encoder", "router_boosting", "probe", "gapg", "gapg_decision"),
+        "da_grpo",
+    }
+    assert rows["device_only"]["call_rate"]["value"] == 0
+
+
+@pytest.mark.slow
+def test_every_ablation_runs_to_its_end(tmp_path: Path) -> None:
+    selfroute("compare", "ablate-countdown", *SMALL, cwd=tmp_path, timeout=580)
+    rows = {r["method"] for r in json.loads((tmp_path / "out/compare.json").read_text())}
+    # Each weight, share and cloud of the ablations, and each trained cloud with each of the others.
+    assert rows >= {f"alpha_c={a}" for a in (0.1, 0.25, 0.5, 0.9)} | {f"rho={r}" for r in (0.1, 0.43, 1)}
+    assert rows >= {f"G={g}" for g in (4, 8, 16)} | {f"decision_weight={w}" for w in (0, 0.3, 1, 3, 10)}
+    clouds = ("0.7", "0.95", "1.0")
+    assert rows >= {f"cloud={c}" for c in clouds} | {f"cloud={c}@accuracy={other}" for c in clouds for other in clouds}
+    assert "help_sampled" in rows
 
 
 @pytest.mark.slow

@@ -42,8 +42,9 @@ class Bars:
 
 
 def routes(steps: Steps) -> Bars:
-    """Requests by where they went: to the device, whose call was denied, to the cloud."""
-    return _bars(steps, {"device": on_device, "denied": lambda t: t.denied, "cloud": lambda t: t.calls})
+    """Requests by where they went: to the device, whose call was denied, to the cloud, nowhere."""
+    kinds = {"device": on_device, "denied": lambda t: t.denied, "cloud": by_cloud, "failed": lambda t: t.errors}
+    return _bars(steps, kinds)
 
 
 def costs(steps: Steps) -> Bars:
@@ -52,8 +53,13 @@ def costs(steps: Steps) -> Bars:
 
 
 def on_device(totals: Totals) -> int:
-    """Requests that the device answered as it decided."""
-    return max(0, totals.requests - totals.calls - totals.denied)
+    """Requests that the device answered as it decided, or whose client went away."""
+    return max(0, totals.requests - by_cloud(totals) - totals.denied - totals.errors)
+
+
+def by_cloud(totals: Totals) -> int:
+    """Requests that the cloud answered."""
+    return totals.calls - totals.failed_calls
 
 
 @dataclass(frozen=True, slots=True)

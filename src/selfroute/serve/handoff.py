@@ -27,7 +27,7 @@ from selfroute.serve.account import Denied, Scope
 from selfroute.serve.asking import Ask
 from selfroute.serve.border import Border, Crossing, HeldBackError
 from selfroute.serve.events import DECISIONS, Content, Course, Done, Event, Other, Reasoning, Tell, Turn
-from selfroute.serve.history import RequestRecord
+from selfroute.serve.history import CLIENT_GONE, RequestRecord
 from selfroute.serve.recorder import record_of
 from selfroute.serve.refusal import RefusedError, cloud_failed, device_unavailable
 from selfroute.serve.stream import Ending, Reader, resumed, without_tags
@@ -108,7 +108,7 @@ async def answer(ask: Ask, pair: Pair, tell: Tell, course: Course | None = None)
         raise
     except asyncio.CancelledError:
         if not course.error:
-            course.status, course.error = 499, "client_gone"
+            course.status, course.error = CLIENT_GONE, "client_gone"
         raise
     except Exception as error:
         course.status, course.error = 500, "internal_error"

@@ -37,6 +37,9 @@ from selfroute.serve.tables import REQUESTS, USAGE, USAGE_HOURS, upsert
 SAMPLE = 2000
 """Percentiles are of this many requests, the newest, at most."""
 
+CLIENT_GONE = 499
+"""The status of a request whose client went away."""
+
 _LONGEST = 200
 """Characters of a name that a client chose."""
 
@@ -84,12 +87,15 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums: `calls` are requests that the cloud answered, `errors` those with a status of 500 or more."""
+    """Sums. `calls` are requests that asked the cloud last, `denied` those whose call was denied or failed before the
+    device went on, `errors` those that failed with neither, or with a call (`failed_calls`, which are among both): a
+    status of 400 or more that is not `CLIENT_GONE`. What is left is the device's."""
 
     requests: int = 0
     calls: int = 0
     denied: int = 0
     errors: int = 0
+    failed_calls: int = 0
     cost_usd: float = 0.0
     device_tokens: int = 0
     cloud_tokens: int = 0
@@ -235,7 +241,7 @@ _SUMS = (USAGE, 1), (USAGE_HOURS, 60)
 
 # A literal, as the index has it.
 _DENIED = REQUESTS.c.denied != literal_column("''")
-_SUMMED = ("requests", "calls", "denied", "errors", "cost_nano", "device_tokens", "cloud_tokens")
+_SUMMED = ("requests", "calls", "denied", "errors", "failed_calls", "cost_nano", "device_tokens", "cloud_tokens")
 
 _KNOWN = select(REQUESTS.c.id).where(REQUESTS.c.id.in_(bindparam("ids", expanding=True)))
 _INSERT = Prepared(insert(REQUESTS))
@@ -249,11 +255,14 @@ def _adding(dialect: str, table: Table) -> Prepared:
 
 
 def _summed(row: dict[str, Any]) -> dict[str, int]:
+    called = row["route"] == "cloud"
+    failed = row["status"] >= 400 and row["status"] != CLIENT_GONE and row["denied"] == ""
     return {
         "requests": 1,
-        "calls": row["route"] == "cloud",
+        "calls": called,
         "denied": row["denied"] != "",
-        "errors": row["status"] >= 500,
+        "errors": failed,
+        "failed_calls": failed and called,
         "cost_nano": row["cost_nano"],
         "device_tokens": row["device_prompt_tokens"] + row["device_completion_tokens"],
         "cloud_tokens": row["cloud_prompt_tokens"] + row["cloud_completion_tokens"],

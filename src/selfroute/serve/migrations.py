@@ -76,6 +76,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE requests ADD COLUMN rule TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE requests ADD COLUMN redacted TEXT NOT NULL DEFAULT ''",
     ),
+    (
+        "ALTER TABLE usage ADD COLUMN failed_calls BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE usage_hours ADD COLUMN failed_calls BIGINT NOT NULL DEFAULT 0",
+        # `errors` were all from 500 on, those whose call was denied among them.
+        """
+        UPDATE usage SET (errors, failed_calls) = (
+            SELECT COUNT(*), COALESCE(SUM(CASE WHEN route = 'cloud' THEN 1 ELSE 0 END), 0) FROM requests
+            WHERE requests.key_id = usage.key_id AND at >= 60.0 * minute AND at < 60.0 * (minute + 1)
+            AND status >= 400 AND status <> 499 AND denied = '')
+        """,
+        """
+        UPDATE usage_hours SET (errors, failed_calls) = (
+            SELECT COUNT(*), COALESCE(SUM(CASE WHEN route = 'cloud' THEN 1 ELSE 0 END), 0) FROM requests
+            WHERE requests.key_id = usage_hours.key_id AND at >= 60.0 * minute AND at < 60.0 * (minute + 60)
+            AND status >= 400 AND status <> 499 AND denied = '')
+        """,
+    ),
 )
 
 _LOCK = 5_370_117

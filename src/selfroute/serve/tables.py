@@ -58,6 +58,7 @@ USAGE = Table(
     Column("cost_nano", BigInteger),
     Column("device_tokens", BigInteger),
     Column("cloud_tokens", BigInteger),
+    Column("failed_calls", BigInteger),
 )
 """Sums of requests by the minute (since 1970) and key: what pages of hours are drawn from."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from selfroute.serve.history import Health, RequestRecord
+from selfroute.serve.history import CLIENT_GONE, Health, RequestRecord
 
 NONE = "–"
 
@@ -25,8 +25,6 @@ LIMITS: Mapping[str, str] = {
 """What kept a help call from being answered."""
 
 DECISIONS: Mapping[str, str] = {"answer": "answers", "help": "asks", "undecided": "none", "": NONE}
-
-_STOPPED = 499
 
 
 def usd(value: float) -> str:
@@ -125,7 +123,7 @@ def cloud(health: Health, resting: bool) -> tuple[str, str]:
 
 def outcome(record: RequestRecord) -> tuple[str, str]:
     """Who answered a request, in a word or two, and which kind that is."""
-    if record.status == _STOPPED:
+    if record.status == CLIENT_GONE:
         return "stopped", "stopped"
     if record.status >= 400:
         return f"failed {record.status}", "failed"

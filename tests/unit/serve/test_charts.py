@@ -9,12 +9,12 @@ from selfroute.serve.history import Percentiles, Totals
 
 
 def test_bars_stack_from_the_bottom_and_never_pass_the_top() -> None:
-    steps = [(0.0, Totals()), (60.0, Totals(requests=10, calls=3, denied=2))]
+    steps = [(0.0, Totals()), (60.0, Totals(requests=10, calls=4, denied=2, errors=2, failed_calls=1))]
     chart = charts.routes(steps)
     assert chart.top == 10
     empty, bar = chart.bars
     assert empty.parts == ()
-    assert bar.parts == (("device", 80.0, 80.0), ("denied", 48.0, 32.0), ("cloud", 0.0, 48.0))
+    assert bar.parts == (("device", 112.0, 48.0), ("denied", 80.0, 32.0), ("cloud", 32.0, 48.0), ("failed", 0.0, 32.0))
     assert (bar.x, bar.width) == (545.0, 410.0)
 
 

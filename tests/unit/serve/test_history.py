@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfroute.serve import history
+from selfroute.serve import charts, history
 from selfroute.serve.history import Percentiles, RequestRecord, Totals
 from selfroute.serve.store import Store
 
@@ -65,8 +65,8 @@ def test_sums_by_the_minute_and_key(store: Store) -> None:
     write(store, DENIED, FAILED)
     everything = Totals(4, calls=1, denied=1, errors=1, cost_usd=0.000123456, device_tokens=200, cloud_tokens=360)
     assert total(store, HOUR) == everything
-    assert total(store, HOUR, "k2") == Totals(1, 1, 0, 0, 0.000123456, 60, 360)
-    assert total(store, HOUR + 120) == Totals(2, 0, 1, 1, 0.0, 70, 0)
+    assert total(store, HOUR, "k2") == Totals(1, 1, 0, 0, 0, 0.000123456, 60, 360)
+    assert total(store, HOUR + 120) == Totals(2, 0, 1, 1, 0, 0.0, 70, 0)
     assert total(store, HOUR + 3600) == Totals()
     by_minutes = read(store, history.timeline, HOUR, 1)
     assert [(at - HOUR, t.requests) for at, t in by_minutes] == [(0, 1), (60, 1), (120, 1), (180, 1)]
@@ -78,7 +78,18 @@ def test_sums_by_the_minute_and_key(store: Store) -> None:
     assert total(store, HOUR, step_minutes=60) == everything
     assert total(store, HOUR + 3599, step_minutes=60) == everything
     assert total(store, HOUR + 3600, step_minutes=60) == Totals()
-    assert read(store, history.timeline, HOUR, 60, "k1") == [(HOUR, Totals(3, 0, 1, 1, 0.0, 140, 0))]
+    assert read(store, history.timeline, HOUR, 60, "k1") == [(HOUR, Totals(3, 0, 1, 1, 0, 0.0, 140, 0))]
+
+
+def test_a_request_counts_once_wherever_it_ended(store: Store) -> None:
+    gone = replace(FAILED, id="r5", status=499, error="client_gone")
+    over_budget = replace(FAILED, id="r6", status=429, denied="share", error="budget_exceeded")
+    broke_off = replace(CLOUD, id="r7", key_id="k1", status=502, error="cloud_broke_off")
+    unsupported = replace(FAILED, id="r8", status=400, error="unsupported_value")
+    write(store, gone, over_budget, broke_off, unsupported)
+    found = total(store, HOUR)
+    assert (found.requests, found.calls, found.denied, found.errors, found.failed_calls) == (4, 1, 1, 2, 1)
+    assert (charts.on_device(found), charts.by_cloud(found)) == (1, 0)
 
 
 def test_a_batch_that_is_written_twice_counts_once(store: Store) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, create_engine, inspect, make_url, select, text
+from sqlalchemy import Connection, Engine, create_engine, inspect, make_url, select, text
 from tests.store_worker import at_once
 
 from selfroute.errors import ConfigError, SilentStoreError, StoreError
@@ -73,10 +73,15 @@ def test_an_older_schema_is_brought_up_to_date(store: Store) -> None:
         assert versions == [*range(1, len(longer) + 1)]
 
 
-def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:
+def _begin(url: str) -> Engine:
+    """An empty database, which no store has opened yet."""
     if "://" not in url:
         Path(url).parent.mkdir()
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:") if "://" in url else f"sqlite:///{url}")
+    return create_engine(url.replace("postgresql:", "postgresql+psycopg:") if "://" in url else f"sqlite:///{url}")
+
+
+def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:
+    engine = _begin(url)
     with engine.begin() as connection:
         migrate(connection, MIGRATIONS[:1])
         for minute in (59, 60, 119):
@@ -87,6 +92,37 @@ def test_sums_by_the_hour_are_made_of_those_by_the_minute(url: str) -> None:
         rows = connection.execute(text("SELECT minute, requests, cost_nano FROM usage_hours ORDER BY minute")).all()
     store.close()
     assert [tuple(row) for row in rows] == [(0, 1, 5), (60, 2, 10)]
+
+
+def test_errors_are_counted_anew(url: str) -> None:
+    engine = _begin(url)
+    with engine.begin() as connection:
+        migrate(connection, MIGRATIONS[:3])
+        for i, (at, status, route, denied) in enumerate(
+            [
+                *((3540, 503, "", ""), (3599.5, 400, "", ""), (3541, 502, "cloud", ""), (3542, 429, "", "share")),
+                *((3543, 499, "", ""), (3544, 200, "device", ""), (3600, 503, "", "")),
+            ]
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO requests (cost_nano, id, at, status, route, denied, key_id, model, policy, error, "
+                    "total_ms, device_prompt_tokens, device_completion_tokens, cloud_prompt_tokens, "
+                    "cloud_completion_tokens) VALUES "
+                    f"(0, '{i}', {at}, {status}, '{route}', '{denied}', 'k', '', '', '', 1, 0, 0, 0, 0)"
+                )
+            )
+        for table, minute in (("usage", 59), ("usage", 60), ("usage_hours", 0), ("usage_hours", 60)):
+            connection.execute(text(f"INSERT INTO {table} VALUES ({minute}, 'k', 7, 0, 0, 9, 0, 0, 0)"))
+    engine.dispose()
+    store = Store(url)
+    with store.begin(write=False) as connection:
+        found = {
+            table: connection.execute(text(f"SELECT minute, errors, failed_calls FROM {table} ORDER BY minute")).all()
+            for table in ("usage", "usage_hours")
+        }
+    store.close()
+    assert found == {"usage": [(59, 3, 1), (60, 1, 0)], "usage_hours": [(0, 3, 1), (60, 1, 0)]}
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(store: Store) -> None:
