@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,6 +82,9 @@ def model_config(name: str) -> PretrainedConfig:
     # A hub id has one slash at most.
     if (where.startswith((".", "/", "~")) or where.count("/") > 1) and not Path(where).is_dir():
         raise DeviceError(f"cannot load the device model {name!r}: no such folder")
+    # Nobody who misspells a shipped model is to wait for the hub.
+    if not Path(where).exists() and (near := get_close_matches(name, shipped_models(), n=1, cutoff=0.8)):
+        raise DeviceError(f"cannot load the device model {name!r}: did you mean {near[0]}?")
     if saved := checkpoints(Path(where)):
         raise DeviceError(f"cannot load the device model {name!r}: it is a run; its newest checkpoint is {saved[-1]}")
     try:

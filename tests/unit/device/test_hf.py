@@ -207,6 +207,9 @@ def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
     (saved / "state.json").touch()
     with pytest.raises(DeviceError, match=f"it is a run; its newest checkpoint is {saved}"):
         HFEngine.load(DeviceConfig(model=str(tmp_path / "run")))
+    for misspelt in ("countdown1m", "countdwn-1m"):
+        with pytest.raises(DeviceError, match=r"did you mean countdown-1m\?"):
+            HFEngine.load(DeviceConfig(model=misspelt))
     # Tests run without a network.
     with pytest.raises(DeviceError, match="run `hf download no/such --local-dir FOLDER`, and give that folder"):
         HFEngine.load(DeviceConfig(model="no/such"))
