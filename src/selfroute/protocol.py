@@ -153,6 +153,19 @@ def parse(text: str, *, finished: bool = True) -> Decision:
     return Answer(inside, well_formed=bool(close) and only_one and not after.strip())
 
 
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+"""Around a model's own thinking, which its chat template knows of; no tag counts in it."""
+
+
+def in_thoughts(text: str) -> bool:
+    """Whether a response's text so far ends in the model's own thinking.
+
+    >>> [in_thoughts(text) for text in ("<think>so", "<think>so</think> ", "so <think>")]
+    [True, False, False]
+    """
+    return text.lstrip().startswith(THINK_OPEN) and THINK_CLOSE not in text
+
+
 class Tokenizer(Protocol):
     """The two calls that the decision point needs; every `transformers` tokenizer has them."""
 

@@ -33,6 +33,8 @@ up to eight tiles."""
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _TIMES = {"connect_timeout_s", "first_byte_timeout_s", "whole_timeout_s", "idle_timeout_s", "total_timeout_s"}
+_CUT = frozenset({"length", "max_tokens", "model_length", "content_filter", "tool_calls", "function_call"})
+"""Reasons to finish of an answer that is not whole; those of a whole one are `stop`, `eos` and what providers like."""
 _PRICES = {"usd_per_million_prompt_tokens", "usd_per_million_completion_tokens"}
 
 
@@ -210,7 +212,8 @@ class OpenAICloud:
         parts = [split.feed(message.content or ""), split.end()]
         reasoning = (message.thoughts + "".join(r for r, _ in parts)).strip()
         text = "".join(a for _, a in parts)
-        if not (text or reasoning or message.more) and choice.finish_reason == "stop":
+        finished = choice.finish_reason.lower() not in _CUT
+        if not (text or reasoning or message.more) and finished:
             raise UnreadableError("the cloud's answer is empty")
         usage = reply.usage or Usage()
         # Where a server does not tell: about four characters make a token.
@@ -222,7 +225,7 @@ class OpenAICloud:
         return CloudAnswer(
             text=text,
             reasoning=reasoning,
-            finished=choice.finish_reason == "stop",
+            finished=finished,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             cost_usd=self._price.of(prompt_tokens, completion_tokens, usage.cached_tokens),

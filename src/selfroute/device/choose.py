@@ -9,7 +9,7 @@ longest prefix of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,13 @@ class Choices:
         self._settle()
 
     def __call__(
-        self, logits_BV: Tensor, window_BN: Tensor, rows_B: Tensor, count_B: Tensor, over_B: Tensor
+        self,
+        logits_BV: Tensor,
+        window_BN: Tensor,
+        rows_B: Tensor,
+        count_B: Tensor,
+        over_B: Tensor,
+        thinks: Callable[[int], bool] = lambda b: False,
     ) -> tuple[Tensor, list[tuple[int, int]]]:
         """The next token of each row, (B,), and the rows that take tokens back, each with their number.
 
@@ -72,6 +78,7 @@ class Choices:
             rows_B: which response each row is.
             count_B: how many tokens it has.
             over_B: rows that are over; theirs does not matter.
+            thinks: whether row b is in the model's own thinking, where it decides nothing.
 
         Raises:
             DivergenceError: logits are not finite; `lost` names the rows.
@@ -81,7 +88,11 @@ class Choices:
             logits_BV = logits_BV.float()
         # Rows that stand at a decision point, under each form of it: of most tokens, none.
         at_BD = ((window_BN[:, None] == self._prefix_DN) | self._free_DN).all(-1)
-        decisive = bool(at_BD.any())
+        standing = at_BD.any(-1).nonzero()[:, 0].tolist()
+        thinking = [b for b in standing if thinks(b)]
+        if thinking:
+            at_BD[thinking] = False
+        decisive = len(thinking) < len(standing)
         if decisive:
             score_BD = logits_BV[:, self._help_D].float() - logits_BV[:, self._answer_D].float()
             if self._forbid_R is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from selfroute.device.base import Sampling
@@ -93,6 +93,10 @@ class Decoder:
         self.limit_B = torch.tensor(list(limits), device=device)
         self.ends = torch.tensor(sorted(engine.end_tokens), device=device)
 
+        # For each response, whether its prompt ended in thinking; None once it thinks no more, which is for good.
+        opened = [engine.opens_thoughts(prompt) for prompt in prompts]
+        self._opened: list[bool | None] = [opened[owner] for owner in owners]
+
         # -1 is no token: N columns before the first one, so that a window ends at any, and one that rows that are
         # over write to.
         longest = len(self.choices.window_N)
@@ -134,7 +138,7 @@ class Decoder:
         """
         logits_BV = self.steps.logits(self.last_B)
         window_BN = self.tokens_RT[self.alive_B[:, None], self.count_B[:, None] + self.choices.window_N]
-        token_B, taken_back = self.choices(logits_BV, window_BN, self.alive_B, self.count_B, self.over_B)
+        token_B, taken_back = self.choices(logits_BV, window_BN, self.alive_B, self.count_B, self.over_B, self._thinks)
         for b, count in taken_back:
             self._take_back(b, count)
         self._append(token_B)
@@ -146,6 +150,7 @@ class Decoder:
         self._keep(rows_B)
         self.steps.trim()
         self.tokens_RT, self.alive_B = self.tokens_RT[rows_B], torch.arange(len(rows), device=rows_B.device)
+        self._opened = [self._opened[row] for row in rows]
         self.choices.select(rows)
 
     def join(self, other: Decoder) -> None:
@@ -154,6 +159,7 @@ class Decoder:
         assert isinstance(other.steps, GrowingSteps)
         self.steps.join(other.steps)
         self.choices.join(other.choices)
+        self._opened += other._opened
         columns = max(self.tokens_RT.shape[1], other.tokens_RT.shape[1])
         self.tokens_RT = torch.cat(
             [pad(x, (0, columns - x.shape[1]), value=-1) for x in (self.tokens_RT, other.tokens_RT)]
@@ -176,6 +182,17 @@ class Decoder:
         self.steps.keep(rows_B)
         self.alive_B, self.last_B, self.over_B = self.alive_B[rows_B], self.last_B[rows_B], self.over_B[rows_B]
         self.count_B, self.limit_B = self.count_B[rows_B], self.limit_B[rows_B]
+
+    def _thinks(self, b: int) -> bool:
+        """Whether a row is in the model's own thinking."""
+        row, count = int(self.alive_B[b]), int(self.count_B[b])
+        opened, begin = self._opened[row], len(self.choices.window_N)
+        if opened is None:
+            return False
+        thinks = self.engine.in_thoughts(self.tokens_RT[row, begin : begin + count].tolist(), opened=opened)
+        if not thinks and count > 8:
+            self._opened[row] = None
+        return thinks
 
     def _append(self, token_B: Tensor) -> None:
         """Add a token to each row that is not over."""
@@ -258,12 +275,6 @@ class GrowingSteps:
             width = self.mask_BT.shape[1]
             for layer in self.cache.layers:
                 _hold(layer, layer.keys[..., -width:, :], layer.values[..., -width:, :], width)
-
-
-def can_join(model: PreTrainedModel) -> bool:
-    """Whether rows of the model can be decoded together that did not begin together: not with recurrent layers."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:

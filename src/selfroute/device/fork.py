@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from selfroute.protocol import ANSWER_OPEN, HELP_CALL, HELP_OPEN
+from selfroute.protocol import ANSWER_OPEN, HELP_CALL, HELP_OPEN, in_thoughts
 
 Side = Literal["help", "answer"]
 
@@ -118,7 +118,7 @@ class Guide:
         text = self._text
         self._text += token
         found = fork(text, token, others) or self._completed(text)
-        if found and not _thinks(text):
+        if found and not in_thoughts(text):
             self.score = self.score if found.score is None else found.score
             asks = found.side == "help"
             if self._by_dial and found.score is not None:
@@ -155,8 +155,3 @@ class Guide:
     def _give(self, end: int) -> str:
         given, self._given = self._text[self._given : end], max(self._given, end)
         return given
-
-
-def _thinks(text: str) -> bool:
-    """Whether a text ends in a model's own thinking, in which no tag counts."""
-    return text.lstrip().startswith("<think>") and "</think>" not in text

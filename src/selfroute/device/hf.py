@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jinja2 import TemplateError
+from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.decode import Decoder, steps_for
-from selfroute.device.load import load_model
-from selfroute.errors import DeviceError, RejectedError
-from selfroute.protocol import DecisionPoint, decision_points, find_decision
+from selfroute.device.load import check_layers, load_model
+from selfroute.errors import ContextError, DeviceError, RejectedError
+from selfroute.protocol import THINK_OPEN, DecisionPoint, decision_points, find_decision, in_thoughts
 from selfroute.types import Message, Response
 
 SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -37,15 +38,18 @@ class HFEngine:
         thinking: bool = False,
         graphs: bool = True,
     ) -> None:
+        check_layers(model.config)
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
         self.steps = steps_for(model, graphs=graphs)
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        ends = ends if ends is not None else tokenizer.eos_token_id
-        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
+        self.end_tokens = end_tokens(model, tokenizer)
         if not self.end_tokens:
             raise DeviceError("the model names no end token: set eos_token_id in its generation_config.json")
+        for token in (tokenizer.added_tokens_decoder.get(end) for end in self.end_tokens):
+            if token is not None and not token.special:
+                # Some fine-tunes end with a token that is not marked, so that it would stay in every text.
+                tokenizer.add_tokens([AddedToken(str(token), special=True, normalized=False)], special_tokens=True)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.end_tokens)
         self.points: tuple[DecisionPoint, ...] = decision_points(tokenizer)
 
@@ -76,9 +80,26 @@ class HFEngine:
         )
         return list(self.tokenizer.encode(str(text), add_special_tokens=False))
 
+    def opens_thoughts(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends within the model's own thinking, as some chat templates have it."""
+        return str(self.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(THINK_OPEN)
+
+    def in_thoughts(self, token_ids: Sequence[int], *, opened: bool) -> bool:
+        """Whether a response so far ends in the model's own thinking; `opened`: its prompt did."""
+        return in_thoughts(f"{THINK_OPEN if opened else ''}{self.tokenizer.decode(list(token_ids))}")
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text, without its end token."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _check_context(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, prompts), default=0)
+        if context is not None and longest + max_tokens > context:
+            raise ContextError(
+                f"a prompt of {longest} tokens, with up to {max_tokens} of the response (max_tokens), does not fit the "
+                f"model's context of {context}"
+            )
 
     def before_the_call(self, response: Response, *, early_exit: bool) -> tuple[int, ...]:
         """A help call's tokens up to the choice between the tags, or with `early_exit` up to its tag."""
@@ -113,8 +134,10 @@ class HFEngine:
             P lists of responses, in order.
 
         Raises:
+            ContextError: a prompt and its response are more than the model's context.
             DivergenceError: the model's logits are not finite.
         """
+        self._check_context(prompts, sampling.max_tokens)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -139,18 +162,29 @@ class HFEngine:
         return groups
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends a response: the model's end tokens and the tokenizer's own, which some models' lists leave out."""
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [listed] if isinstance(listed, int) else list(listed or [])
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)
+
+
 def accepted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The messages as a chat template takes them: where it refuses a system message, that heads the user's.
+    """The messages as a chat template takes them: where it refuses or drops a system message, that heads the user's.
 
     Raises:
-        DeviceError: the chat template refuses them all the same.
+        RejectedError: the chat template refuses them all the same.
     """
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    instructed = plain[0]["role"] == "system"
     try:
-        tokenizer.apply_chat_template(plain, tokenize=False)
+        text = str(tokenizer.apply_chat_template(plain, tokenize=False))
+        if not instructed or plain[0]["content"].strip() in text:
+            return plain
+        why = "it leaves out the system message"
     except TemplateError as error:
-        if [m["role"] for m in plain[:2]] != ["system", "user"]:
-            raise RejectedError(f"the model's chat template refuses the prompt: {error}") from error
-        merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
-        return accepted(tokenizer, [merged, *plain[2:]])
-    return plain
+        why = str(error)
+    if not instructed or [m["role"] for m in plain[1:2]] != ["user"]:
+        raise RejectedError(f"the model's chat template refuses the prompt: {why}")
+    merged = {"role": "user", "content": f"{plain[0]['content']}\n\n{plain[1]['content']}"}
+    return accepted(tokenizer, [merged, *plain[2:]])

@@ -23,7 +23,6 @@ from pydantic import Field
 from selfroute.config import Config
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.batch import Batch, Event, Row, failure
-from selfroute.device.decode import can_join
 from selfroute.device.hf import HFEngine
 from selfroute.device.wording import Prompt, Wording
 from selfroute.errors import DeviceError
@@ -66,7 +65,7 @@ class LiveEngine:
         engine: the model, where it is loaded already.
 
     Raises:
-        DeviceError: it cannot be loaded, or cannot serve many clients at a time.
+        DeviceError: it cannot be loaded.
     """
 
     Config = LiveConfig
@@ -76,11 +75,6 @@ class LiveEngine:
         if engine is None:
             settings = config.model_dump(include={"model", "dtype", "device", "thinking"})
             engine = HFEngine.load(DeviceConfig(**settings))
-        if not can_join(engine.model):
-            raise DeviceError(
-                f"{type(engine.model).__name__} keeps a state that requests cannot share a batch with: serve it "
-                "with another engine, by URL (device.name=http)"
-            )
         self._engine = HFEngine(engine.model, engine.tokenizer, thinking=engine.thinking, graphs=False)
         # A tokenizer does not serve two threads.
         reads = HFEngine(engine.model, copy.deepcopy(engine.tokenizer), thinking=engine.thinking, graphs=False)

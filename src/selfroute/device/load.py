@@ -27,15 +27,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as hf_logging
 
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.errors import DeviceError
 from selfroute.records import checkpoints
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+"""Files one of which every tokenizer has."""
 
 ALIGNED = 64
 """Bytes that torch aligns its own memory to."""
@@ -52,13 +57,26 @@ def load_model(config: DeviceConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     fewer_bits = _quantized(config, device)
     hf_logging.disable_progress_bar()
     shape = model_config(config.model)
+    check_layers(shape)
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in TOKENIZERS):
+        raise DeviceError(
+            f"cannot load the device model {config.model!r}: the folder has no tokenizer: "
+            f"`tokenizer.save_pretrained({where!r})`"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(
             base_of(where), config=shape, dtype=getattr(torch, config.dtype), **fewer_bits
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise cannot_load(config.model, error) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise DeviceError(
+            f"cannot load the device model {config.model!r}: its tokenizer has {len(tokenizer)} tokens and the model "
+            f"rows for {rows} of them: `model.resize_token_embeddings(len(tokenizer))`, or save the tokenizer that it "
+            "was trained with"
+        )
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # It would pack 4-bit weights for a kernel that has no gradient, as soon as a response is sampled.
@@ -91,6 +109,21 @@ def model_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(base_of(where))
     except (OSError, ValueError) as error:
         raise cannot_load(name, error) from error
+
+
+def check_layers(config: PretrainedConfig) -> None:
+    """Refuse a model whose layers keep more than keys and values, which rows of one prompt cannot share here.
+
+    Raises:
+        DeviceError: it has recurrent layers.
+    """
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise DeviceError(
+            f"a {config.model_type} model has layers with a state of their own (linear attention, convolutions, "
+            "Mamba), which responses to one prompt cannot share here: take one of attention alone, or serve and "
+            "evaluate it by URL (see docs/engines.md)"
+        )
 
 
 def cannot_load(name: str, error: Exception) -> DeviceError:

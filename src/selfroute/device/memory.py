@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from selfroute.device.base import DeviceConfig, LoRA
 from selfroute.device.head import MAX_LOGITS
-from selfroute.device.load import adapter_of, cannot_load, model_config, model_path, place
+from selfroute.device.load import adapter_of, cannot_load, check_layers, model_config, model_path, place
 
 PROMPT_TOKENS = 256
 """A prompt's length for the estimate, in tokens."""
@@ -71,6 +71,7 @@ def estimate(
     """
     try:
         config = model_config(device.model)
+        check_layers(config)
         # Shapes alone, no weights.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -60,7 +60,8 @@ def within(run: Path, name: str, config: TrainConfig) -> tuple[Path, Task]:
     for shared in SHARED:
         link = folder / shared
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
+        # A calibration of these problems' own stays.
+        if not (link.is_symlink() or link.exists()):
             link.symlink_to(os.path.relpath(run / shared, link.parent))
     config_now = config.model_dump(mode="json")
     write_json(folder / "run.json", {**read_json(run / "run.json"), "config": config_now, "data": data})

@@ -9,13 +9,23 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import TracebackType
 
 from selfroute.device.base import Sampling
 from selfroute.device.http import HTTPConfig, HTTPEngine
 from selfroute.errors import ConfigError, DeviceError
-from selfroute.protocol import HELP_OPEN, parse
+from selfroute.protocol import ANSWER_OPEN, HELP_OPEN, THINK_CLOSE, THINK_OPEN, parse
 from selfroute.types import DeviceRequest, Message, Response, Undecided
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How a response begins, and about how many tokens of its limit that takes: engines do not tell which are where."""
+
+    text: str = ""
+    tokens: int = 0
+
 
 AT_ONCE = 8
 """Responses that are under way together."""
@@ -51,9 +61,11 @@ class Remote:
         """The conversation itself: the engine makes the prompt."""
         return tuple(messages)
 
-    def before_the_call(self, response: Response, *, early_exit: bool) -> str:
-        """A response's text up to its help tag."""
-        return response.text[: response.text.rfind(HELP_OPEN)]
+    def before_the_call(self, response: Response, *, early_exit: bool) -> Begun:
+        """A response's beginning where it answers in place of its help call."""
+        before = response.text[: response.text.rfind(HELP_OPEN)]
+        # In process the model stands behind what the tags share, where little but the answer can come.
+        return Begun(before + ANSWER_OPEN[:-1], round(len(response.token_ids) * len(before) / len(response.text)))
 
     def generate(
         self,
@@ -61,7 +73,7 @@ class Remote:
         streams: Sequence[Sequence[str]],
         sampling: Sampling,
         *,
-        starts: Sequence[str] | None = None,
+        starts: Sequence[Begun] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Response]]:
         """Ask for all responses; the first failure ends the others.
@@ -82,19 +94,19 @@ class Remote:
         prompts: Sequence[tuple[Message, ...]],
         streams: Sequence[Sequence[str]],
         sampling: Sampling,
-        starts: Sequence[str] | None,
+        starts: Sequence[Begun] | None,
         progress: Callable[[int], None] | None,
     ) -> list[list[Response]]:
         gate = asyncio.Semaphore(AT_ONCE)
 
-        async def one(messages: tuple[Message, ...], name: str, start: str) -> Response:
+        async def one(messages: tuple[Message, ...], name: str, start: Begun) -> Response:
             async with gate:
                 response = await self._one(messages, name, start, sampling)
             if progress:
                 progress(1)
             return response
 
-        begun = starts or [""] * len(prompts)
+        begun = starts or [Begun()] * len(prompts)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -105,21 +117,25 @@ class Remote:
             raise failed.exceptions[0] from None
         return [[task.result() for task in row] for row in tasks]
 
-    async def _one(self, messages: tuple[Message, ...], name: str, start: str, sampling: Sampling) -> Response:
+    async def _one(self, messages: tuple[Message, ...], name: str, start: Begun, sampling: Sampling) -> Response:
         request = DeviceRequest(
             messages=messages,
-            max_tokens=sampling.max_tokens,
+            max_tokens=max(1, sampling.max_tokens - start.tokens),
             temperature=sampling.temperature,
             seed=name,
             decide=sampling.decide,
             bias=sampling.bias,
-            prefix=start,
+            prefix=start.text,
             forbid_help=sampling.forbid_help,
         )
-        text = start
+        thoughts, text = "", start.text
         async with aclosing(self._engine.stream(request)) as chunks:
             async for chunk in chunks:
+                thoughts += chunk.reasoning
                 text += chunk.text
+        if thoughts:
+            # Some engines tell a model's own thinking apart; the model wrote it in its response.
+            text = f"{THINK_OPEN}{thoughts}{THINK_CLOSE}\n\n{text}"
         finished = chunk.finish == "stop"
         decided = not isinstance(parse(text, finished=finished), Undecided)
         by_dial = sampling.decide == "threshold" and not sampling.forbid_help

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import GenerationConfig
+
 from selfroute.config import validate
 from selfroute.device.base import DeviceConfig, Sampling
-from selfroute.device.hf import SAME_DAY
+from selfroute.device.hf import SAME_DAY, end_tokens
 from selfroute.device.load import load_model
 from selfroute.errors import ExportError
 from selfroute.export.card import card
 from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL
-from selfroute.records import results, write_atomic
+from selfroute.records import read_json, results, write_atomic, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,8 +76,12 @@ def export(
             gguf.write(building / file, model, tokenizer, kind, name=f"{name} {kind}", sampling=sampling)
         else:
             file = ""
-            set_sampling(model, sampling)
+            model.generation_config = sampling_defaults(model, tokenizer, sampling)
             model.save_pretrained(building)
+            if not sampling.temperature:
+                # vLLM goes by the temperature alone, and transformers does not write one that it would not use.
+                defaults = building / "generation_config.json"
+                write_json(defaults, {**read_json(defaults), "temperature": 0.0})
             tokenizer.save_pretrained(building)
             # safetensors writes its file for the owner alone; a server may run as somebody else.
             readable = (building / "config.json").stat().st_mode
@@ -125,9 +131,25 @@ def as_trained(template: str, *, thinking: bool) -> str:
     return day + (think if "enable_thinking" in template else "") + template
 
 
-def set_sampling(model: PreTrainedModel, sampling: Sampling) -> None:
-    """Make the run's own sampling the model's default: its whole distribution, at the run's temperature."""
-    own = model.generation_config
-    own.do_sample = sampling.temperature > 0
-    own.temperature, own.top_p, own.top_k = (sampling.temperature, 1.0, 0) if own.do_sample else (None, None, None)
-    own.repetition_penalty, own.max_new_tokens = None, sampling.max_tokens
+def ordered_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end tokens, the tokenizer's own first."""
+    return sorted(end_tokens(model, tokenizer), key=lambda token: (token != tokenizer.eos_token_id, token))
+
+
+def sampling_defaults(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    """The run's own sampling as a model's default: its whole distribution, at the run's temperature.
+
+    Made from nothing, since what a base model came with cuts it in ever other ways (`min_p`, penalties).
+    """
+    ends = ordered_ends(model, tokenizer)
+    warm = {"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0} if sampling.temperature else {}
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=bool(warm),
+        max_new_tokens=sampling.max_tokens,
+        **warm,
+    )

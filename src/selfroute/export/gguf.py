@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfroute.errors import ExportError
+from selfroute.export.folder import ordered_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,13 +70,19 @@ def write(
     architecture = _ARCHITECTURES.get(shape.model_type)
     if architecture is None:
         raise ExportError(f"GGUF is written for {' and '.join(_ARCHITECTURES)}, not {shape.model_type}: {_CONVERTER}")
+    if shape.hidden_act != "silu":
+        raise ExportError(f"llama.cpp computes SiLU in a {shape.model_type}, not {shape.hidden_act}: {_CONVERTER}")
+    if len(tokenizer) > shape.vocab_size:
+        raise ExportError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model rows for {shape.vocab_size} of them"
+        )
     split = split_of(tokenizer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
     try:
         writer.add_name(name)
         _add_shape(writer, shape)
-        _add_tokenizer(writer, tokenizer, split, shape.vocab_size, _ends(model, tokenizer))
+        _add_tokenizer(writer, tokenizer, split, shape.vocab_size, ordered_ends(model, tokenizer))
         _add_sampling(writer, sampling)
         quantized, file_type = _KINDS[kind]
         writer.add_file_type(file_type)
@@ -236,8 +243,7 @@ def _add_tokenizer(
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    first = tokenizer.encode("a")[0]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
+    writer.add_add_bos_token(_begins_with_bos(tokenizer))
     writer.add_chat_template(tokenizer.get_chat_template())
 
 
@@ -250,12 +256,13 @@ def _add_sampling(writer: gguf.GGUFWriter, sampling: Sampling) -> None:
     writer.add_sampling_penalty_repeat(1.0)
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end tokens, the tokenizer's own first."""
-    said = model.generation_config.eos_token_id if model.generation_config else None
-    said = said if said is not None else tokenizer.eos_token_id
-    ends = [said] if isinstance(said, int) else list(said or [])
-    return sorted(ends, key=lambda token: token != tokenizer.eos_token_id)
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts begin with the token of a beginning, as an engine adds it: not where a chat template, by which
+    the model was trained, leaves out what the tokenizer puts before a plain text."""
+    if tokenizer.bos_token_id is None or tokenizer.encode("a")[0] != tokenizer.bos_token_id:
+        return False
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    return str(prompt).startswith(tokenizer.bos_token)
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:

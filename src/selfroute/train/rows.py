@@ -48,7 +48,11 @@ class Row:
 
 
 def row_log_probs(
-    head: Callable[[Tensor], Tensor], states_BTH: Tensor, rows: Sequence[Row], forbidden: Sequence[DecisionPoint] = ()
+    head: Callable[[Tensor], Tensor],
+    states_BTH: Tensor,
+    rows: Sequence[Row],
+    forbidden: Sequence[DecisionPoint] = (),
+    thinks: Callable[[Row, int], bool] = lambda row, t: False,
 ) -> Tensor:
     """The log-probability of each row's counted tokens, summed, (B,).
 
@@ -59,13 +63,14 @@ def row_log_probs(
         forbidden: the decision points at which help was forbidden when responses were drawn. There the help call has
             probability 0, so that a response's gradient says nothing of asking. Rows without an advantage were not
             drawn.
+        thinks: whether a row's token was drawn in the model's own thinking, where nothing is forbidden.
     """
     tokens = [(b, t) for b, row in enumerate(rows) for t in row.counted]
     never = [
         (n, point.help)
         for n, (b, t) in enumerate(tokens)
         for point in forbidden
-        if rows[b].advantage and point.ends(rows[b].token_ids[:t])
+        if rows[b].advantage and point.ends(rows[b].token_ids[:t]) and not thinks(rows[b], t)
     ]
     targets_N = torch.tensor([rows[b].token_ids[t] for b, t in tokens], dtype=torch.long, device=states_BTH.device)
     states_NH = states_BTH[[b for b, _ in tokens], [t for _, t in tokens]]
@@ -131,6 +136,10 @@ def accumulate_gradients(
     total_decision = 0.0
     # Where a declined help call went on, each place has a term of its own.
     forbidden = engine.points if config.sampling.forbid_help and not config.sampling.early_exit else ()
+
+    def thinks(row: Row, t: int) -> bool:
+        return engine.in_thoughts(row.token_ids[:t], opened=engine.opens_thoughts(prompts[row.problem]))
+
     # A group without a gradient has no row, and its prompt does not run either.
     learning = sorted({row.problem for row in rows})
     place = {problem: n for n, problem in enumerate(learning)}
@@ -143,7 +152,7 @@ def accumulate_gradients(
     for part in pack([row.token_ids for row in rows], config.micro_batch_tokens):
         chosen = [rows[i] for i in part]
         states_BTH = shared.states([place[row.problem] for row in chosen], [row.token_ids for row in chosen])
-        log_prob_B = row_log_probs(head, states_BTH, chosen, forbidden)
+        log_prob_B = row_log_probs(head, states_BTH, chosen, forbidden, thinks)
         advantage_B = torch.tensor([row.advantage for row in chosen], device=states_BTH.device)
         loss = gapg.policy_loss(log_prob_B, advantage_B, count)
         if any(row.point for row in chosen):

@@ -122,11 +122,19 @@ def test_reasoning_is_kept_apart(message: dict[str, Any], text: str, reasoning: 
     assert (answer.text, answer.reasoning) == (text, reasoning)
 
 
-def test_a_cut_answer_is_not_finished() -> None:
-    cut = reply("fo")
-    cut["choices"][0]["finish_reason"] = "length"
-    with Server(status(200, cut)) as server:
-        assert not complete(server)[0].finished
+@pytest.mark.parametrize(
+    ("reason", "finished"),
+    # Together says eos, watsonx eos_token; Mistral says model_length where the context is full.
+    [
+        *(("stop", True), ("eos", True), ("eos_token", True), ("length", False), ("model_length", False)),
+        *(("content_filter", False), ("tool_calls", False), ("MAX_TOKENS", False)),
+    ],
+)
+def test_only_a_whole_answer_is_finished(reason: str, finished: bool) -> None:
+    answer = reply("fo")
+    answer["choices"][0]["finish_reason"] = reason
+    with Server(status(200, answer)) as server:
+        assert complete(server)[0].finished is finished
 
 
 @pytest.mark.parametrize(

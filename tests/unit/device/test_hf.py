@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tests.checkpoints import engine_of
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts, pack
-from selfroute.errors import DeviceError
-from selfroute.protocol import chat, parse
+from selfroute.errors import ContextError, DeviceError
+from selfroute.protocol import HELP_CALL, chat, parse
 from selfroute.tasks.countdown import Countdown, CountdownConfig
 from selfroute.train.warmstart import train_tokenizer
 from selfroute.types import Answer, HelpCall
@@ -260,8 +264,103 @@ def test_a_template_without_a_system_message_gets_it_in_the_users(engine: HFEngi
     assert made.decode(made.encode(chat("1 + 1"))) == f"[user]{system}\n\n{user}[model]"
 
 
+def test_a_template_that_drops_the_system_message_gets_it_in_the_users(engine: HFEngine) -> None:
+    drops = "{% for m in messages if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
+    made = with_template(engine, drops)
+    system, user = (m["content"] for m in chat("1 + 1"))
+    assert made.decode(made.encode(chat("1 + 1"))) == f"[user]{system}\n\n{user}[model]"
+    assert made.decode(made.encode(chat("1 + 1")[1:])) == f"[user]{user}[model]"
+
+
+def test_an_end_token_that_is_not_marked_is_no_text(engine: HFEngine) -> None:
+    backend = json.loads(engine.tokenizer.backend_tokenizer.to_str())
+    for token in backend["added_tokens"]:
+        token["special"] = token["special"] and token["content"] != "<|im_end|>"
+    unmarked = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=engine.tokenizer.chat_template,
+    )
+    ids = unmarked.encode(f"So\n{HELP_CALL}<|im_end|>", add_special_tokens=False)
+    assert unmarked.decode(ids, skip_special_tokens=True).endswith("<|im_end|>")
+    made = HFEngine(engine.model, unmarked)
+    assert made.decode(ids) == f"So\n{HELP_CALL}"
+    # The tokenizer's own end token ends a response too, though the model's list has another.
+    assert made.end_tokens == {ids[-1], unmarked.eos_token_id}
+
+
+def test_layers_with_a_state_of_their_own_are_refused() -> None:
+    engine = engine_of("qwen2")
+    engine.model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    with pytest.raises(DeviceError, match="layers with a state of their own"):
+        HFEngine(engine.model, engine.tokenizer)
+
+
+def test_what_does_not_fit_the_context_is_refused(engine: HFEngine) -> None:
+    with pytest.raises(ContextError, match="a prompt of 1000 tokens, with up to 25 of the response"):
+        engine.generate([[5] * 1000], [["a"]], Sampling(max_tokens=25))
+
+
+def saved(engine: HFEngine, folder: Path, tokenizer: bool = True) -> DeviceConfig:
+    engine.model.save_pretrained(folder)
+    if tokenizer:
+        engine.tokenizer.save_pretrained(folder)
+    return DeviceConfig(model=str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_named(engine: HFEngine, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="the folder has no tokenizer"):
+        HFEngine.load(saved(engine, tmp_path, tokenizer=False))
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    engine = engine_of("qwen2")
+    engine.tokenizer = copy.deepcopy(engine.tokenizer)
+    engine.tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(DeviceError, match=r"its tokenizer has \d+ tokens and the model rows for \d+"):
+        HFEngine.load(saved(engine, tmp_path))
+
+
+def test_weights_of_another_shape_are_an_error_of_the_device(tmp_path: Path) -> None:
+    config = saved(engine_of("qwen2"), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 192}))
+    with pytest.raises(DeviceError, match="cannot load the device model"):
+        HFEngine.load(config)
+
+
+@pytest.mark.parametrize("settings", [{"forbid_help": True}, {"decide": "threshold", "bias": 100.0}])
+def test_nothing_is_decided_in_the_models_own_thinking(engine: HFEngine, settings: dict[str, Any]) -> None:
+    """It writes what it would without the dial; behind its thinking the dial has its way."""
+    prompt = engine.encode(chat("1 + 1"))
+
+    def begun(text: str, **changed: Any) -> str:
+        start = engine.tokenizer.encode(text, add_special_tokens=False)
+        sampling = Sampling(temperature=0, max_tokens=len(start) + 1, **changed)
+        [[response]] = engine.generate([prompt], [["a"]], sampling, starts=[start])
+        return response.text
+
+    thinking = "<think>\nThe format is\n<"
+    assert begun(thinking, **settings) == begun(thinking)
+    led = "<answer" if "forbid_help" in settings else "<unknown"
+    for outside in ("So\n<", "<think>\nSo\n</think>\n<", "So I <think>\n<"):
+        assert led.startswith(begun(outside, **settings)[outside.rindex("<") :][:4])
+
+
+def test_a_prompt_may_begin_the_thinking(engine: HFEngine) -> None:
+    made = with_template(engine, engine.tokenizer.chat_template + "<think>\n")
+    prompt = made.encode(chat("1 + 1"))
+    assert made.opens_thoughts(prompt)
+    assert not engine.opens_thoughts(engine.encode(chat("1 + 1")))
+    begun = made.tokenizer.encode("So\n<", add_special_tokens=False)
+    assert made.in_thoughts(begun, opened=True)
+    assert not made.in_thoughts([*begun, *made.tokenizer.encode("/think>", add_special_tokens=False)], opened=True)
+
+
 def test_a_template_that_can_think_is_told_whether_to(engine: HFEngine) -> None:
-    template = "{{ messages[1]['content'] }}{% if enable_thinking is false %}<none>{% endif %}"
+    template = "{{ messages | map(attribute='content') | join('|') }}{% if enable_thinking is false %}<none>{% endif %}"
     silent, loud = (with_template(engine, template, thinking=thinking) for thinking in (False, True))
-    assert silent.decode(silent.encode(chat("1 + 1"))) == "1 + 1<none>"
-    assert loud.decode(loud.encode(chat("1 + 1"))) == "1 + 1"
+    said = "|".join(m["content"] for m in chat("1 + 1"))
+    assert silent.decode(silent.encode(chat("1 + 1"))) == f"{said}<none>"
+    assert loud.decode(loud.encode(chat("1 + 1"))) == said

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints import engine_of
 from tests.unit.device.test_declined import eager
 from tests.unit.device.test_hf import PROBLEMS
 from tests.unit.device.test_wording import merging
@@ -522,10 +521,3 @@ def test_closing_the_engine_does_not_wait_for_a_step_without_an_end(
 
     run(live, story)
     assert not live._thread.is_alive()
-
-
-def test_a_model_with_a_state_of_another_kind_is_refused() -> None:
-    engine = engine_of("qwen2")
-    engine.model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-    with pytest.raises(DeviceError, match="serve it with another engine"):
-        LiveEngine(LiveConfig(), engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.exported import run_of_the_shipped_model
 
 from selfroute import api
 from selfroute.errors import ConfigError, DataWarning
@@ -41,6 +42,15 @@ def test_a_file_and_a_revision_of_one_data_set_are_none_of_anothers(tmp_path: Pa
     assert (task["path"], task["revision"]) == (str(file), "v1")
     with pytest.raises(ConfigError, match="and nothing else; got 'steps=3'"):
         api.benchmark(run, ["steps=3"])
+
+
+def test_a_calibration_on_other_problems_stays(tmp_path: Path) -> None:
+    run = run_of_the_shipped_model(tmp_path / "run", task={"name": "countdown", "test": 4, "calibration": 40})
+    folder = api.benchmark(run, ["task.seed=5"])
+    own = api.calibrate(folder, 0.3)
+    assert api.benchmark(run, ["task.seed=5"]) == folder
+    assert read_json(folder / "calibration.json")["budgets"] == {"0.3": own}
+    assert not (run / "calibration.json").exists()
 
 
 PARTS = ("validation", "test")

@@ -10,7 +10,7 @@ from tests.servers import Exchange, Server, event
 from selfroute.device.base import Sampling
 from selfroute.device.http import HTTPConfig
 from selfroute.errors import ConfigError, DeviceError
-from selfroute.evaluate.remote import Remote
+from selfroute.evaluate.remote import Begun, Remote
 from selfroute.protocol import HELP_CALL, chat
 from selfroute.types import Response
 
@@ -38,13 +38,17 @@ def test_it_gives_a_response_for_each_stream_in_order() -> None:
     with Server(otherwise=engine) as server, Remote(HTTPConfig(base_url=server.url)) as remote:
         assert remote.name == "demo-q8-0"
         groups = remote.generate([remote.encode(p) for p in PROMPTS], STREAMS, Sampling(), progress=done.append)
-        again = remote.generate(PROMPTS[:1], [["1/a"]], Sampling(forbid_help=True), starts=["so\n"])
+        again = remote.generate(PROMPTS[:1], [["1/a"]], Sampling(forbid_help=True), starts=[Begun("so\n", 3)])
+        limits = [request.body["max_tokens"] for request in server.requests if "messages" in request.body]
         seeds = [request.body["seed"] for request in server.requests if "messages" in request.body]
     texts = [[response.text for response in group] for group in groups]
     assert texts == [["one\n<answer>0</answer>"] * 2, ["two\n<answer>0</answer>"]]
     assert [response.text for [response] in again] == ["so\none\n<answer>3</answer>"]
     assert all(r.finished and len(r.token_ids) == 2 and r.score is None for group in groups for r in group)
     assert done == [1, 1, 1]
+    # What a response begins with counts towards its limit.
+    most = Sampling().max_tokens
+    assert limits == [most, most, most, most - 3]
     assert len(set(seeds[:3])) == 3
 
 
@@ -67,7 +71,23 @@ def test_a_response_that_was_cut_has_no_score() -> None:
 def test_a_declined_help_call_starts_from_before_its_tag() -> None:
     asks = Response(f"2+2=5\n{HELP_CALL}", (-1,) * 9, finished=True)
     with Server(otherwise=engine) as server, Remote(HTTPConfig(base_url=server.url)) as remote:
-        assert remote.before_the_call(asks, early_exit=False) == "2+2=5\n"
+        # 6 of 52 characters of 9 tokens.
+        assert remote.before_the_call(asks, early_exit=False) == Begun("2+2=5\n<answer", 1)
+
+
+def test_a_models_own_thinking_is_part_of_its_response() -> None:
+    async def thinks(exchange: Exchange) -> None:
+        if exchange.headers[":path"].endswith("/models HTTP/1.1"):
+            return await exchange.status(200, {"data": [{"id": "tiny", "owned_by": "vllm"}]})
+        await exchange.begin_stream()
+        await exchange.events(event(reasoning_content="2+2=5, no 4"), event(f"I am lost.\n{HELP_CALL}", "stop"))
+        return None
+
+    with Server(otherwise=thinks) as server, Remote(HTTPConfig(base_url=server.url)) as remote:
+        [[response]] = remote.generate(PROMPTS[:1], [["a"]], Sampling())
+        assert response.text == f"<think>2+2=5, no 4</think>\n\nI am lost.\n{HELP_CALL}"
+        begun = remote.before_the_call(response, early_exit=False)
+    assert begun.text == "<think>2+2=5, no 4</think>\n\nI am lost.\n<answer"
 
 
 @pytest.mark.parametrize(

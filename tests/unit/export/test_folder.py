@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.checkpoints import engine_of
 from tests.commands import selfroute
 from tests.exported import CHECKPOINT, run_of_the_shipped_model
 from tokenizers import pre_tokenizers
@@ -16,9 +17,9 @@ from selfroute.device.base import DeviceConfig, LoRA, Sampling
 from selfroute.device.hf import SAME_DAY, HFEngine
 from selfroute.errors import ExportError
 from selfroute.export.card import measured
-from selfroute.export.folder import as_trained, check_tags, export
+from selfroute.export.folder import as_trained, check_tags, export, sampling_defaults
 from selfroute.protocol import HELP_CALL, INSTRUCTION, chat
-from selfroute.records import write_json, write_records
+from selfroute.records import read_json, write_json, write_records
 from selfroute.train.warmstart import train_tokenizer
 
 
@@ -38,6 +39,35 @@ def test_the_folder_answers_as_the_checkpoint_does(run_dir: Path, engine: HFEngi
     assert settings.max_new_tokens == 160
     # A server may run as another user.
     assert len({file.stat().st_mode for file in folder.iterdir() if file.suffix in (".safetensors", ".json")}) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nothing_cuts_what_was_measured(temperature: float) -> None:
+    """Base models come with cuts of their own, which engines take for the model's defaults."""
+    engine = engine_of("qwen2")
+    sampling = Sampling(temperature=temperature, max_tokens=40)
+    made = sampling_defaults(engine.model, engine.tokenizer, sampling)
+    ends = [engine.tokenizer.eos_token_id, *(engine.end_tokens - {engine.tokenizer.eos_token_id})]
+    assert (made.eos_token_id, made.pad_token_id, made.max_new_tokens) == (ends, engine.tokenizer.pad_token_id, 40)
+    drawn = (True, 0.7, 1.0, 0) if temperature else (False, None, None, None)
+    assert (made.do_sample, made.temperature, made.top_p, made.top_k) == drawn
+    assert made.to_diff_dict().keys() <= {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "transformers_version"),
+        *("do_sample", "temperature", "top_p", "top_k"),
+    }
+
+
+def test_a_greedy_folder_is_greedy_to_every_engine(run_dir: Path) -> None:
+    run_of_the_shipped_model(run_dir, evaluation={"temperature": 0.0})
+    # As a base model might come.
+    defaults = run_dir / "checkpoints" / CHECKPOINT / "generation_config.json"
+    write_json(defaults, {**read_json(defaults), "min_p": 0.15, "typical_p": 0.9, "no_repeat_ngram_size": 3})
+    selfroute("export", run_dir, "--to", "hf")
+    folder = run_dir / "exports" / f"{CHECKPOINT}-hf"
+    written = read_json(folder / "generation_config.json")
+    assert (written["temperature"], written.get("do_sample", False)) == (0.0, False)
+    assert not written.keys() & {"min_p", "typical_p", "no_repeat_ngram_size"}
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.do_sample is not True
 
 
 def test_an_adapter_is_merged(run_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from tests.checkpoints import engine_of
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from selfroute.device.base import Sampling
@@ -111,6 +112,44 @@ def test_known_ways_to_split_have_llama_cpps_name(pattern: str, ignore_merges: b
 def test_other_tokenizers_are_left_to_llama_cpps_converter(pattern: str, ignore_merges: bool) -> None:
     with pytest.raises(ExportError, match=r"convert_hf_to_gguf\.py"):
         split_of(splitting(pattern, ignore_merges=ignore_merges))
+
+
+@pytest.mark.parametrize(("template", "added"), [("{{ bos_token }}{{ messages }}", True), ("{{ messages }}", False)])
+def test_a_beginning_is_added_where_prompts_had_one(
+    engine: HFEngine, tmp_path: Path, template: str, added: bool
+) -> None:
+    """Llama 3's tokenizer puts one before a text; many of its fine-tunes have a chat template without."""
+    words = splitting(next(iter(SPLITS))[0])
+    words.add_special_tokens({"bos_token": "<|endoftext|>"})
+    first = words.bos_token_id
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
+    )
+    words.chat_template = template
+    assert words.encode("a")[0] == first
+    write(tmp_path / "m.gguf", engine.model, words, "f16", name="m", sampling=Sampling())
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.add_bos_token"] is added
+
+
+def test_every_end_token_is_written(engine: HFEngine, tmp_path: Path) -> None:
+    model = copy.deepcopy(engine.model)
+    # The tokenizer's own is missing in the model's list.
+    model.generation_config.eos_token_id = [0]
+    write(tmp_path / "m.gguf", model, engine.tokenizer, "f16", name="m", sampling=Sampling())
+    fields = read(tmp_path / "m.gguf")[0]
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 0)
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused(engine: HFEngine, tmp_path: Path) -> None:
+    model = copy.deepcopy(engine.model)
+    model.config.hidden_act = "gelu"
+    with pytest.raises(ExportError, match="computes SiLU in a llama, not gelu"):
+        write(tmp_path / "m.gguf", model, engine.tokenizer, "f16", name="m", sampling=Sampling())
+    words = copy.deepcopy(engine.tokenizer)
+    words.add_tokens(["<one more>"])
+    with pytest.raises(ExportError, match="the tokenizer has 386 tokens and the model rows for 385"):
+        write(tmp_path / "m.gguf", engine.model, words, "f16", name="m", sampling=Sampling())
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_architectures_are_left_to_llama_cpps_converter(tmp_path: Path) -> None:
