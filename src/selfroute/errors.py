@@ -82,5 +82,9 @@ class DataWarning(UserWarning):
     """Problems are not what was to be expected, such as test problems among those for training."""
 
 
+class TrainingWarning(UserWarning):
+    """A training goes on, and learns nothing."""
+
+
 class ReproducibilityWarning(UserWarning):
     """A run goes on under other conditions than it began, and its numbers will differ by rounding."""

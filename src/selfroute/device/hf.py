@@ -1,4 +1,4 @@
-"""The in-process engine: any Hugging Face causal LM, sampled with one prefill a problem.
+"""The in-process engine: any Hugging Face causal LM of attention alone, sampled with one prefill a problem.
 
 How rows are decoded together is in `decode`. Left out on purpose: beams, top-k and top-p (training needs the model's
 own distribution).
@@ -40,6 +40,7 @@ class HFEngine:
     ) -> None:
         check_layers(model.config)
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.steps = steps_for(model, graphs=graphs)
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
@@ -92,13 +93,17 @@ class HFEngine:
         """A response's text, without its end token."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def _check_context(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def check_context(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        """Refuse prompts that leave no room for so many tokens of a response.
+
+        Raises:
+            ContextError: naming the longest.
+        """
         longest = max(map(len, prompts), default=0)
-        if context is not None and longest + max_tokens > context:
+        if self.context is not None and longest + max_tokens > self.context:
             raise ContextError(
                 f"a prompt of {longest} tokens, with up to {max_tokens} of the response (max_tokens), does not fit the "
-                f"model's context of {context}"
+                f"model's context of {self.context}"
             )
 
     def before_the_call(self, response: Response, *, early_exit: bool) -> tuple[int, ...]:
@@ -137,7 +142,7 @@ class HFEngine:
             ContextError: a prompt and its response are more than the model's context.
             DivergenceError: the model's logits are not finite.
         """
-        self._check_context(prompts, sampling.max_tokens)
+        self.check_context(prompts, sampling.max_tokens)
         was_training = self.model.training
         self.model.eval()
         try:

@@ -78,8 +78,7 @@ class LiveEngine:
         self._engine = HFEngine(engine.model, engine.tokenizer, thinking=engine.thinking, graphs=False)
         # A tokenizer does not serve two threads.
         reads = HFEngine(engine.model, copy.deepcopy(engine.tokenizer), thinking=engine.thinking, graphs=False)
-        most = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
-        context = min((n for n in (config.context, most) if n is not None), default=None)
+        context = min((n for n in (config.context, engine.context) if n is not None), default=None)
         self._wording = Wording(reads, context, merges=not config.early_exit)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="selfroute-reads")
         self._batch = Batch(self._engine, early_exit=config.early_exit)

@@ -48,7 +48,10 @@ def calibrate(scores: Sequence[float | None], budget: float, *, num_problems: in
         raise ConfigError("there is no calibration problem: raise task.calibration")
     decided = np.sort(np.array([s for s in scores if s is not None], dtype=float))[::-1]
     if not len(decided):
-        raise ConfigError("no calibration response reached a decision point: the dial has nothing to turn")
+        raise ConfigError(
+            "no calibration response came to an answer or a help call, so that the dial has nothing to turn: raise "
+            "evaluation.max_tokens, or train a model that follows the instruction (`selfroute tasks show` prints it)"
+        )
     aim = budget - math.sqrt(budget * (1 - budget) / num_problems)
     if budget > 0 and aim * num_problems < 1:
         raise ConfigError(

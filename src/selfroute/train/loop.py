@@ -11,6 +11,7 @@ Axes: P problems, G responses.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -25,7 +26,7 @@ from selfroute.cloud.memory import Cloud, Spent, open_judge
 from selfroute.device.head import Head
 from selfroute.device.hf import HFEngine
 from selfroute.device.load import place
-from selfroute.errors import ConfigError, DivergenceError, TrainingError
+from selfroute.errors import ConfigError, ContextError, DivergenceError, TrainingError, TrainingWarning
 from selfroute.protocol import chat
 from selfroute.records import append_record, checkpoints, known_data, lock_run, open_run, read_records, write_records
 from selfroute.tasks import Task, make_task
@@ -90,6 +91,25 @@ def train(
     return last
 
 
+SILENT_STEPS = 3
+"""Steps without a response that decided, after which training says so."""
+
+
+def check_prompts(engine: HFEngine, problems: Sequence[Problem], max_tokens: int) -> None:
+    """Refuse a problem that will not fit the model's context now, and not when its step comes.
+
+    Raises:
+        ContextError: naming the problem.
+    """
+    for problem in problems:
+        # A token is a byte at least, and the instruction with its template is far shorter than the rest.
+        if engine.context and len(problem.question.encode()) + 500 + max_tokens > engine.context:
+            try:
+                engine.check_context([engine.encode(chat(problem.question))], max_tokens)
+            except ContextError as error:
+                raise ContextError(f"problem {problem.id}: {error}") from error
+
+
 class Trainer:
     """A run on this process, which is one of `ranks`; the first of them rates checkpoints."""
 
@@ -108,6 +128,7 @@ class Trainer:
         saved = checkpoints(out)
         model = config.device.model_copy(update={"model": str(saved[-1])}) if saved else config.device
         self.engine = HFEngine.load(model)
+        check_prompts(self.engine, self.problems, config.sampling.max_tokens)
         self.head = Head(self.engine.model)
         self.optimizer = MasterAdamW(
             [p for p in self.engine.model.parameters() if p.requires_grad],
@@ -126,6 +147,7 @@ class Trainer:
             self.clouds.enter_context(open_judge(self.task, out / "judge.sqlite", phase="train"))
         self.planner = Planner(config, self.task, self.engine.tokenizer, self.engine.points, self.cloud, ranks)
         self.finished = 0
+        self._silent = 0
         self.scores: dict[str, float] = {}
         metrics = out / "metrics.jsonl"
         if saved:
@@ -159,6 +181,7 @@ class Trainer:
                         self.accelerator.log(flat(values), step=step)
                     if self.ranks.first:
                         report(record)
+                        self._warn_of_silence(record)
                 except Exception:
                     if self.ranks.first and self.finished and self.whole and self._healthy():
                         self.save()
@@ -171,6 +194,18 @@ class Trainer:
         for tracker in self.accelerator.trackers if self.accelerator else ():
             tracker.finish()
         return checkpoints(self.out)[-1]
+
+    def _warn_of_silence(self, record: StepRecord) -> None:
+        """Say once that no response comes to a tag: nothing is learned so, and the cloud is paid all the same."""
+        self._silent = self._silent + 1 if record.undecided == 1 else 0
+        if self._silent == SILENT_STEPS:
+            warnings.warn(
+                f"no response of the last {SILENT_STEPS} steps came to an answer or a help call, so that nothing is "
+                "learned: raise sampling.max_tokens, or begin with a model that follows the instruction (`selfroute "
+                "tasks show` prints it)",
+                TrainingWarning,
+                stacklevel=2,
+            )
 
     def _due(self) -> bool:
         """Whether the checkpoint of the last finished step is one to rate, and is not rated yet."""

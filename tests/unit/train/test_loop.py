@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import shutil
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from selfroute.config import validate
 from selfroute.errors import (
     CloudError,
     ConfigError,
+    ContextError,
     DeviceError,
     DivergenceError,
     ReproducibilityWarning,
     RunError,
     TrainingError,
+    TrainingWarning,
 )
 from selfroute.protocol import chat, find_decision, parse
 from selfroute.records import checkpoints, read_json, read_records, write_json
@@ -481,3 +484,20 @@ def test_without_sampled_help_calls_the_decision_is_learned_all_the_same(run_dir
 def test_a_tracker_logs_each_step(run_dir: Path) -> None:
     train(config(steps=1, trackers=["tensorboard"]), run_dir)
     assert list(run_dir.glob("selfroute/events.*"))
+
+
+def test_a_model_that_never_writes_the_tags_is_told_of_once(tmp_path: Path) -> None:
+    # One token is no tag.
+    silent = config(steps=5, sampling={"max_tokens": 1}, evaluation={"max_tokens": 1})
+    with pytest.warns(TrainingWarning, match="no response of the last 3 steps came to an answer") as caught:
+        train(silent, tmp_path / "run")
+    assert len([w for w in caught if w.category is TrainingWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        train(config(), tmp_path / "speaking")
+
+
+def test_a_problem_that_does_not_fit_the_context_is_named_before_any_step(tmp_path: Path) -> None:
+    with pytest.raises(ContextError, match=r"problem \S+: a prompt of \d+ tokens, with up to 980 of the response"):
+        train(config(sampling={"max_tokens": 980}, evaluation={"max_tokens": 980}), tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -76,6 +76,10 @@ def test_where_help_was_forbidden_it_has_no_probability(prefix: tuple[int, ...])
     assert found_B[0].item() == pytest.approx(expected.item(), rel=1e-12)
     # A help call that was not drawn keeps its probability.
     assert found_B[1].item() == pytest.approx(logits_BTV[1, 2].log_softmax(-1)[5].item(), rel=1e-12)
+    # In the model's own thinking nothing was.
+    free_B = row_log_probs(same, logits_BTV, rows, (point,), lambda row, t: row is rows[0])
+    plain = logits_BTV[0].log_softmax(-1)[range(3), [1, 4, 6]].sum()
+    assert free_B[0].item() == pytest.approx(plain.item(), rel=1e-12)
     # The help call's logit has no part in the gradient, and the policy's score is zero on average.
     [gradient_BTV] = torch.autograd.grad(found_B[0], logits_BTV)
     assert gradient_BTV[0, 2, 5] == 0
