@@ -57,6 +57,8 @@ def shut_in(rules: int, info: int, *, file_system_bytes: int) -> list[str]:
         "--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr",
         *(word for name in links for word in ("--symlink", f"usr/{name}", f"/{name}")),
         "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp",
+        # A shared mapping of /dev/zero is memory that no limit counts; on a mount of this kind no device can be opened.
+        "--ro-bind", "/dev/null", "/dev/zero",
         # What bubblewrap makes on its way is writable, and as large as memory.
         "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
         "--seccomp", str(rules), "--info-fd", str(info),

@@ -34,7 +34,8 @@ def family(number: int) -> list[int]:
 
 
 def resident_mb(number: int) -> float:
-    """Resident memory of a process that is not shared with files, in MiB."""
+    """Resident memory of a process that is no file's, in MiB. Shared memory is none of it: in a sandbox that is files'
+    alone, whose file systems have a size."""
     try:
         pages = Path(f"/proc/{number}/statm").read_text().split()
     except OSError:

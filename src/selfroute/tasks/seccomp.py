@@ -2,9 +2,10 @@
 
 A list of what is refused, not of what is allowed: a Python program may need any harmless call. Refused are those that
 reach the network, other processes' memory, namespaces, mounts, keys, performance counters, io_uring and other large
-parts of the kernel, memory that no limit counts (System V shared memory, memfd), and a process's place in the queue for
-the processor, by which it could keep itself from running and its time from passing. They fail with EPERM, as for any
-user without the right; clone3, whose arguments no filter can see, fails with ENOSYS, so that the C library uses clone.
+parts of the kernel, memory that no limit counts (System V shared memory, memfd, shared mappings without a file, huge
+pages), and a process's place in the queue for the processor, by which it could keep itself from running and its time
+from passing. They fail with EPERM, as for any user without the right; clone3, whose arguments no filter can see, fails
+with ENOSYS, so that the C library uses clone.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _SOCKET = {"x86_64": 41, "aarch64": 198}
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _NEW_NAMESPACES = 0x7E020000
+_MMAP = {"x86_64": 9, "aarch64": 222}
+_MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x01, 0x20, 0x40000
 _AF_UNIX = 1
 _X32 = 0x40000000
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the low half of the argument
+# Offsets in struct seccomp_data; of an argument the low half.
+_NUMBER, _ARCH, _FIRST_ARGUMENT, _FOURTH_ARGUMENT = 0, 4, 16, 40
 
 
 def seccomp_filter(machine: str | None = None) -> bytes:
@@ -82,8 +86,12 @@ def seccomp_filter(machine: str | None = None) -> bytes:
     numbers = {**_REFUSED[machine], **_REFUSED_EVERYWHERE}.values()
     parts += [refuse(number, errno.EPERM) for number in sorted(numbers)]
     parts.append(refuse(_CLONE3, errno.ENOSYS))
-    # After a match on its number, the call's first argument decides.
+    # After a match on its number, one of the call's arguments decides.
     parts += [step(_EQUAL, _SOCKET[machine], 0, 4), step(_LOAD, _FIRST_ARGUMENT), step(_EQUAL, _AF_UNIX, 1, 0)]
+    parts += [step(_RETURN, _ERRNO | errno.EPERM), step(_RETURN, _ALLOW)]
+    # Of shared memory, what a process has unmapped but for one page is not resident in it, and there all the same.
+    parts += [step(_EQUAL, _MMAP[machine], 0, 6), step(_LOAD, _FOURTH_ARGUMENT), step(_ANY_BIT, _MAP_HUGETLB, 2, 0)]
+    parts += [step(_ANY_BIT, _MAP_SHARED, 0, 2), step(_ANY_BIT, _MAP_ANONYMOUS, 0, 1)]
     parts += [step(_RETURN, _ERRNO | errno.EPERM), step(_RETURN, _ALLOW)]
     parts += [step(_EQUAL, _CLONE[machine], 0, 3), step(_LOAD, _FIRST_ARGUMENT), step(_ANY_BIT, _NEW_NAMESPACES, 0, 1)]
     parts += [step(_RETURN, _ERRNO | errno.EPERM), step(_RETURN, _ALLOW)]

@@ -166,6 +166,39 @@ def test_programs_that_mean_harm(sandbox: Sandbox, program: str, limit: str | No
     assert sandbox.run(Job("print(6 * 7)", [""]))[0].stdout == "42\n"
 
 
+HOLD = "import mmap, os, time\n%s\nfor at in range(0, 60 << 20, 4096): memory[at] = 1\nprint('held', flush=True)\ntime.sleep(9)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        HOLD % "for _ in range(6):\n    if os.fork() == 0: break\nmemory = mmap.mmap(-1, 60 << 20)",
+        HOLD % "memory = mmap.mmap(os.open('/dev/zero', os.O_RDWR), 60 << 20)",
+        # Unmapped but for a page, it is resident in no process.
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.mmap.restype = ctypes.c_void_p\n"
+        "for _ in range(10):\n"
+        "    at = libc.mmap(None, 60 << 20, 3, 0x21, -1, 0)\n    if at == 2 ** 64 - 1: raise OSError(ctypes.get_errno(), 'x')\n"
+        "    ctypes.memset(at, 1, 60 << 20)\n    libc.munmap(ctypes.c_void_p(at + 4096), (60 << 20) - 4096)\n"
+        "print('held', flush=True)",
+    ],
+    ids=["in many processes", "a device's", "unmapped"],
+)  # fmt: skip
+def test_memory_that_no_limit_counts_is_refused(sandbox: Sandbox, program: str) -> None:
+    [ran] = judge(sandbox, program, limits=SHORT)
+    assert "PermissionError" in ran.stderr
+    assert "held" not in ran.stdout
+
+
+def test_memory_of_its_own_and_of_files_can_be_mapped(sandbox: Sandbox) -> None:
+    [ran] = judge(
+        sandbox,
+        "import mmap, os\nown = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE)\nown[0] = 6\n"
+        "file = os.open('/dev/shm/x', os.O_RDWR | os.O_CREAT)\nos.ftruncate(file, 4096)\nshared = mmap.mmap(file, 4096)\n"
+        "if os.fork() == 0:\n    shared[0] = 7\n    os._exit(0)\nos.wait()\nprint(own[0] * shared[0])",
+    )
+    assert ran.stdout == "42\n", ran.stderr
+
+
 def test_recursion_without_end(sandbox: Sandbox) -> None:
     [ran] = judge(sandbox, "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()")
     # Frames fill the memory, which Python tells in several ways.
@@ -273,6 +306,25 @@ def test_without_isolation_it_refuses_and_says_how_to_go_on(commands: Path) -> N
         '#!/bin/sh\nwhile [ "$1" != /usr/bin/python3.11 ] && [ "${1#/usr/bin/python3}" = "$1" ]; do shift; done\nexec "$@"\n'
     )
     with pytest.raises(TaskError, match="a sandbox is not tight"):
+        Sandbox().isolated()
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ("words[words.index('--cap-drop')] = '--cap-add'", r"CapEff is 0*1\w+"),
+        ("words[:0] = ['--dir', '/opt']", "RootFiles is bin dev .*opt proc tmp usr"),
+        ("at = words.index('--seccomp'); del words[at:at + 2]", r"Seccomp is 0, Socket is \w+"),
+    ],
+)
+def test_a_sandbox_that_is_not_tight_is_refused(commands: Path, change: str, wrong: str) -> None:
+    bubblewrap = commands / "bwrap"
+    # It does all that it is told but for one thing.
+    bubblewrap.write_text(
+        f"#!/usr/bin/python3\nimport os, sys\nwords = sys.argv[1:]\n{change}\nos.execv('/usr/bin/bwrap', ['bwrap', *words])\n"
+    )
+    bubblewrap.chmod(0o755)
+    with pytest.raises(TaskError, match=rf"a sandbox is not tight \({wrong}\)"):
         Sandbox().isolated()
 
 
