@@ -19,8 +19,7 @@ from selfroute.errors import TaskError
 from selfroute.tasks.box import Limits, Ran
 from selfroute.tasks.code_rows import CODE_SETS, problem_of
 from selfroute.tasks.datasets import DataConfig, Loader
-from selfroute.tasks.inside.wire import unpack
-from selfroute.tasks.outputs import show, text_fault, value_fault
+from selfroute.tasks.outputs import returned, show, text_fault, value_fault
 from selfroute.tasks.sandbox import Job, Sandbox
 from selfroute.tasks.splits import problem_hash
 from selfroute.types import Problem, Split, Verdict
@@ -182,7 +181,7 @@ class Code:
         if not ran.answers:
             return "ended before the function returned"
         try:
-            fault = value_fault(unpack(json.loads(ran.answers)), expected, tolerance)
+            fault = value_fault(returned(ran.answers), expected, tolerance)
         except (ValueError, TypeError, KeyError, RecursionError):
             return "wrong output: not plain data"
         return fault and f"wrong output: {fault}"

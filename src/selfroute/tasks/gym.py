@@ -24,7 +24,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from selfroute.config import Config
 from selfroute.errors import TaskError
 from selfroute.tasks.box import Limits, Ran
-from selfroute.tasks.inside.wire import pack, unpack
+from selfroute.tasks.inside.wire import pack
+from selfroute.tasks.outputs import returned
 from selfroute.tasks.pool import Pool
 from selfroute.tasks.sandbox import Job, Sandbox, cores
 from selfroute.tasks.splits import problem_hash, split_of_hash
@@ -295,7 +296,7 @@ def _verdict(ran: Ran, answer: str) -> Verdict:
     if ran.limit is not None:
         return Verdict(False, f"undecided: the scorer came to its limit ({ran.limit})", extracted=extracted)
     try:
-        score = unpack(json.loads(ran.answers if ran.status == 0 else ""))
+        score = returned(ran.answers if ran.status == 0 else "")
         return Verdict(score >= 1, f"reasoning-gym scores it {score:.3g}", extracted=extracted)
     except (ValueError, TypeError, KeyError, RecursionError):
         last = ran.stderr.strip().rpartition("\n")[2][:200]

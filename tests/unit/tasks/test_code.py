@@ -24,7 +24,7 @@ from selfroute.tasks.check import check
 from selfroute.tasks.code import Code, CodeConfig, program_of
 from selfroute.tasks.code_rows import CODE_SETS
 from selfroute.tasks.inside.wire import pack, unpack
-from selfroute.tasks.outputs import show, text_fault, value_fault
+from selfroute.tasks.outputs import returned, show, text_fault, value_fault
 from selfroute.types import Problem, Verdict
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/code"
@@ -323,11 +323,45 @@ def test_fractions_in_text(got: str, expected: str, tolerance: float, right: boo
     [
         ((1, (2, 3)), [1, [2, 3]], True), ([1, 2], [[1, 2]], True), ([[1, 2]], [1, 2], False), ({1: (2,)}, {1: [2]}, True),
         ({1: 2}, {2: 1}, False), ("1", 1, False), (None, [], False), ([], [], True), (1.0000000001, 1.0, True),
-        (10**400, 1.0, False), (10**400, 1, False), ("a", ["a"], True), ({1, 2}, [1, 2], False),
+        (10**400, 1.0, False), (10**400, 1, False), ("a", ["a"], True), ({1, 2}, [1, 2], False), ({1}, 1, False),
+        ({}, {}, True), ([], {}, False), ({1: 2, 3: {4: (5,)}}, {3: {4: [5]}, 1: 2}, True), ({1: 2, 4: 4}, {1: 2, 3: 4}, False),
+        ({1: 2}, {1: 2, 3: 4}, False), ({"a": 0.1 + 0.2}, {"a": 0.3}, True), ({(1, 2): 3}, {1: 3}, False),
+        ({frozenset({1}): 3}, {1: 3}, False),
     ],
 )  # fmt: skip
 def test_values(got: object, expected: object, right: bool) -> None:
-    assert (value_fault(got, expected, 1e-6) is None) is right
+    assert (value_fault(returned(json.dumps(pack(got))), expected, 1e-6) is None) is right
+
+
+def test_sets_and_dicts_of_numbers_that_hash_alike_cost_nothing() -> None:
+    numbers = [hex(n * (2**61 - 1)) for n in range(20_000)]
+    pairs = [[{"i": n}, 0] for n in numbers]
+    started = time.monotonic()
+    for said in ({"s": [{"i": n} for n in numbers]}, {"d": pairs}, [{"d": pairs}], {"z": [{"d": pairs}]}):
+        for expected in ([1], {1: 0}, as_many := dict.fromkeys(range(20_000), 0), [as_many]):
+            assert value_fault(returned(json.dumps(said)), expected) is not None
+    assert time.monotonic() - started < 5
+    assert value_fault(returned('{"d": [[1, 2], [1, 2]]}'), {1: 2, 3: 4}) == "got {1: 2, 1: 2}, expected {1: 2, 3: 4}"
+    assert value_fault(returned('{"s": []}'), []) == "got set([]), expected []"
+    for torn in ('{"d": [1]}', '{"d": [[[], 1]]}', '{"d": [[1, 2, 3]]}'):
+        with pytest.raises((ValueError, TypeError)):
+            value_fault(returned(torn), {1: 2})
+
+
+def test_a_program_that_writes_its_answer_itself_keeps_no_host_busy() -> None:
+    adds = problem(
+        {"question": "Add.", "input_output": json.dumps({"fn_name": "add", "inputs": [[1]], "outputs": [2]})}
+    )
+    answer = (
+        "import json, os\ndef add(n):\n"
+        "    said = json.dumps({'s': [{'i': hex(n * (2 ** 61 - 1))} for n in range(40_000)]}).encode()\n"
+        "    for file in range(3, 64):\n        try:\n            os.write(file, said)\n        except OSError: pass\n"
+        "    os._exit(0)\n"
+    )
+    started = time.monotonic()
+    verdict = Code(CodeConfig()).verify(answer, adds)
+    assert (verdict.correct, "got set([0, 2305843009213693951" in verdict.reason) == (False, True)
+    assert time.monotonic() - started < 15
 
 
 def test_values_are_shown_cut() -> None:

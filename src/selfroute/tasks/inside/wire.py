@@ -8,8 +8,10 @@ import os
 
 TYPE_CHECKING = False  # importing typing would take as long as all the others
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
+
+_KINDS: Mapping[str, Callable[[list[Any]], Any]] = {"t": tuple, "s": set, "z": frozenset, "d": dict}
 
 
 def pack(value: Any, other: Callable[[Any], int] | None = None) -> Any:
@@ -45,14 +47,15 @@ def pack(value: Any, other: Callable[[Any], int] | None = None) -> Any:
     return {"o": other(value)}
 
 
-def unpack(packed: Any, found: Any = None) -> Any:
-    """The value that `pack` made; `found(number)` gives the object of a number.
+def unpack(packed: Any, found: Any = None, kinds: Mapping[str, Callable[[list[Any]], Any]] = _KINDS) -> Any:
+    """The value that `pack` made; `found(number)` gives the object of a number, and `kinds` says what is made of the
+    list that a tuple, a set, a frozenset or a dict (pairs) was sent as.
 
     Raises:
         ValueError, TypeError, KeyError, RecursionError: `pack` did not make this.
     """
     if isinstance(packed, list):
-        return [unpack(v, found) for v in packed]
+        return [unpack(v, found, kinds) for v in packed]
     if not isinstance(packed, dict):
         return packed
     [(kind, inner)] = packed.items()
@@ -66,8 +69,7 @@ def unpack(packed: Any, found: Any = None) -> Any:
         return bytes.fromhex(inner)
     if kind == "o":
         return found(inner)
-    values = [unpack(v, found) for v in inner]
-    return {"t": tuple, "s": set, "z": frozenset, "d": dict}[kind](values)
+    return kinds[kind]([unpack(v, found, kinds) for v in inner])
 
 
 def read(number: int) -> Any:
