@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -208,7 +211,8 @@ def _mbpp(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             raise _Bad(f"`{name}` must be a list of texts, not {str(texts)[:60]}")
     if not tests:
         raise _Bad("`test_list` is empty")
-    code = _optional(row, "code")
+    code, setup = _optional(row, "code"), _optional(row, "test_setup_code")
+    names = _judged([*imports, setup], tests, code)
     # One test shows the name and the kind of arguments; all of them would show what to print.
     text = _text(row, "text", "prompt").strip()
     question = f"{text}\n\nYour Python 3 code must pass tests such as:\n\n```python\n{tests[0]}\n```"
@@ -219,8 +223,71 @@ def _mbpp(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         "setup": "",
         "function": "",
         "tests": {
-            "setup": [*imports, _optional(row, "test_setup_code")],
+            "setup": [*imports, setup],
             "tests": tests,
-            "names": re.findall(r"^(?:def|class) +(\w+)", code, re.MULTILINE),
+            "names": names,
         },
     }
+
+
+def _judged(setup: Sequence[str], tests: Sequence[str], code: str) -> list[str]:
+    """The names that a solution defines, which are the program's whatever else they could be.
+
+    Other names of the tests are the program's where nothing else has them. Tests that name nothing of the program's
+    would pass any program, even none.
+    """
+    ready, asked = _parsed("\n".join(setup), "test_imports"), _parsed("\n".join(tests), "test_list")
+    before, here = _made(ready), _made(asked)
+    if "*" in here:
+        raise _Bad("`test_list` imports `*`, which may be what the program defines: import names one by one")
+    try:
+        defined = _defined(_parsed(code, "code"), _names(ready, ast.Store))
+    except _Bad:
+        # No program is judged by it.
+        defined = []
+    used = (_names(ready, ast.Load) | _names(asked, ast.Load)) - here
+    if used.isdisjoint(defined) and ("*" in before or not used - before - set(dir(builtins))):
+        raise _Bad(
+            "`test_list` asks for nothing that is the program's alone, but for "
+            f"{', '.join(sorted(used)) or 'nothing'}, which Python or an import has, too: give a solution in `code` "
+            "that defines what is judged"
+        )
+    return defined
+
+
+def _parsed(text: str, name: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            # Of backslashes in texts, which are the file's affair.
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _Bad(f"`{name}` is not Python: {error}") from error
+
+
+def _names(tree: ast.Module, context: type[ast.expr_context]) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+def _made(tree: ast.Module) -> set[str]:
+    """The names that a text gives something to, `*` for those of a whole module."""
+    made = _names(tree, ast.Store)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.alias):
+            made.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+    return made
+
+
+def _defined(tree: ast.Module, stored: set[str]) -> list[str]:
+    """A program's functions and classes, and what else it gives a name that may be called; `stored` are the tests'."""
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda | ast.Name | ast.Attribute | ast.Call):
+            names += [one.id for one in node.targets if isinstance(one, ast.Name) and one.id not in stored]
+    return names

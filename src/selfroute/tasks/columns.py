@@ -37,8 +37,8 @@ class Columns(Config):
     r"""The text that the device gets: a column, or a template with columns in braces, such as
     `"{context}\n\n{prompt}"` (a brace that is meant as such is doubled)."""
     answer: str | None = None
-    """The reference answer; a list means any of them. For `code` a program that is right, for `regex` and a function of
-    your own an example: they are for `selfroute tasks check` alone."""
+    """The reference answer; a list means any of them. For `code` a program that is right, which also says what
+    asserts judge; for `regex` and a function of your own an example, for `selfroute tasks check` alone."""
     options: str | tuple[str, ...] | None = None
     """`choice`: the column with the list of options, or a list of columns with one option each."""
     pattern: str | None = None

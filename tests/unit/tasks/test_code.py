@@ -146,6 +146,14 @@ def test_difficulty_and_the_number_of_cases(tmp_path: Path) -> None:
         ({**ROWS["squares"], "test_list": []}, "`test_list` is empty"),
         ({**ROWS["squares"], "test_list": "assert"}, "`test_list` must be a list of texts"),
         ({**ROWS["squares"], "text": None}, "`text or prompt` is missing or empty"),
+        ({**ROWS["squares"], "test_list": ["assert squares("]}, "`test_list` is not Python"),
+        ({**ROWS["squares"], "test_imports": ["import"]}, "`test_imports` is not Python"),
+        ({**ROWS["squares"], "test_list": ["from math import *\nassert squares([]) == ()"]}, "import names one by one"),
+        ({**ROWS["sum 2"], "code": ""}, r"`test_list` asks for nothing .* but for math, sum, which .* a solution in `code`"),
+        ({**ROWS["sum 2"], "code": "not Python", "test_list": ["assert sum(1, 2) == 3"]}, "asks for nothing .* but for sum,"),
+        ({**ROWS["sum 2"], "code": "", "test_list": ["assert gcd(4, 6) == 2"], "test_imports": ["from math import *"]}, "but for gcd,"),
+        ({**ROWS["sum 2"], "code": "", "test_list": ["assert gcd(4, 6) == 2"], "test_imports": ["from math import gcd"]}, "but for gcd,"),
+        ({**ROWS["squares"], "test_list": ["def squares(xs): return ()\nassert squares([]) == ()"]}, "but for nothing,"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named_with_their_place_and_field(tmp_path: Path, row: object, fault: str) -> None:
@@ -155,6 +163,34 @@ def test_bad_rows_are_named_with_their_place_and_field(tmp_path: Path, row: obje
     with pytest.raises(TaskError, match=r"2 bad rows:\n  rows.jsonl:2: .*\n  rows.jsonl:4: ") as caught:
         Code(CodeConfig(path=str(path))).load("train")
     assert re.search(fault, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "imports", "tests", "wrong"),
+    [
+        ("pow = lambda a, b: a if b == 1 else a * pow(a, b - 1)", [], ["assert pow(2, 3) == 8"], "x = 1"),
+        ("def gcd(a, b):\n    return a if b == 0 else gcd(b, a % b)", ["from math import *"], ["assert gcd(4, 6) == 2"], "x = 1"),
+        ("from operator import add\nplus = add", [], ["assert plus(1, 2) == sum([1, 2])"], "def plus(a, b): return 4"),
+        # What only the set-up has stays its own, whatever the solution calls by that name.
+        ("def top(xs): return xs[0]\nxs = list('ab')", ["xs = [3, 4]"], ["assert top(xs) == 3"], "def top(xs): return 4"),
+        ("", ["import math"], ["assert math.floor(half(3)) == 1"], "def half(n): return n"),
+        ("", ["made = pair(1)"], ["assert made == [1, 1]"], "def pair(n): return [n]"),
+    ],
+)  # fmt: skip
+def test_asserts_judge_what_the_program_defines_and_nothing_else(
+    code: str, imports: list[str], tests: list[str], wrong: str
+) -> None:
+    asked = problem({"text": "Write it.", "code": code, "test_imports": imports, "test_list": tests})
+    task = Code(CodeConfig())
+    right = code or "def half(n): return n / 2\ndef pair(n): return [n, n]"
+    found = [task.verify(answer, asked) for answer in (right, wrong, "pass")]
+    assert [verdict.correct for verdict in found] == [True, False, False], found
+
+
+def test_tests_that_ask_nothing_of_a_program_pass_none() -> None:
+    asked = problem({"text": "Write it.", "test_list": ["if 0: half(2)"]})
+    verdict = Code(CodeConfig()).verify("def half(n): return n / 2", asked)
+    assert verdict.reason == "test 1: LookupError: the tests ask nothing of the program"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

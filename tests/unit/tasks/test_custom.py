@@ -132,6 +132,12 @@ def test_all_bad_rows_are_named_at_once_with_file_line_and_column(tmp_path: Path
         ("regex", {"pattern": "p"}, {"a": "1", "p": "(1"}, "p is not a pattern: missing )"),
         ("code", {"cases": "c"}, {"a": "", "c": '{"inputs": [1]}'}, "c must hold as many outputs as inputs"),
         ("code", {"tests": "t"}, {"a": "", "t": '"assert f()"'}, "t must be a list of texts"),
+        (
+            "code",
+            {"tests": "t"},
+            {"a": "", "t": ["assert pow(2, 3) == 8"]},
+            "but for pow, which Python or an import has, too: give a solution in a that",
+        ),
     ],
 )
 def test_what_a_verifier_cannot_use_is_a_bad_row(
