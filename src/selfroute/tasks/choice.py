@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeGuard
 from selfroute.errors import TaskError
 from selfroute.tasks.datasets import DataConfig, DataSet, Loader
 from selfroute.tasks.letters import LETTERS, folded, letter_of, pick, plain
-from selfroute.tasks.mathsets import question_of
+from selfroute.tasks.mathsets import is_number, question_of
 from selfroute.tasks.sources import Hub
 from selfroute.tasks.splits import problem_hash
 from selfroute.types import Problem, Split, Verdict
@@ -238,7 +238,7 @@ def are_options(value: object) -> TypeGuard[list[object]]:
     return (
         isinstance(value, list)
         and 2 <= len(value) <= len(LETTERS)
-        and all(isinstance(v, str | int | float) and not isinstance(v, bool) for v in value)
+        and all(isinstance(v, str) or is_number(v) for v in value)
     )
 
 

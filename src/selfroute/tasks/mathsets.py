@@ -146,5 +146,9 @@ def answers_of(value: object, how: str) -> tuple[tuple[str, ...], str]:
 
 
 def _text(cell: object) -> str:
-    number = isinstance(cell, int | float) and not isinstance(cell, bool)
-    return str(cell) if number else cell.strip() if isinstance(cell, str) else ""
+    return str(cell) if is_number(cell) else cell.strip() if isinstance(cell, str) else ""
+
+
+def is_number(cell: object) -> bool:
+    """Whether a cell is a number; a missing one is NaN in many a file."""
+    return isinstance(cell, int | float) and not isinstance(cell, bool) and cell == cell

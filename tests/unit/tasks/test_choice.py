@@ -118,6 +118,7 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         {**good, "choices": ["a"]},
         {**good, "choices": "a, b"},
         {**good, "choices": ["a", None]},
+        {**good, "choices": ["a", float("nan")]},
         {**good, "answer": 2},
         {**good, "answer": True},
         {"question": "Which?", "options": ["a", "b"], "answer": "C"},
@@ -136,22 +137,23 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         task(path=str(file)).load("train")
     lines = [re.sub(r"^  mine.jsonl:", "", line) for line in str(error.value).splitlines()]
     assert lines == [
-        "14 bad rows:",
+        "15 bad rows:",
         "1: question must be text, not ' '",
         "2: choices must be a list of 2 to 26 texts, not \"['a']\"",
         "3: choices must be a list of 2 to 26 texts, not 'a, b'",
         "4: choices must be a list of 2 to 26 texts, not \"['a', None]\"",
-        "5: answer must be 0 to B, not '2'",
-        "6: answer must be 0 to B, not 'True'",
-        "7: answer must be A to B, not 'C'",
-        "8: answer is 'B', and answer_index '0'",
-        "9: choices must hold text and label, lists of 2 to 26, not \"{'text': ['a', 'b'], 'label': ['A']}\"",
-        "10: answerKey must be one of A, B, not '1'",
-        "11: needs the columns of MMLU (question, choices, answer), MMLU-Pro (question, options, answer), ARC "
+        "5: choices must be a list of 2 to 26 texts, not \"['a', nan]\"",
+        "6: answer must be 0 to B, not '2'",
+        "7: answer must be 0 to B, not 'True'",
+        "8: answer must be A to B, not 'C'",
+        "9: answer is 'B', and answer_index '0'",
+        "10: choices must hold text and label, lists of 2 to 26, not \"{'text': ['a', 'b'], 'label': ['A']}\"",
+        "11: answerKey must be one of A, B, not '1'",
+        "12: needs the columns of MMLU (question, choices, answer), MMLU-Pro (question, options, answer), ARC "
         "(question, choices, answerKey) or AGIEval (query, choices, gold); it has question, A",
-        "12: query must be text, not '3'",
-        "13: gold must be a list of one place, not '[0, 1]'",
-        "14: choices must be a list of 2 to 26 texts, not \"['a']\"",
+        "13: query must be text, not '3'",
+        "14: gold must be a list of one place, not '[0, 1]'",
+        "15: choices must be a list of 2 to 26 texts, not \"['a']\"",
     ]
 
 

@@ -208,6 +208,10 @@ def test_bad_rows_are_named_all_at_once(tmp_path: Path) -> None:
         "  mine.jsonl:8: needs the columns 'problem' and 'solution'; it has question, answer",
         "  mine.jsonl:9: solution must be text or a number, not 'None'",
     ]
+    # As numbers that are missing are written.
+    file.write_text('{"problem": "NaN?", "answer": NaN}')
+    with pytest.raises(TaskError, match=r"mine.jsonl:1: answer must be text or a number, not 'nan'"):
+        task(path=str(file), dataset="math-500").load("test")
     file.write_text("\n".join([rows[3]] * 1200))
     with pytest.raises(TaskError, match=r"1,200 bad rows:(\n  mine.*){100}\n  and 1,100 more"):
         task(path=str(file)).load("train")
