@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from selfroute.errors import TaskError
 from selfroute.tasks.columns import Columns, RowError, cells
 from selfroute.tasks.datasets import DataConfig, DataSet, Loader
-from selfroute.tasks.sources import SUFFIXES, Hub
+from selfroute.tasks.sources import SUFFIXES, Hub, part_of
 from selfroute.tasks.verifiers import Verifier, made, pattern_fault
 from selfroute.types import About, Problem, Split, Verdict
 
@@ -195,6 +195,5 @@ def _data_set(config: CustomConfig) -> DataSet:
 
 def _is_divided(place: Path) -> bool:
     """Whether a folder has files, or folders of them, that are called as the parts of a data set."""
-    starts = (*_FILES, *_FILES.values())
     files = [file.relative_to(place) for file in place.rglob("*") if file.suffix in SUFFIXES]
-    return any(name.lower().startswith(starts) for file in files for name in file.parts)
+    return any(part_of(file, {part: {part, name} for part, name in _FILES.items()}) for file in files)

@@ -21,6 +21,9 @@ from selfroute.errors import TaskError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PARTS = ("train", "calibration", "test")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What `surrogateescape` reads a byte as that is no UTF-8, so that one such row costs no other."""
+_WIDEST_CELL = 2**31 - 1
 FAULTS_SHOWN = 100
 """Bad rows that an error names; of more it says how many."""
 PROBE_S = 10.0
@@ -57,11 +60,11 @@ class Files:
 def find_files(place: Path, names: Mapping[str, Collection[str]]) -> Files:
     """The files of a data set at a place: one file, or a folder.
 
-    In a folder, files whose names, or whose folders' names, begin with one of a part's `names` are that part (others
-    are left alone); of a data set without `names`, which is not divided, it is every file.
+    In a folder, `part_of` says which part a file is (those of none are left alone); of a data set without `names`,
+    which is not divided, it is every file.
 
     Raises:
-        TaskError: there is nothing, or nothing that can be read.
+        TaskError: there is nothing, or nothing that can be read, or a file could be of two parts.
     """
     if place.is_file():
         if place.suffix not in SUFFIXES:
@@ -73,18 +76,33 @@ def find_files(place: Path, names: Mapping[str, Collection[str]]) -> Files:
     if not names:
         parts = {"all": found} if found else {}
     else:
-        called = {file: [name.lower() for name in file.relative_to(place).parts] for file in found}
-        parts = {
-            part: [file for file in found if any(name.startswith(tuple(starts)) for name in called[file])]
-            for part, starts in names.items()
-        }
-        parts = {part: files for part, files in parts.items() if files}
+        part = {file: part_of(file.relative_to(place), names) for file in found}
+        parts = {name: [file for file in found if part[file] == name] for name in names if name in part.values()}
     if not parts:
         wanted = (
             f"{listed([f'{part}.jsonl' for part in names])}, or the like" if names else f"a {', '.join(SUFFIXES)} file"
         )
         raise TaskError(f"nothing to read in {place}: it needs {wanted}")
     return Files(parts)
+
+
+def part_of(file: Path, names: Mapping[str, Collection[str]]) -> str | None:
+    """The part that a file is of: that with a name which its own begins with, the longest such name; or else that which
+    one of its folders is called after. None where there is none.
+
+    >>> part_of(Path("testbed/train-0.jsonl"), {"train": ["train"], "test": ["test"]})
+    'train'
+
+    Raises:
+        TaskError: it could be of two.
+    """
+    known = [(name.lower(), part) for part, called in names.items() for name in called]
+    own = [(len(name), part) for name, part in known if file.name.lower().startswith(name)]
+    folders = [folder.lower() for folder in file.parts[:-1]]
+    parts = {part for length, part in own if length == max(own)[0]} or {part for name, part in known if name in folders}
+    if len(parts) > 1:
+        raise TaskError(f"{file} could be of {listed(sorted(parts))}: begin its name with one of them")
+    return parts.pop() if parts else None
 
 
 def find_named(folder: Path, name: str) -> Path | None:
@@ -107,25 +125,36 @@ def read_files(files: Sequence[Path]) -> Iterator[Row]:
 
 def _jsonl(file: Path) -> Iterator[Row]:
     # A byte-order mark, as some editors write, is not part of the first line.
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 place = f"{file.name}:{number}"
+                if fault := _encoding_fault(line):
+                    yield Row(place, {}, fault)
+                    continue
                 try:
                     yield _row(place, json.loads(line))
                 except (ValueError, RecursionError) as error:
                     yield Row(place, {}, f"is not JSON: {error}")
 
 
+def _encoding_fault(text: str) -> str:
+    bad = _NOT_UTF8.search(text)
+    return f"is not UTF-8: it holds the byte 0x{ord(bad[0]) - 0xDC00:02x}" if bad else ""
+
+
 def _json(file: Path) -> Iterator[Row]:
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{file} is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise TaskError(f"{file} must hold a list of objects, not {type(rows).__name__}")
+    whole = not _NOT_UTF8.search(text)
     for number, values in enumerate(rows, 1):
-        yield _row(f"{file.name}:{number}", values)
+        fault = "" if whole else _encoding_fault(json.dumps(values, ensure_ascii=False))
+        yield Row(f"{file.name}:{number}", {}, fault) if fault else _row(f"{file.name}:{number}", values)
 
 
 def _row(place: str, values: object) -> Row:
@@ -135,16 +164,34 @@ def _row(place: str, values: object) -> Row:
 
 
 def _csv(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader, number = csv.reader(lines, strict=True), 0
         try:
-            for values in reader:
-                # Cells past the last column, and columns past the last cell.
-                torn = None in values or None in values.values()
-                fault = "has another number of cells than the first line" if torn else ""
-                yield Row(f"{file.name}:{reader.line_num}", values, fault)
+            columns = _next_cells(reader) or []
+            if fault := _encoding_fault("".join(columns)):
+                raise TaskError(f"{file.name}: its first line {fault}")
+            twice = sorted({name for name in columns if name and columns.count(name) > 1})
+            if twice:
+                raise TaskError(f"{file.name} has several columns called {listed(twice)}: give each a name of its own")
+            number = reader.line_num
+            while (cells := _next_cells(reader)) is not None:
+                number = reader.line_num
+                if cells:
+                    fault = _encoding_fault("".join(cells))
+                    if len(cells) != len(columns):
+                        fault = "has another number of cells than the first line"
+                    yield Row(f"{file.name}:{number}", dict(zip(columns, cells, strict=False)), fault)
         except csv.Error as error:
-            raise TaskError(f"{file.name} is not CSV after line {reader.line_num}: {error}") from error
+            raise TaskError(f"{file.name} is not CSV after line {number}: {error}") from error
+
+
+def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next line's cells, of any width; None at the end. The limit on it is of all readers, so it is put back."""
+    before = csv.field_size_limit(_WIDEST_CELL)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(file: Path) -> Iterator[Row]:

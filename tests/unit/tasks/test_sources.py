@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from selfroute.errors import TaskError
 from selfroute.tasks.choice import CHOICE_SETS
 from selfroute.tasks.code_rows import CODE_SETS
 from selfroute.tasks.mathsets import MATH_SETS
-from selfroute.tasks.sources import Hub, export_command, find_files, find_named, read_files
+from selfroute.tasks.sources import Hub, export_command, find_files, find_named, part_of, read_files
 
 DIVIDED = {"train": {"train"}, "test": {"test"}}
 ROWS = [{"a": "one", "b": "1"}, {"a": "two, with\na line break", "b": "2"}]
@@ -49,10 +50,14 @@ def test_all_formats_give_the_same_rows_and_say_where_they_stand(tmp_path: Path)
         ("x.json", "[3]", "must be an object with columns, not int"),
         ("x.csv", "a,b\n1", "another number of cells"),
         ("x.csv", "a,b\n1,2,3", "another number of cells"),
+        # A letter as Windows writes it.
+        ("x.jsonl", b'{"a": "caf\xe9"}', "is not UTF-8: it holds the byte 0xe9"),
+        ("x.json", b'[{"a": "caf\xe9"}]', "is not UTF-8: it holds the byte 0xe9"),
+        ("x.csv", b"a\ncaf\xe9", "is not UTF-8: it holds the byte 0xe9"),
     ],
 )
-def test_bad_rows_have_a_fault(tmp_path: Path, name: str, text: str, fault: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_bad_rows_have_a_fault(tmp_path: Path, name: str, text: str | bytes, fault: str) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     [row] = read_files([tmp_path / name])
     assert fault in row.fault
 
@@ -63,20 +68,40 @@ def test_bad_rows_have_a_fault(tmp_path: Path, name: str, text: str, fault: str)
         ("x.json", "{", "x.json is not JSON"),
         ("x.json", '{"a": 1}', "must hold a list of objects, not dict"),
         ("x.csv", 'a\n"1', "x.csv is not CSV after line 1"),
-        ("x.csv", "a\n" + "1" * 200_000, "x.csv is not CSV after line 1: field larger"),
+        ("x.csv", "a,b,a,c,c\n1,2,3,4,5", "x.csv has several columns called a and c: give each a name of its own"),
+        ("x.csv", b"caf\xe9\n1", "x.csv: its first line is not UTF-8: it holds the byte 0xe9"),
         ("x.parquet", "PAR1", "cannot read x.parquet as Parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(TaskError, match=message):
         list(read_files([tmp_path / name]))
 
 
-def test_bytes_that_are_no_text_are_read_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\xff\xfe"}\n')
-    [row] = read_files([tmp_path / "x.jsonl"])
-    assert row.values == {"a": "��"}
+def test_a_row_that_is_not_utf8_costs_no_other(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\xff"}\n{"a": "\xc3\xa9"}\n')
+    (tmp_path / "x.json").write_bytes(b'[{"\xff": 1}, {"a": "\xc3\xa9"}]')
+    (tmp_path / "x.csv").write_bytes(b"a\n\xff\n\xc3\xa9\n")
+    for suffix in (".jsonl", ".json", ".csv"):
+        bad, good = read_files([tmp_path / f"x{suffix}"])
+        assert bad.fault == "is not UTF-8: it holds the byte 0xff"
+        assert (good.values, good.fault) == ({"a": "é"}, "")
+    # Half a pair that JSON spells out is no byte of the file.
+    (tmp_path / "y.json").write_text(r'[{"a": "\udcff"}]')
+    [row] = read_files([tmp_path / "y.json"])
+    assert row.fault == ""
+
+
+def test_cells_of_any_width_are_read_and_columns_may_have_no_name(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    (tmp_path / "x.csv").write_text(f"a,,\n{'1' * 200_000},,\n\n2,,\n")
+    rows = list(read_files([tmp_path / "x.csv"]))
+    assert [(row.place, len(row.values["a"]), row.fault) for row in rows] == [
+        ("x.csv:2", 200_000, ""),
+        ("x.csv:4", 1, ""),
+    ]
+    assert csv.field_size_limit() == before
 
 
 def test_files_are_found_by_part(tmp_path: Path) -> None:
@@ -92,6 +117,22 @@ def test_files_are_found_by_part(tmp_path: Path) -> None:
     }
     assert len(find_files(tmp_path, {}).parts["all"]) == 5
     assert find_files(tmp_path / "other.json", DIVIDED).parts == {"all": [tmp_path / "other.json"]}
+
+
+def test_a_files_own_name_comes_before_its_folders(tmp_path: Path) -> None:
+    names = {"train": {"train"}, "calibration": {"train_small"}, "test": {"test"}}
+    for file, part in (
+        ("testbed/train.jsonl", "train"), ("test/train.jsonl", "train"), ("train_small-0.jsonl", "calibration"),
+        ("Test/a.jsonl", "test"), ("testbed/a.jsonl", None), ("a/train/b/0.jsonl", "train"),
+    ):  # fmt: skip
+        assert part_of(Path(file), names) == part, file
+    with pytest.raises(TaskError, match=r"train/test/a.jsonl could be of test and train: begin its name with one"):
+        part_of(Path("train/test/a.jsonl"), names)
+    with pytest.raises(TaskError, match=r"dev.jsonl could be of calibration and test"):
+        part_of(Path("dev.jsonl"), {"calibration": {"dev"}, "test": {"dev"}})
+    (tmp_path / "testbed").mkdir()
+    (tmp_path / "testbed/train.jsonl").touch()
+    assert find_files(tmp_path, DIVIDED).parts == {"train": [tmp_path / "testbed/train.jsonl"]}
 
 
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
