@@ -70,23 +70,35 @@ def by_rubric(
 def read_vote(reply: str, points: Mapping[str, int]) -> int | None:
     """The points that a judge's reply gives, None where it gives none. Total: any text will do.
 
-    The last line must be `VERDICT: WORD`, with one of the words that `points` knows; Markdown around it does not
-    matter. A reply with a second such line, as one that quotes the answer may have, cannot be read.
+    The last line must be `VERDICT: WORD`, with one of the words that `points` knows, which may have a line of its own;
+    Markdown, brackets and lines without a word do not matter. A reply with a second line that looks like it, after
+    whatever signs and numbers, as one that quotes the answer may have, cannot be read.
 
     >>> read_vote("A proves it, B does not.\\n\\n**VERDICT: A**", {"A": 2, "TIE": 1, "B": 0})
     2
     >>> read_vote("VERDICT: A\\nVERDICT: B", {"A": 2, "TIE": 1, "B": 0}) is None
     True
     """
-    lines = [line for line in reply.splitlines() if line.strip(_MARKUP)]
-    found = [read for line in lines if (read := _VERDICT.match(line))]
-    if len(found) != 1 or found[0].string is not lines[-1]:
+    lines = reply.splitlines()
+    places = [n for n, line in enumerate(lines) if _LIKE_A_VERDICT.match(line)]
+    read = _VERDICT.match(lines[places[0]]) if len(places) == 1 else None
+    if read is None:
         return None
-    return points.get(found[0][1].strip(_MARKUP + ".").upper())
+    said = [text for text in (read[1], *lines[places[0] + 1 :]) if _HAS_A_WORD.search(text)]
+    return points.get(_vote(said[0])) if len(said) == 1 else None
 
 
-_MARKUP = " \t*_`"
-_VERDICT = re.compile(r"[\s*_`#>-]*VERDICT[*_`]*\s*:(.*)", re.IGNORECASE | re.DOTALL)
+def _vote(text: str) -> str:
+    """A vote without what judges put around it: `[Answer B]!` is `B`, `07 / 10` is `7/10`."""
+    word = _ANSWER.sub("", text.strip(_AROUND).upper(), count=1).strip(_AROUND)
+    return re.sub("^0+(?=[0-9])", "", "/".join(part.strip() for part in word.split("/")))
+
+
+_AROUND = " \t*_`.!()[]"
+_ANSWER = re.compile(r"\AANSWER[\s:]+")
+_HAS_A_WORD = re.compile(r"[^\W_]")
+_LIKE_A_VERDICT = re.compile(r"[\W\d_]*VERDICT[\s*_`]*:", re.IGNORECASE)
+_VERDICT = re.compile(r"[\s*_`#>-]*VERDICT[\s*_`]*:(.*)", re.IGNORECASE | re.DOTALL)
 
 _SYSTEM = """\
 You are an impartial judge. What stands between a line <<<NAME MARK>>> and the line <<<END NAME MARK>>> with the same
