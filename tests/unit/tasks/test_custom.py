@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tests.data_hub import SHA, FolderHub
 
 from selfroute.config import Choice
-from selfroute.errors import ConfigError, TaskError
+from selfroute.errors import ConfigError, DataWarning, TaskError
 from selfroute.tasks import make_task, verdicts
 from selfroute.tasks.check import check
 from selfroute.tasks.columns import Columns, RowError, cells
@@ -82,6 +82,27 @@ def test_a_folder_of_train_and_test_files_is_divided_as_it_says(tmp_path: Path) 
     undivided = task(other).data.splits
     assert sum(map(len, undivided.values())) == 60
     assert all(undivided.values())
+
+
+def test_a_problem_of_two_parts_is_of_the_later_one(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:40])
+    write(tmp_path / "validation.jsonl", ROWS[37:50])
+    write(tmp_path / "test.jsonl", ROWS[48:])
+    with pytest.warns(DataWarning) as warned:
+        found = task(tmp_path).data.splits
+    asked = {split: {problem.question for problem in problems} for split, problems in found.items()}
+    parts = {"train": ROWS[:37], "calibration": ROWS[37:48], "test": ROWS[48:]}
+    assert asked == {split: {row["q"] for row in rows} for split, rows in parts.items()}
+    assert {str(one.message) for one in warned} == {
+        "2 calibration problems are test problems too: they are left out of calibration",
+        "3 training problems are calibration problems too: they are left out of training",
+    }
+
+
+def test_a_folder_that_only_sounds_like_a_part_divides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "testbed").mkdir()
+    write(tmp_path / "testbed/a.jsonl", ROWS)
+    assert all(task(tmp_path).data.splits.values())
 
 
 def test_questions_may_be_templates() -> None:
