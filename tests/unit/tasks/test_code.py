@@ -372,11 +372,12 @@ def test_values(got: object, expected: object, right: bool) -> None:
 def test_sets_and_dicts_of_numbers_that_hash_alike_cost_nothing() -> None:
     numbers = [hex(n * (2**61 - 1)) for n in range(20_000)]
     pairs = [[{"i": n}, 0] for n in numbers]
-    started = time.monotonic()
+    started = time.process_time()
     for said in ({"s": [{"i": n} for n in numbers]}, {"d": pairs}, [{"d": pairs}], {"z": [{"d": pairs}]}):
+        got = returned(json.dumps(said))
         for expected in ([1], {1: 0}, as_many := dict.fromkeys(range(20_000), 0), [as_many]):
-            assert value_fault(returned(json.dumps(said)), expected) is not None
-    assert time.monotonic() - started < 5
+            assert value_fault(got, expected) is not None
+    assert time.process_time() - started < 5
     assert value_fault(returned('{"d": [[1, 2], [1, 2]]}'), {1: 2, 3: 4}) == "got {1: 2, 1: 2}, expected {1: 2, 3: 4}"
     assert value_fault(returned('{"s": []}'), []) == "got set([]), expected []"
     for torn in ('{"d": [1]}', '{"d": [[[], 1]]}', '{"d": [[1, 2, 3]]}'):
