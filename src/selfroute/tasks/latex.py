@@ -96,10 +96,14 @@ _UNITS = {
 
 # After a number these change it.
 _AMOUNTS = re.compile(
-    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|hundred|thousand|[mbtr]+illion|dozen|"
-    r"squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|tenths?|hundredths?)\b",
+    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|point|base|pi|"
+    r"score|bn|mn|mln|tn|(?:hundred|thousand|lakh|crore|\w+illion|dozen)s?|tens|squared|cubed|factorial|hal(?:f|ves)|"
+    r"(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?)\b"
+    # So does a command, such as a logarithm's.
+    r"|\\(?!cdot|degree)",
     re.IGNORECASE,
 )
+_PERCENT = re.compile(r"(?:percent|per cent|pct)\b\.?", re.IGNORECASE)
 _LEAD = re.compile(
     r"\A\W{0,9}(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]?\s*", re.I
 )
@@ -107,6 +111,10 @@ _LEFT = re.compile(
     r"\A((?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{\w+\}|')?(?:\([a-z](?:,[a-z])*\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]))\s*"
 )
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
+# Digits and signs in it make it more than a unit, exponents aside.
+_UNIT_IN_TEXT = re.compile(
+    r"(.*?[0-9a-zA-Z})\]%])\s*" + _WRAP + r"\{((?:[^{}0-9<>=+*^]|\^\{?-?[0-9]\}?)*)\}\s*(?:\^\{?-?[0-9]\}?)?"
+)
 _SQUARE = re.compile(r"\b(?:square|sq|cubic|cu)\b\.?")
 
 
@@ -211,18 +219,19 @@ def _words(text: str) -> str:
 
 def _without_unit(text: str) -> tuple[str, str]:
     """The text without a unit at its end, and the unit."""
-    match = re.fullmatch(
-        r"(.*?[0-9a-zA-Z})\]%])\s*" + _WRAP + r"\{([^{}]*[a-zA-Z][^{}]*)\}\s*(?:\^\{?-?[0-9]\}?)?", text
-    )
+    match = _UNIT_IN_TEXT.fullmatch(text)
     # One letter may be a constant, such as \mathrm{e}.
-    if match and (_unit(match[2]) in _UNITS or len(match[2].strip()) > 1) and not _AMOUNTS.search(match[2]):
+    if match and _PERCENT.match(match[2].strip()):
+        return match[1] + "%", ""
+    named = match and (_unit(match[2]) in _UNITS or len(re.findall(r"[a-zA-Z]", match[2])) > 1)
+    if match and named and not _AMOUNTS.search(match[2]):
         return match[1], _unit(match[2])
     if text.endswith("\\degree"):
         return text.removesuffix("\\degree").rstrip(), "degree"
     match = re.fullmatch(
         r"(.*[0-9})\]])\s*((?:[a-z.]+ )*[a-z]{2,}(?:/[a-z]+)?)\.?\s*(?:\^\{?[23]\}?)?", text, re.IGNORECASE
     )
-    if match and match[2].lower() == "percent":
+    if match and _PERCENT.fullmatch(match[2]):
         return match[1] + "%", ""
     if match and all(_unit(part) in _UNITS for part in match[2].split("/")):
         return match[1], _unit(match[2])
@@ -234,7 +243,7 @@ def _without_unit(text: str) -> tuple[str, str]:
 
 def _unit(words: str) -> str:
     """The unit that some words mean; of several, such as `square cm`, the last one that is known."""
-    plain = _SQUARE.sub("", words.lower()).strip(" .,")
+    plain = _SQUARE.sub("", re.sub(r"\^.*", "", words.lower())).strip(" .,")
     return _UNITS.get(plain, plain)
 
 
