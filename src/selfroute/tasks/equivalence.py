@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from selfroute.tasks.latex import ROW, Normal, extract, normal, squeezed, units_differ
+from selfroute.tasks.latex import ROW, Normal, asked, extract, normal, squeezed, units_differ
 from selfroute.tasks.literals import number
 from selfroute.tasks.pool import Done, Pool
 from selfroute.tasks.shapes import Shape, as_intervals, shape, ungrouped
@@ -56,6 +56,15 @@ _OPERATIONS = {
     "a sum of numbers": re.compile(r"(?<![0-9a-zA-Z}^.\\])[0-9.]+[-+][0-9.]+(?![0-9.a-zA-Z\\^{(])"),
     "a tower of powers": re.compile(r"\^\{?[0-9.]+\^"),
 }
+# What a value may be the value of: m+n, AB, P(A), |z|, Area.
+_ATOM = (
+    r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|angle|triangle)(?![a-zA-Z])|\\overline\{[A-Z]+\})"
+    r"(?:_\w|_\{[^{}]*\})?'*(?:\([^()]*\))?"
+)
+_NAMES = re.compile(rf"[\[|]?(?:{_ATOM}[-+/ ]?)+[\]|]?")
+_CONSTANT = re.compile(r"(?:\\(?:pi|sqrt|frac)(?![a-zA-Z])|[^a-zA-Z\\=<>,])+")
+_MEASURED = re.compile(r"(.*(?:[0-9]|\\pi)) ([gmsh])(?:\^[23])?")
+_WANTED_FORM = re.compile(r"solve for|in terms of|in the form|slope-intercept|standard form", re.IGNORECASE)
 _BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
 
 
@@ -129,6 +138,8 @@ class _Comparison:
         """The answer `a` against the reference `b`."""
         if b.unit and not a.unit and a.text.endswith(b.unit):
             a = _read(a.text.removesuffix(b.unit))
+        if _CONSTANT.fullmatch(b.text):
+            a = self._value(a, b.left)
         if not a.text:
             return Verdict(False, "no final answer")
         if units_differ(a.unit, b.unit):
@@ -146,7 +157,26 @@ class _Comparison:
             found = decide(a, b, depth)
             if found:
                 return found
-        return self._formulas(a.text, b.text)
+        return self._formulas(*self._equations(a, b))
+
+    def _value(self, a: Normal, left: str) -> Normal:
+        """A constant without what it is said to be the value of, such as `m+n`, and without a unit of one letter."""
+        name, equals, value = a.text.rpartition("=")
+        if equals and (_NAMES.fullmatch(name) or name in asked(self.question)) and left in ("", name):
+            a = replace(_read(value), left=name)
+        measured = _MEASURED.fullmatch(a.text)
+        return replace(a, text=measured[1], unit=measured[2]) if measured else a
+
+    def _equations(self, a: Normal, b: Normal) -> tuple[str, str]:
+        """Both formulas; where only one of them still is an equation, the other with its left side put back."""
+        one, other = a.text, b.text
+        if _WANTED_FORM.search(self.question):
+            return one, other
+        if a.left and "=" in other:
+            one = f"{a.left}={one}"
+        elif b.left and "=" in one and not _CONSTANT.fullmatch(other):
+            other = f"{b.left}={other}"
+        return one, other
 
     def _numbers(self, a: Normal, b: Normal, depth: int) -> Verdict | None:
         gold, given = number(b.text), number(a.text)

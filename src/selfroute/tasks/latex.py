@@ -10,7 +10,10 @@ import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
-_WRAP = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|rm)(?![a-z])\s*"
+_WRAP = (
+    r"\\(?:text|text(?:bf|it|rm|sf|tt|sc|up|normal)|math(?:rm|bf|it|sf|tt)|boldsymbol|pmb|bm|mbox|hbox|emph|underline|rm|bf)"
+    r"(?![a-z])\s*"
+)
 WRAPPED = re.compile(_WRAP + r"\{([^{}]*)\}")
 """A command that only changes how its text looks."""
 ROW = "\ue000"
@@ -33,6 +36,8 @@ _SPELLINGS = tuple(
     for pattern, to in (
         (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\[()\[\]]|(?<!\\)\$", " "),
+        (r"(?<![_^}a-zA-Z\]])\{\\(?:rm|bf|it|sf|tt)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\\(?:rm|bf|it|sf|tt|bfseries|boldmath)(?![a-zA-Z])(?!\s*\{)", " "),
         (r"\\!", ""),
         (r"\{,\}", ","),
         (r"(?<=[0-9])(?:\\[,;: ]|~)(?=[0-9]{3}(?![0-9]))", ""),
@@ -46,6 +51,7 @@ _SPELLINGS = tuple(
         (r"\\gt(?![a-z])", ">"),
         (r"\\lbrace(?![a-z])", r"\\{"),
         (r"\\rbrace(?![a-z])", r"\\}"),
+        (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
         (r"\\[lc]?dots(?![a-z])", r"\\dots "),
         (r"\\operatorname\*?\s*\{([a-z]+)\}", r"\\\1 "),
@@ -107,6 +113,10 @@ _PERCENT = re.compile(r"(?:percent|per cent|pct)\b\.?", re.IGNORECASE)
 _LEAD = re.compile(
     r"\A\W{0,9}(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]?\s*", re.I
 )
+# Emphasis and a heading in Markdown; 2**10 is a power.
+_MARKDOWN = re.compile(r"(?<![\w)}\]*\\])(\*{1,3})(?=[^\s*])([^*]+)(?<=\S)\1(?=[\s.,;:!?)]|\Z)|`|\A\s*#+\s*")
+# The option's letter before its value.
+_OPTION = re.compile(r"\A" + _WRAP + r"\{\s*\([A-Z]\)\s*\}\s*(?=-?(?:[0-9.]|\\(?:frac|sqrt|pi)))")
 _LEFT = re.compile(
     r"\A((?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{\w+\}|')?(?:\([a-z](?:,[a-z])*\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]))\s*"
 )
@@ -114,6 +124,11 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
 # Digits and signs in it make it more than a unit, exponents aside.
 _UNIT_IN_TEXT = re.compile(
     r"(.*?[0-9a-zA-Z})\]%])\s*" + _WRAP + r"\{((?:[^{}0-9<>=+*^]|\^\{?-?[0-9]\}?)*)\}\s*(?:\^\{?-?[0-9]\}?)?"
+)
+_UNIT_IN_LETTERS = re.compile(
+    r"(.*(?:[0-9})\]]|\\pi(?![a-z])))\s*"
+    r"((?:[a-z.]+ )*[a-z]{2,}(?:/[a-z]+)?|(?<= )[a-z]/[a-z]+)\.?\s*(?:\^\{?[23]\}?)?",
+    re.IGNORECASE,
 )
 _SQUARE = re.compile(r"\b(?:square|sq|cubic|cu)\b\.?")
 
@@ -144,7 +159,7 @@ def extract(answer: str) -> str:
     """
     start = max(answer.rfind(r"\boxed"), answer.rfind(r"\fbox"))
     if start < 0:
-        return _LEAD.sub("", answer).strip()
+        return _LEAD.sub("", _MARKDOWN.sub(r"\2", answer)).strip()
     rest = re.sub(r"\A\\(?:boxed|fbox)\s*", "", answer[start:])
     if not rest.startswith("{"):
         # \boxed 5 holds what comes next.
@@ -181,12 +196,17 @@ def normal(text: str) -> Normal:
     words = _words(text)
     if words:
         return Normal(words, words=True)
-    text, found = _without_unit(text)
+    text, found = _without_unit(_OPTION.sub("", text))
     text = _squeezed(text)
     left = _LEFT.match(text)
     if left and not re.search(r"[=<>]|\\[lg]e(?![a-z])", text[left.end() :]):
         return Normal(text[left.end() :], found or unit, left[1])
     return Normal(text, found or unit)
+
+
+def asked(question: str) -> set[str]:
+    """The formulas between dollar signs in a question, in the one spelling."""
+    return {normal(part).text for part in re.split(r"\$+", question)[1::2]}
 
 
 def squeezed(text: str) -> str:
@@ -228,9 +248,7 @@ def _without_unit(text: str) -> tuple[str, str]:
         return match[1], _unit(match[2])
     if text.endswith("\\degree"):
         return text.removesuffix("\\degree").rstrip(), "degree"
-    match = re.fullmatch(
-        r"(.*[0-9})\]])\s*((?:[a-z.]+ )*[a-z]{2,}(?:/[a-z]+)?)\.?\s*(?:\^\{?[23]\}?)?", text, re.IGNORECASE
-    )
+    match = _UNIT_IN_LETTERS.fullmatch(text)
     if match and _PERCENT.fullmatch(match[2]):
         return match[1] + "%", ""
     if match and all(_unit(part) in _UNITS for part in match[2].split("/")):
@@ -261,7 +279,7 @@ def _unwrapped(match: re.Match[str]) -> str:
 
 def _squeezed(text: str) -> str:
     """Text without its commands, degree signs, and spaces but for those between two letters or digits."""
-    text = WRAPPED.sub(_unwrapped, text)
+    text = re.sub(_WRAP + r"(?=\{)", "", WRAPPED.sub(_unwrapped, text))
     text = re.sub(r"(?<=[\s0-9})])(?:and|or)(?=[\s\\(-])", ",", text)
     text = re.sub(r"([_^])\s*\{\s*([0-9a-zA-Z])\s*\}", r"\1\2", re.sub(r"\\degree(?![a-z])", "", text))
     text = " ".join(text.split())
