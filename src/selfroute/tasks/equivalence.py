@@ -65,6 +65,9 @@ _NAMES = re.compile(rf"[\[|]?(?:{_ATOM}[-+/ ]?)+[\]|]?")
 _CONSTANT = re.compile(r"(?:\\(?:pi|sqrt|frac)(?![a-zA-Z])|[^a-zA-Z\\=<>,])+")
 _MEASURED = re.compile(r"(.*(?:[0-9]|\\pi)) ([gmsh])(?:\^[23])?")
 _WANTED_FORM = re.compile(r"solve for|in terms of|in the form|slope-intercept|standard form", re.IGNORECASE)
+_LOWEST = re.compile(
+    r"simplif|simplest|reduce|lowest terms|common fraction|relatively prime|coprime|irreducible", re.IGNORECASE
+)
 _BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
 
 
@@ -132,7 +135,7 @@ class _Comparison:
     def __init__(self, question: str, symbolic: Callable[[str, str], Done]) -> None:
         self.question, self.symbolic = question, symbolic
         self.percent = bool(re.search(r"percent|%", question, re.IGNORECASE))
-        self.lowest = bool(re.search(r"simplif|simplest|reduce|lowest terms", question, re.IGNORECASE))
+        self.lowest = bool(_LOWEST.search(question))
 
     def compare(self, a: Normal, b: Normal, depth: int = 0) -> Verdict:
         """The answer `a` against the reference `b`."""
@@ -187,7 +190,7 @@ class _Comparison:
             made = shape(a.text)
             listed = made and ("," in b.text or (made.kind == "list" and len(made.parts) == 1))
             return None if listed else Verdict(False, f"not a number written out: {_cut(a.text)}")
-        if given.bar and not given.lowest and (self.lowest or gold.value.denominator == 1):
+        if given.bar and not given.lowest and (self.lowest or not gold.bar or gold.value.denominator == 1):
             return Verdict(False, f"not worked out: the fraction {_cut(a.text)}")
         want, got = gold.value, given.value
         equal = want == got
