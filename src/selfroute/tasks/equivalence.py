@@ -68,6 +68,7 @@ _WANTED_FORM = re.compile(r"solve for|in terms of|in the form|slope-intercept|st
 _LOWEST = re.compile(
     r"simplif|simplest|reduce|lowest terms|common fraction|relatively prime|coprime|irreducible", re.IGNORECASE
 )
+_DIGITS = re.compile(r"[-+0-9.,]*")
 _BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
 
 
@@ -199,7 +200,19 @@ class _Comparison:
             want, equal = want * 100, want * 100 == got
         elif self.percent and given.percent and not gold.percent:
             equal = equal or want == got * 100
+        if equal and self._restated(a.text, b.text):
+            return Verdict(False, "not worked out: it stands in the question")
         return Verdict(equal, f"the number {_cut(str(got))}" + ("" if equal else f", not {_cut(str(want))}"))
+
+    def _restated(self, given: str, gold: str) -> bool:
+        """Whether the question has a number in the form of the answer, and another form is the reference."""
+        given, gold = _plain(given), _plain(gold)
+        if _DIGITS.fullmatch(given) or given.removesuffix("%") == gold.removesuffix("%"):
+            return False
+        # In a formula only all of it counts: 2^3x is not 2^3.
+        outside = _plain(squeezed(re.sub(r"\$+[^$]*\$+", " ", self.question)))
+        alone = re.search(rf"(?<![0-9.]){re.escape(given)}(?![0-9])", outside)
+        return alone is not None or given in map(_plain, asked(self.question))
 
     def _bases(self, a: Normal, b: Normal, depth: int) -> Verdict | None:
         # math-verify takes no notice of a number's base.
@@ -257,6 +270,12 @@ class _Comparison:
         if len(a) > 3 and a in squeezed(self.question):
             return Verdict(False, "not worked out: it stands in the question")
         return Verdict(True, "math-verify: equal")
+
+
+def _plain(text: str) -> str:
+    """Text with its fractions with a bar, and no braces around exponents."""
+    text = re.sub(r"(?<![0-9.])([0-9]+)/([0-9]+)", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\^\{(-?[0-9]+)\}", r"^\1", text)
 
 
 def _named(made: Shape) -> str:
