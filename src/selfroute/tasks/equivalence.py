@@ -19,6 +19,7 @@ from selfroute.tasks.latex import ROW, Normal, asked, extract, normal, squeezed,
 from selfroute.tasks.literals import number
 from selfroute.tasks.pool import Done, Pool
 from selfroute.tasks.shapes import Shape, as_intervals, shape, ungrouped
+from selfroute.tasks.worked import left_to_do
 from selfroute.types import Verdict
 
 MAX_ANSWER_CHARS = 4000
@@ -32,30 +33,6 @@ LIMIT_S = 5.0
 
 _POOL = Pool("selfroute.tasks.symbolic:equal", size=min(4, os.cpu_count() or 1))
 
-# Operations that turn a problem into its answer without solving it, by what they are.
-_OPERATIONS = {
-    "a factorial": re.compile(r"!"),
-    "a sum": re.compile(r"\\sum(?![a-z])"),
-    "a product": re.compile(r"\\prod(?![a-z])"),
-    "an integral": re.compile(r"\\i{1,3}nt(?![a-z])|\\oint"),
-    "a limit": re.compile(r"\\lim(?![a-z])"),
-    "a derivative": re.compile(r"\\frac\{d\}|\\partial"),
-    "a binomial": re.compile(r"\\[dt]?binom(?![a-z])|\\choose"),
-    "a divisor or remainder": re.compile(r"\\(?:gcd|lcm|[bp]?mod)(?![a-z])"),
-    "a minimum or maximum": re.compile(r"\\(?:min|max|inf|sup)(?![a-z])"),
-    "a rounding": re.compile(r"\\[lr](?:floor|ceil)"),
-    "an absolute value or determinant": re.compile(r"\\det(?![a-z])|[vV]matrix|\|"),
-    "a logarithm": re.compile(r"\\(?:ln|log|lg)(?![a-z])"),
-    "a trigonometric function": re.compile(
-        r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-z])|(?<![a-z\\])(?:sin|cos|tan)(?![a-z])"
-    ),
-    "a product of numbers": re.compile(
-        r"(?:[0-9]|\\frac\{[0-9]+\}\{[0-9]+\})(?:\\times|\\cdot|\*)(?!10\^)[0-9]|[0-9]\)?\([0-9.]+\)"
-    ),
-    "a quotient": re.compile(r"\\div(?![a-z])"),
-    "a sum of numbers": re.compile(r"(?<![0-9a-zA-Z}^.\\])[0-9.]+[-+][0-9.]+(?![0-9.a-zA-Z\\^{(])"),
-    "a tower of powers": re.compile(r"\^\{?[0-9.]+\^"),
-}
 # What a value may be the value of: m+n, AB, P(A), |z|, Area.
 _ATOM = (
     r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|angle|triangle)(?![a-zA-Z])|\\overline\{[A-Z]+\})"
@@ -257,9 +234,9 @@ class _Comparison:
         return Verdict(True, "equal part by part")
 
     def _formulas(self, a: str, b: str) -> Verdict:
-        extra = [name for name, pattern in _OPERATIONS.items() if pattern.search(a) and not pattern.search(b)]
-        if extra:
-            return Verdict(False, f"not worked out: it has {extra[0]}")
+        undone = left_to_do(a, b)
+        if undone:
+            return Verdict(False, f"not worked out: it has {undone}")
         done = self.symbolic(a, b)
         if done.failure:
             return Verdict(False, done.failure)
