@@ -19,7 +19,7 @@ from selfroute.tasks.latex import ROW, Normal, asked, extract, normal, squeezed,
 from selfroute.tasks.literals import number
 from selfroute.tasks.pool import Done, Pool
 from selfroute.tasks.shapes import Shape, as_intervals, shape, ungrouped
-from selfroute.tasks.worked import left_to_do
+from selfroute.tasks.worked import left_to_do, unlike
 from selfroute.types import Verdict
 
 MAX_ANSWER_CHARS = 4000
@@ -246,6 +246,9 @@ class _Comparison:
             return Verdict(False, f"math-verify: {_cut(a)} is not {_cut(b)}")
         if len(a) > 3 and a in squeezed(self.question):
             return Verdict(False, "not worked out: it stands in the question")
+        wanted = unlike(a, b, self.question)
+        if wanted:
+            return Verdict(False, f"not worked out: it is not {wanted}")
         return Verdict(True, "math-verify: equal")
 
 

@@ -48,6 +48,11 @@ _FORMS = (
     (re.compile(r"/[0-9.]+"), ""),
 )
 
+_FACTOR = re.compile(r"(?<!common )\bfactor(?:i[sz]e)?\b(?! of)|\bfactored\b", re.IGNORECASE)
+_EXPAND = re.compile(r"\bexpand(?:ed)?\b|\bmultiply out\b", re.IGNORECASE)
+_FACTORS = re.compile(r"\([^()]*[0-9a-zA-Z})][-+][^()]*\)(?:\^([0-9]))?")
+_UNEXPANDED = re.compile(r"\)\^|\)(?:\\cdot|\\times|\*)?\(")
+
 
 def left_to_do(answer: str, reference: str) -> str:
     r"""What an answer has that a reference, which is equal to it, has worked out; "" where there is nothing.
@@ -65,6 +70,32 @@ def left_to_do(answer: str, reference: str) -> str:
     if _divides(answer) and not _divides(reference):
         return "a fraction for a whole number"
     return "more numbers than the reference" if _numbers(answer) > max(1, _numbers(reference)) else ""
+
+
+def unlike(answer: str, reference: str, question: str) -> str:
+    """What an answer is not, of what a question asks for and a reference is: factored or expanded; "" for nothing.
+
+    >>> unlike("-25+x^2", "(x-5)(x+5)", "Factor x^2-25."), unlike("(1+x)^2", "x^2+2x+1", "Expand (x+1)^2.")
+    ('factored', 'expanded')
+    """
+    if _FACTOR.search(question) and _factors(reference) and not _is_sum(reference):
+        return "factored" if _is_sum(answer) or _factors(answer) < _factors(reference) else ""
+    if _EXPAND.search(question) and _is_sum(reference) and not _UNEXPANDED.search(reference):
+        whole = _factors(answer) and not _is_sum(answer)
+        return "expanded" if whole or _UNEXPANDED.search(answer) else ""
+    return ""
+
+
+def _is_sum(text: str) -> bool:
+    """Whether a formula is a sum outside of all brackets."""
+    while (inner := re.sub(r"\([^()]*\)|\{[^{}]*\}", "g", text)) != text:
+        text = inner
+    return _SUM.search(text) is not None
+
+
+def _factors(text: str) -> int:
+    """How many factors in a formula are sums, each as often as its power says."""
+    return sum(int(power or 1) for power in _FACTORS.findall(text))
 
 
 def _divides(text: str) -> bool:
