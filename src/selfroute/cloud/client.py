@@ -237,10 +237,10 @@ class OpenAICloud:
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], affordable: Callable[[], bool] = lambda: True) -> T:
         """An attempt's result, after as many attempts as its failures are worth, and can be paid."""
         c = self.config
-        unreadable = 0
+        unreadable, since = 0, self._breaker.failed_tries
         for number in range(c.max_retries + 1):
             try:
-                return await self._guarded(attempt)
+                return await self._guarded(attempt, since)
             except TransientError as error:
                 unreadable += isinstance(error, UnreadableError)
                 # What cannot be read was paid for, and is likely to come the same again.
@@ -254,13 +254,13 @@ class OpenAICloud:
                 await asyncio.sleep(pause_s + random.uniform(0, c.backoff_s))
         raise AssertionError
 
-    async def _guarded(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _guarded(self, attempt: Callable[[], Awaitable[T]], since: int) -> T:
         try:
-            async with self._breaker.attempt() as seen:
+            async with self._breaker.attempt(since) as seen:
                 try:
                     result = await attempt()
                 except TransientError as error:
-                    seen.outcome = "down" if error.down else "up"
+                    seen.outcome, seen.cause = "down" if error.down else "up", str(error)
                     raise
                 except LimitError:
                     raise
@@ -271,4 +271,4 @@ class OpenAICloud:
                 seen.outcome = "up"
                 return result
         except TimeoutError:
-            raise CloudError(f"{self.config.where} stays down; other requests got no answer for a while") from None
+            raise CloudError(f"{self._breaker.cause} (it stays down: no request got an answer for a while)") from None

@@ -142,9 +142,10 @@ class Cloud:
         results = dict(zip(under_way, await asyncio.gather(*under_way.values(), return_exceptions=True), strict=True))
         failures = [r for r in results.values() if isinstance(r, BaseException)]
         if failures:
+            kept = f" (answers that came are kept in {self.path.name} and will not be paid again)"
             raise CloudError(
-                f"{len(failures)} of {len(results)} cloud requests failed or were not sent: {stopped or failures[0]} "
-                f"(answers that came are kept in {self.path.name} and will not be paid again)"
+                f"{len(failures)} of {len(results)} cloud requests failed or were not sent: {stopped or failures[0]}"
+                + (kept if len(failures) < len(results) else "")
             ) from failures[0]
         return [answer for key in keys if isinstance(answer := results[key], CloudAnswer)]
 

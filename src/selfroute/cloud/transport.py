@@ -6,7 +6,9 @@ piece is waited for, which differ between clouds and engines.
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -149,6 +151,19 @@ def _proxy(url: str) -> str | None:
 def _broken(error: Exception) -> BrokenError:
     # Without its cause: aiohttp's errors hold the request's headers, and so the key.
     slow = isinstance(error, aiohttp.ConnectionTimeoutError)
+    said = _unconnected(error) if isinstance(error, aiohttp.ClientConnectorError) else f"{type(error).__name__} {error}"
     # A proxy's address, as the environment gives it, may hold its password.
-    said = re.sub(r"//[^/\s]*@", "//", f"{type(error).__name__} {error}".strip())
-    return BrokenError(said, slow=slow)
+    return BrokenError(re.sub(r"//[^/\s]*@", "//", said.strip()), slow=slow)
+
+
+def _unconnected(error: aiohttp.ClientConnectorError) -> str:
+    """Why there is no connection, in the system's words: aiohttp's speak of TLS where there is none, and asyncio's of
+    calls and tuples."""
+    cause = error.os_error
+    if cause.errno and not isinstance(cause, (ssl.SSLError, socket.gaierror)):
+        said = os.strerror(cause.errno).lower()
+    else:
+        # These have numbers of their own.
+        said = cause.strerror or str(cause) or str(error)
+    proxy = isinstance(error, aiohttp.ClientProxyConnectionError)
+    return f"the proxy at {error.host}:{error.port}: {said}" if proxy else said

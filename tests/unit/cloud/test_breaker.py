@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 import pytest
@@ -67,3 +68,43 @@ def test_patience_is_counted_from_when_a_request_came() -> None:
             await asyncio.gather(*(ask(breaker, "down") for _ in range(2)))
 
     asyncio.run(run())
+
+
+def test_patience_is_counted_over_all_attempts_of_a_request() -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=1, cooldown_s=0.01, patience=2)
+        came = breaker.failed_tries
+        for _ in range(3):
+            async with breaker.attempt(came) as attempt:
+                attempt.outcome = "down"
+        with pytest.raises(TimeoutError):
+            async with breaker.attempt(came):
+                pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("patience", "then"), [(6, "a request gives up after about 0.3 s"), (0, "no request waits")])
+def test_each_opening_is_told_once_with_its_cause(patience: int, then: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        breaker = Breaker(failures=2, cooldown_s=0.05, patience=patience)
+
+        async def fail() -> None:
+            async with breaker.attempt() as attempt:
+                attempt.outcome, attempt.cause = "down", "connection refused"
+
+        for _ in range(2):
+            # Two failures open it, and a try that fails opens nothing that was closed.
+            await fail()
+            await fail()
+            await asyncio.sleep(0.06)
+            await fail()
+            await asyncio.sleep(0.06)
+            await ask(breaker, "up")
+        assert breaker.cause == "connection refused"
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(run())
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == second
+    assert first.startswith("connection refused; after 2 failures in a row it is asked again every 0.05 s, and " + then)

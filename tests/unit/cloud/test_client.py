@@ -329,7 +329,7 @@ def test_a_long_retry_after_is_an_error_and_not_a_wait() -> None:
 def test_nothing_listens() -> None:
     with Server() as server:
         pass
-    with pytest.raises(CloudError, match="cannot be reached: ClientConnectorError"):
+    with pytest.raises(CloudError, match="cannot be reached: connection refused"):
         complete(server)
 
 
@@ -349,6 +349,26 @@ def test_a_provider_that_stays_down_is_left_alone() -> None:
             complete(server, count=8, concurrency=8, breaker_failures=3, breaker_cooldown_s=0.1, max_retries=1)
         # The first eight went out together; after that one tries each time, and two such tries end every wait.
         assert len(server.requests) <= 10
+
+
+def test_a_provider_that_is_not_there_is_told_at_once_and_given_up_with_its_cause(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with Server() as server:
+        pass
+    questions = [(str(n), CloudRequest(({"role": "user", "content": str(n)},))) for n in range(12)]
+    values = {"max_retries": 5, "breaker_failures": 3, "breaker_cooldown_s": 0.05, "concurrency": 4}
+    client = OpenAICloud(config(server, **values))
+    with Cloud(client, tmp_path / "cloud.sqlite") as cloud, pytest.raises(CloudError) as caught:
+        cloud.ask(questions, phase="train")
+    said = str(caught.value)
+    refused = f"the cloud at {server.url} cannot be reached: connection refused"
+    assert f"{refused} (it stays down" in said
+    # Nothing came, so nothing is kept.
+    assert "answers that came" not in said
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{refused}; after 3 failures in a row it is asked again every 0.05 s, and a request gives up after about 0.3 s"
+    ]
 
 
 def test_a_provider_that_was_down_is_asked_again_by_one_and_then_by_all() -> None:

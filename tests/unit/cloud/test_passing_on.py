@@ -230,6 +230,7 @@ def test_a_provider_that_is_down_is_not_waited_for_if_nobody_may() -> None:
     with Server(otherwise=unavailable) as server:
         *_, last = asyncio.run(asyncio.wait_for(run(server), 10))
         assert len(server.requests) == 2
+    assert "answers 503" in last
     assert "stays down" in last
 
 

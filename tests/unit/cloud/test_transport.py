@@ -160,6 +160,34 @@ async def fine(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
 
+def test_no_connection_is_told_in_plain_words() -> None:
+    async def run() -> str:
+        transport = Transport("", 5.0, keep=False, trust_env=False)
+        try:
+            with pytest.raises(BrokenError) as caught:
+                await transport.send("GET", "http://127.0.0.1:9/v1")
+            return str(caught.value)
+        finally:
+            await transport.aclose()
+
+    assert asyncio.run(run()) == "connection refused"
+
+
+def test_a_proxy_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> str:
+        monkeypatch.setenv("http_proxy", "http://me:canary@127.0.0.1:9")
+        monkeypatch.setenv("no_proxy", "")
+        transport = Transport("", 5.0, keep=False, trust_env=True)
+        try:
+            with pytest.raises(BrokenError) as caught:
+                await transport.send("GET", "http://cloud.example/v1")
+            return str(caught.value)
+        finally:
+            await transport.aclose()
+
+    assert asyncio.run(run()) == "the proxy at 127.0.0.1:9: connection refused"
+
+
 @pytest.mark.parametrize("key", ["sk-canary", ""])
 def test_passwords_of_the_environment_go_nowhere(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password canary-2\n")

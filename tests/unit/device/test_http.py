@@ -210,7 +210,7 @@ def test_each_wait_has_its_limit(answer: Fault, changes: dict[str, float], said:
 
 def test_an_engine_that_is_not_there_is_named() -> None:
     engine = HTTPEngine(HTTPConfig(base_url="http://127.0.0.1:9/v1"))
-    with pytest.raises(DeviceError, match=r"http://127\.0\.0\.1:9/v1 cannot be reached"):
+    with pytest.raises(DeviceError, match=r"http://127\.0\.0\.1:9/v1 cannot be reached: connection refused"):
         asyncio.run(engine.ready())
 
 
