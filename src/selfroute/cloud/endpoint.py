@@ -27,7 +27,11 @@ def _plain(base_url: str) -> str:
     # Reading the port raises what is wrong with it.
     if url.port == 0 or url.username is not None or url.query or url.fragment:
         raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
-    return base_url.rstrip("/")
+    base_url = base_url.rstrip("/")
+    for added in ("/chat/completions", "/completions", "/models"):
+        if base_url.endswith(added):
+            raise ValueError(f"leave off {added}: it is what stands before, such as {base_url.removesuffix(added)}")
+    return base_url
 
 
 BaseURL = Annotated[str, AfterValidator(_plain)]

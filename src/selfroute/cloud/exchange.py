@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -261,7 +262,13 @@ def refusal(config: OpenAIConfig, key: str, status: int, body: bytes, retry_afte
         )
         return CloudError(f"{where} refuses {used} ({status}): {said}", status=status)
     if status == 404:
-        return CloudError(f"{where} knows no model {config.model!r}, or no such path (404): {said}", status=status)
+        asked = f"{config.base_url}/chat/completions was asked"
+        # Some have more behind the version: /v1beta/openai.
+        if not re.search(r"/v\d[^/]*(/|$)", config.base_url):
+            asked += "; a base_url usually ends in /v1"
+        return CloudError(
+            f"{where} knows no model {config.model!r}, or no such path (404): {said} ({asked})", status=status
+        )
     if status in (408, 409, 425, 429) or status >= 500:
         wait_s = parse_retry_after(retry_after)
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:

@@ -266,7 +266,11 @@ def test_a_refusal_in_the_body_of_a_200_is_a_refusal() -> None:
     [
         (401, {"error": {"message": f"Wrong key: {KEY}"}}, r"the key in \$TEST_CLOUD_KEY \(401\): Wrong key: \*\*\*"),
         (403, {"error": "no"}, r"refuses the key in \$TEST_CLOUD_KEY \(403\): no"),
-        (404, {"error": {"message": "what?"}}, r"knows no model 'gpt-4.1', or no such path \(404\): what\?"),
+        (
+            404,
+            {"error": {"message": "what?"}},
+            r"no model 'gpt-4.1', or no such path \(404\): what\? \(\S+/v1/chat/completions was asked\)$",
+        ),
         (400, {"error": {"message": "bad field\x1b[2J"}}, r"rejects the request \(400\): bad field \[2J$"),
         (402, {"error": {"message": "Insufficient Balance"}}, r"rejects the request \(402\): Insufficient Balance"),
         (400, b"[" * 50_000, r"rejects the request \(400\): \[\[\["),
@@ -279,6 +283,16 @@ def test_what_will_not_pass_stops_at_once(code: int, body: Any, says: str) -> No
             complete(server)
         assert len(server.requests) == 1
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "usual"), [("", True), ("/api", True), ("/v1beta/openai", False), ("/api/v3", False)])
+def test_a_path_that_is_not_there_is_told_in_full(path: str, usual: bool) -> None:
+    with Server(otherwise=status(404)) as server:
+        server.url = server.url.removesuffix("/v1") + path
+        with pytest.raises(CloudError) as caught:
+            complete(server)
+    assert f"({server.url}/chat/completions was asked" in str(caught.value)
+    assert ("usually ends in /v1" in str(caught.value)) == usual
 
 
 def test_a_key_that_is_cut_off_is_masked_too() -> None:
@@ -569,6 +583,10 @@ def test_leaving_a_stream_cancels_it_at_the_provider() -> None:
     ("changes", "says"),
     [
         ({"base_url": "api.deepseek.com"}, "must begin with https://"),
+        *(
+            ({"base_url": f"http://h/v1{path}"}, f"leave off {path.rstrip('/')}: .* such as http://h/v1 ")
+            for path in ("/chat/completions", "/completions/", "/models")
+        ),
         ({"base_url": "https://user:pw@host/v1"}, "must hold no user"),
         ({"base_url": "https://host/v1?key=1"}, "must hold no user"),
         ({"extra": {"n": 5}}, "n: not here"),
