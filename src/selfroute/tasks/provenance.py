@@ -64,13 +64,26 @@ def task_of(run: Path, task: Choice, split: Split) -> Task:
 
 
 def pinned(task: Choice, known: Mapping[str, Any]) -> Choice:
-    """A task at the hub's commit that a run read, so that it reads the same again whatever came later.
+    """A task at the hub's commit that a run read, or at its files, so that it reads the same again whatever came later
+    and from whatever folder.
 
-    As it is where the run read files, or where another revision is asked for now.
+    As it is where its files are there as they are named, or where another revision is asked for now.
     """
     sources = known.get("sources") or [{}]
     source, settings = sources[0], task.settings
     same = len(sources) == 1 and "revision" in settings and settings["revision"] == source.get("asked")
-    if not same or not source.get("commit"):
-        return task
-    return Choice(name=task.name, **{**settings, "revision": source["commit"]})
+    if same and source.get("commit"):
+        return Choice(name=task.name, **{**settings, "revision": source["commit"]})
+    files = [Path(str(source["file"])) for source in sources if source.get("file")]
+    places = {key: place for key in ("path", "data_dir") if (place := _recorded(settings.get(key), files))}
+    return Choice(name=task.name, **{**settings, **places}) if places else task
+
+
+def _recorded(named: Any, files: Sequence[Path]) -> str:
+    """Where a file or folder is that is not found by its relative name: one of the files that a run read, or a folder
+    around one; "" for none."""
+    if not isinstance(named, str) or not named or Path(named).is_absolute() or Path(named).exists():
+        return ""
+    ends = tuple(part for part in Path(named).parts if part != "..")
+    around = (place for file in files for place in (file, *file.parents))
+    return next((str(p) for p in around if ends and p.parts[-len(ends) :] == ends and p.exists()), "")

@@ -69,6 +69,26 @@ def test_a_run_reads_its_commit_again_unless_another_revision_is_asked_for() -> 
     assert pinned(newer, {"sources": [{**known["sources"][0], "asked": "v2"}]}).settings["revision"] == SHA
 
 
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("path", "gsm8k"), ("path", "../maths/gsm8k"), ("path", "gsm8k/test.jsonl"), ("data_dir", "maths")],
+)
+def test_a_run_reads_its_files_again_from_another_folder(
+    key: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = FIXTURES.parent if key == "data_dir" else FIXTURES
+    monkeypatch.chdir(there)
+    task = Choice(name="maths", dataset="gsm8k", **{key: named})
+    data = provenance(make_task(task), "train")
+    assert pinned(task, data) is task
+    write_json(tmp_path / "run.json", {"config": {}, "data": data})
+    monkeypatch.chdir(tmp_path)
+    assert pinned(task, data).settings[key] == str((there / named).resolve())
+    assert fingerprint(task_of(tmp_path, task, "train").load("train")) == data["train"]
+    gone = {"sources": [{"file": str(tmp_path / named / "gone.jsonl")}]}
+    assert pinned(task, gone) is task
+
+
 def test_a_split_that_has_changed_is_refused_with_a_way_out(tmp_path: Path) -> None:
     data = provenance(make_task(MATHS), "train", "test")
     write_json(tmp_path / "run.json", {"config": {}, "data": data})
