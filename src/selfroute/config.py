@@ -96,7 +96,8 @@ def chosen(choice: Choice, known: Mapping[str, str], key: str = "") -> Any:
 
 
 def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str = "") -> C:
-    """`kind(**values)`, with every fault on a line of its own, its key written with `under` before it.
+    """`kind(**values)`, with every fault on a line of its own, its key written with `under` before it. A table's keys
+    are listed once, however many are not among them.
 
     Raises:
         ConfigError: naming each bad key, its value and what was expected.
@@ -104,13 +105,15 @@ def validate(kind: type[C], values: Mapping[str, Any], where: str, *, under: str
     try:
         return kind(**values)
     except ValidationError as error:
-        lines = []
+        lines: list[str] = []
+        listed: set[tuple[str, ...]] = set()
         for fault in error.errors():
             key = ".".join(map(str, fault["loc"]))
             if fault["type"] == "extra_forbidden" and (known := _fields(kind, fault["loc"][:-1])):
                 *tables, last = map(str, fault["loc"])
                 near = _near(last, known, under + "".join(f"{table}." for table in tables))
-                fault["msg"] += near or f"; known: {', '.join(known)}"
+                fault["msg"] += near or ("" if tuple(tables) in listed else f"; known: {', '.join(known)}")
+                listed |= set() if near else {tuple(tables)}
             elif fault["type"] == "model_type":
                 fault["msg"] = f"a table, whose values are written {under}{key}.KEY=VALUE"
             elif fault["type"] in ("tuple_type", "list_type"):
@@ -156,8 +159,12 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
         ConfigError: no such config, bad TOML, or values that do not fit.
     """
     values = read(name)
-    if name in names() and not values.keys() <= kind.model_fields.keys():
-        raise ConfigError(f"{name} is a config of another command: {_command(name)}")
+    if not values.keys() <= kind.model_fields.keys():
+        if name in names():
+            raise ConfigError(f"{name} is a config of another command: {_command(name)}")
+        command = _looks_like(values)
+        if command not in ("", _looks_like(dict.fromkeys(kind.model_fields))):
+            raise ConfigError(f"{name} looks like a config of `selfroute {command}`")
     return validate(kind, override({**defaults(kind), **values}, overrides), name)
 
 
@@ -195,6 +202,28 @@ def _command(name: str) -> str:
     found = re.search(rf"(selfroute \w+|accelerate launch .*?) {re.escape(name)}\b", text)
     assert found is not None
     return " ".join(found[0].split())
+
+
+_SIGNS = {
+    "stages": "train",
+    **dict.fromkeys(("testbed", "methods"), "compare"),
+    **dict.fromkeys(("hidden_size", "traces_per_problem", "attempts_max"), "warmstart"),
+    **dict.fromkeys(("host", "port", "keys", "privacy", "policy"), "serve"),
+    # Last: the configs of other commands have some of these too.
+    **dict.fromkeys(("task", "steps", "sampling", "reward"), "train"),
+}
+"""Keys that tell a config's command, the first that it has."""
+
+
+def _looks_like(values: Mapping[str, Any]) -> str:
+    """The command that a config seems to be of, by its keys; "" where it could be of any.
+
+    >>> _looks_like({"cloud": {}, "device": {}, "task": {}}), _looks_like({"cloud": {}, "device": {}})
+    ('train', 'serve')
+    """
+    command = next((command for key, command in _SIGNS.items() if key in values), "")
+    serves = isinstance(values.get("budget"), Mapping) or {"cloud", "device"} <= values.keys()
+    return command or ("serve" if serves else "")
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

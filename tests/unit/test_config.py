@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from selfroute import config
+from selfroute.compare.config import CompareConfig
 from selfroute.config import Choice, Config, build, load, names, override, resolve
 from selfroute.errors import ConfigError
+from selfroute.serve.config import GatewayConfig
 from selfroute.tasks import TASKS
 from selfroute.tasks.countdown import CountdownConfig
 from selfroute.train.config import TrainConfig
@@ -58,6 +60,55 @@ def test_a_config_of_another_command_names_the_command() -> None:
         load(TrainConfig, "countdown-1m")
     with pytest.raises(ConfigError, match=r"of another command: selfroute compare compare-countdown$"):
         load(TrainConfig, "compare-countdown")
+
+
+TRAIN = """steps = 20
+lr = 1e-3
+num_responses = 4
+[task]
+name = "countdown"
+[device]
+model = "countdown-1m"
+[cloud]
+name = "oracle"
+"""
+SERVE = """device = {name = "live"}
+cloud = {name = "oracle"}
+bias = 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "command"),
+    [
+        (TRAIN, GatewayConfig, "train"),
+        (TRAIN, CompareConfig, "train"),
+        ('stages = [{name = "a"}]', GatewayConfig, "train"),
+        ('testbed = "mine"\n[train]\nsteps = 3', TrainConfig, "compare"),
+        ("hidden_size = 64\nsteps = 3", TrainConfig, "warmstart"),
+        ("port = 8001", TrainConfig, "serve"),
+        ("[budget]\nusd_per_day = 1", CompareConfig, "serve"),
+        (SERVE, TrainConfig, "serve"),
+    ],
+)
+def test_a_file_of_another_command_is_told_by_its_keys(
+    text: str, kind: type[Config], command: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "good.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"good\.toml looks like a config of `selfroute {command}`$"):
+        load(kind, str(path))
+
+
+def test_known_keys_are_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "good.toml"
+    path.write_text(TRAIN.replace("lr =", "zzz = 1\nqqq = 2\nlr ="))
+    with pytest.raises(ConfigError) as caught:
+        load(TrainConfig, str(path))
+    said = str(caught.value)
+    assert "  zzz: " in said
+    assert "  qqq: " in said
+    assert said.count("; known: task, device,") == 1
 
 
 @pytest.mark.parametrize("name", names())
