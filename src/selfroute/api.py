@@ -362,8 +362,8 @@ def turned(sampling: Sampling, run: Path, budget: float, *, best: bool = False) 
 
 
 def load(run: str | Path, *, budget: float | None = None, best: bool = False) -> Pair:
-    """The pair of a run directory, by its newest checkpoint or its best, or of a config's untrained model (whose cloud
-    remembers nothing).
+    """The pair of a run directory, by its newest checkpoint or its best, or of a config's untrained model (by name or
+    `.toml` file; its cloud remembers nothing).
 
     Raises:
         RunError: neither a run nor a config, no such checkpoint, or not calibrated for this budget.
@@ -371,7 +371,7 @@ def load(run: str | Path, *, budget: float | None = None, best: bool = False) ->
     from selfroute.evaluate.pair import Pair
 
     path = Path(run)
-    if not path.exists() and str(run) in names():
+    if (path.suffix == ".toml" and not path.is_dir()) or (not path.exists() and str(run) in names()):
         if budget is not None or best:
             raise ConfigError(
                 f"{run} is an untrained model, which has no dial and no checkpoints: give a run directory with "

@@ -294,7 +294,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run directory to write; an unfinished one is continued.")],
     overrides: MainJob = None,
     config: Annotated[str, typer.Option(help="The config to run.")] = "countdown-tiny",
-    quick: Annotated[bool, typer.Option("--quick", help="All parts in under a minute; it learns little.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="All parts in a minute or two; it learns little.")] = False,
 ) -> None:
     """The main job: evaluate before, train, calibrate, evaluate after, report."""
     from selfroute import api
@@ -313,7 +313,10 @@ def demo(
 @app.command()
 def ask(
     run: Annotated[
-        str, typer.Argument(help="A run directory, or a config's name for its untrained model.", metavar="RUN")
+        str,
+        typer.Argument(
+            help="A run directory, or a config, by name or .toml file, for its untrained model.", metavar="RUN"
+        ),
     ],
     question: Annotated[str, typer.Argument(help='Such as "numbers 3, 7, 25; target 46".')],
     budget: Annotated[float | None, typer.Option(help="Set the dial as `calibrate` found it.")] = None,

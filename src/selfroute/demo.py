@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from selfroute.train.progress import StepRecord
 
 QUICK = ("steps=6", "problems_per_step=32", "task.train=1000", "task.calibration=150", "task.test=200")
-"""Overrides of `--quick`: every part of the job, in under a minute, learning little."""
+"""Overrides of `--quick`: every part of the job, in a minute or two, learning little."""
 
 
 def demo(

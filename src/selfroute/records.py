@@ -176,9 +176,13 @@ def open_run(
         before, now = (without(as_now(c), free) for c in (known.get("config", {}), config))
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         if changed:
+            saved = checkpoints(path) if "steps" in changed else []
+            more = (
+                f"; for more steps, start from its last checkpoint: device.model={saved[-1]} --out NEW" if saved else ""
+            )
             raise RunError(
                 f"{path} was made with other settings ({', '.join(changed)}): "
-                "resume with the same config, or give another --out"
+                f"resume with the same config, or give another --out{more}"
             )
         check_problems(path, known.get("data", {}), data or {}, "give another --out")
         # A run that was evaluated first, or that an earlier version made, does not know its problems yet.

@@ -164,11 +164,14 @@ def test_a_dry_run_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["calibrate", "nowhere", "--budget", "30"], "between 0 and 1"),
         (["ask", "nowhere", "1 2 3 4"], "not a run directory"),
         (["ask", "countdown-tiny", "hello"], "3 to 6 whole numbers and a target"),
+        (["ask", "mine.toml", "hello"], "3 to 6 whole numbers and a target"),
+        (["ask", "nowhere.toml", "1 2 3 4"], "no such file: nowhere.toml"),
     ],
 )
 def test_errors_name_the_cause_without_a_traceback(tmp_path: Path, args: list[str], message: str) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/run.json").write_text("{}")
+    (tmp_path / "mine.toml").write_bytes((Path(api.__file__).parent / "configs/countdown-tiny.toml").read_bytes())
     text = selfroute(*args, cwd=tmp_path, code=1)
     assert message in text
     assert "Traceback" not in text

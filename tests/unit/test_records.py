@@ -99,8 +99,16 @@ def test_a_run_directory_belongs_to_its_settings(tmp_path: Path) -> None:
     open_run(run, "train", {"lr": 1, "seed": 0}, resume=True)
     with pytest.raises(RunError, match="already holds a run"):
         open_run(run, "train", {"lr": 1, "seed": 0}, resume=False)
-    with pytest.raises(RunError, match=r"other settings \(lr, steps\)"):
+    with pytest.raises(RunError, match=r"other settings \(lr, steps\): .* give another --out$"):
         open_run(run, "train", {"lr": 2, "seed": 0, "steps": 3}, resume=True)
+    (last := run / "checkpoints/step-000002").mkdir(parents=True)
+    (last / "state.json").touch()
+    with pytest.raises(
+        RunError, match=rf"\(steps\): .*start from its last checkpoint: device\.model={last} --out NEW$"
+    ):
+        open_run(run, "train", {"lr": 1, "seed": 0, "steps": 3}, resume=True)
+    with pytest.raises(RunError, match=r"\(lr\): .* give another --out$"):
+        open_run(run, "train", {"lr": 2, "seed": 0}, resume=True)
     # Through TRL a run has other checkpoints, and no metrics.
     open_run(trl := tmp_path / "trl", "train", {"lr": 1}, resume=False)
     (trl / "checkpoint-2").mkdir()
