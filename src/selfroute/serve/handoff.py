@@ -189,9 +189,8 @@ class _Story:
         if ask.policy == "cloud-only":
             raise RefusedError(429, message, code="budget_exceeded", retry_after_s=denied.retry_after_s)
         if beyond:
-            raise RefusedError(
-                400, f"the device cannot serve {beyond}, and {message}", code="budget_exceeded", param=param
-            )
+            message = f"{why or f'the device cannot serve {beyond}'}, and {message}"
+            raise RefusedError(400, message, code="budget_exceeded", param=param)
         raise device_unavailable()
 
     async def _hand_over(self, ending: Ending, why: str) -> str:

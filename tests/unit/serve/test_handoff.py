@@ -236,6 +236,10 @@ def test_too_long_a_conversation_goes_to_the_cloud() -> None:
     alone = World(ScriptedDevice([ContextError("2,000 tokens do not fit 1,024")])).refused(policy="device-only")
     assert (alone.status, alone.code, alone.param) == (400, "context_length_exceeded", "messages")
     assert "1,024" in str(alone)
+    device = ScriptedDevice([ContextError("2,000 tokens do not fit 1,024")])
+    denied = World(device, budget=MemoryBudget(Limits(share=0.0))).refused()
+    assert (denied.status, denied.code, denied.param) == (400, "budget_exceeded", "messages")
+    assert str(denied).startswith("2,000 tokens do not fit 1,024, and the budget of cloud calls is used up")
 
 
 def test_a_request_that_the_device_refuses_goes_to_the_cloud_or_is_the_clients_fault() -> None:
