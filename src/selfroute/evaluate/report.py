@@ -63,6 +63,9 @@ def write_report(run: Path, *, best: bool = False) -> dict[str, Any]:
 
 Cells = tuple[str, Mapping[str, Any]]
 
+MIN_LABEL = 12
+"""Characters of a terminal that a label has at least, before headings are folded for it."""
+
 
 def rows(summary: Mapping[str, Any]) -> list[Cells]:
     """The table's rows: a label, and the measures by name. Bounds have an accuracy at a call rate and nothing else."""
@@ -129,10 +132,28 @@ def show(cells: Mapping[str, Any], name: str, scale: float) -> str:
 
 
 def terminal_table(summary: Mapping[str, Any], console: Console) -> Table:
-    """The table for a terminal; in one that is too narrow for the intervals, without them."""
+    """The table for a terminal; in one that is too narrow for the intervals, without them; in one that is too narrow
+    for the labels, with these folded."""
+    boundless = console.options.update(width=1000)
     table = _table(summary, intervals=True)
-    wanted = console.measure(table, options=console.options.update(width=1000)).maximum
-    return table if wanted <= console.width else _table(summary, intervals=False)
+    if console.measure(table, options=boundless).maximum > console.width:
+        table = _table(summary, intervals=False)
+        _fold(table, console.width)
+    return table
+
+
+def _fold(table: Table, width: int) -> None:
+    """Fold the labels where they do not fit, and the headings where that leaves too little for labels; no number."""
+    label, *measured = table.columns
+    numbers = [max(len(str(cell)) for cell in column.cells) for column in measured]
+    words = [max(map(len, str(column.header).split())) for column in measured]
+    whole = [max(pair) for pair in zip(numbers, words, strict=True)]
+    left = width - sum(whole) - len(measured)
+    if left >= max(len(str(cell)) for cell in label.cells):
+        return
+    label.no_wrap, label.overflow = False, "fold"
+    for column, needed in zip(measured, whole if left >= MIN_LABEL else numbers, strict=True):
+        column.width, column.overflow = needed, "fold"
 
 
 def _table(summary: Mapping[str, Any], *, intervals: bool) -> Table:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from selfroute.errors import RunError
-from selfroute.evaluate.report import rows, show, terminal_table, write_report
+from selfroute.evaluate.report import columns_of, rows, show, terminal_table, write_report
 from selfroute.evaluate.run import Outcome, columns, write_outcomes
 from selfroute.evaluate.summary import describe, summarise
 from selfroute.records import append_record, write_json
@@ -160,6 +161,25 @@ def test_the_terminal_table_cuts_no_number(tmp_path: Path, width: int, intervals
     assert "…" not in text
     assert "0.300" in text
     assert ("80.0 [" in text) == intervals
+
+
+@pytest.mark.parametrize("width", [45, 50, 60, 79])
+def test_a_narrow_terminal_shows_the_numbers_and_folds_the_labels(tmp_path: Path, width: int) -> None:
+    make_run(tmp_path)
+    for name in ("after", "after@countdown-tiny-q4_0-on-a-phone"):
+        add(tmp_path, name, OUTCOMES, "step-000002")
+    console = Console(width=width, record=True, file=io.StringIO())
+    summary = summarise(tmp_path)
+    console.print(terminal_table(summary, console))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    cells = summary["after@countdown-tiny-q4_0-on-a-phone"]
+    shown = [show(cells, name, scale).partition(" ")[0] for name, _, scale in columns_of(summary)]
+    numbers = r"\s+".join(map(re.escape, shown))
+    # Two rows of the model, one of them on the engine.
+    assert len(re.findall(numbers, text)) == 2
+    assert ("accuracy" in text) == (width >= 60)
 
 
 def test_an_engines_evaluations_stand_beside_those_in_process(tmp_path: Path) -> None:
