@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,9 +33,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Post-train a small on-device LLM to know when to ask the cloud, and measure what that is worth.
 
-    Start with **selfroute demo --out runs/demo**: it trains the shipped model on Countdown in minutes, with no
+    Start with `selfroute demo --out runs/demo`: it trains the shipped model on Countdown in minutes, with no
     key and no network, and writes a report page. Every config can be changed with key=value.""",
 )
+
+BOXED_HELP = 80
+"""Columns of a terminal below which help is plain: its boxes would cut the options' names."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -376,6 +380,8 @@ def main() -> None:
         return f"selfroute: {message}\n" if ours else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = brief
+    if shutil.get_terminal_size().columns < BOXED_HELP:
+        app.rich_markup_mode = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["train"]:
         typer.secho("selfroute: train alone runs in several processes", fg="red", err=True)
         sys.exit(1)

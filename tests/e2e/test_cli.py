@@ -83,6 +83,17 @@ def test_help_is_fast_and_teaches(tmp_path: Path) -> None:
     assert "those of the whole gateway hold all the" in text
 
 
+@pytest.mark.parametrize("width", [40, 60, 79, 80])
+def test_help_names_every_option_whole_in_a_narrow_terminal(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = selfroute("keys", "new", "--help", cwd=tmp_path)
+    for option in ("--requests-per-minute", "--usd-per-day", "--help"):
+        assert option in text
+    assert "calibrate" in selfroute("--help", cwd=tmp_path)
+
+
 def test_the_version(tmp_path: Path) -> None:
     assert selfroute("--version", cwd=tmp_path).strip() == version("selfroute")
 
