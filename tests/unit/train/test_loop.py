@@ -4,7 +4,7 @@ import math
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from selfroute.errors import (
     TrainingError,
     TrainingWarning,
 )
-from selfroute.protocol import chat, find_decision, parse
+from selfroute.protocol import HELP_CALL, chat, find_decision, last_boundary
 from selfroute.records import checkpoints, read_json, read_records, write_json
 from selfroute.train.algorithms import ALGORITHMS
 from selfroute.train.config import TrainConfig
@@ -239,45 +239,85 @@ def test_every_pass_sees_each_problem_once(run_dir: Path) -> None:
     assert first != second
 
 
-def test_the_update_is_the_formula(run_dir: Path) -> None:
+def asking(made: Trainer, before: Sequence[int]) -> torch.Tensor:
+    """log P of the help call behind some tokens."""
+    point = made.engine.points[0]
+    path = torch.tensor([*point.prefix, point.help])
+    log_prob = made.engine.model(torch.tensor([[*before, *path.tolist()]])).logits[0].log_softmax(-1)
+    return log_prob[-1 - len(path) : -1].gather(1, path[:, None]).sum()
+
+
+def written_out(made: Trainer, plan: Plan, prompt: list[int], p: int, g: int) -> torch.Tensor:
+    """A response's part of the loss, times |D1 u D2| * G, from sequences that are run whole."""
+    config, engine, rewards = made.config, made.engine, plan.rewards_PG[p]
+    response, decision = plan.judged[p].responses[g], plan.judged[p].decisions[g]
+    ids, sampling = list(response.token_ids), config.sampling
+    logits = engine.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    drawn = logits.clone()
+    for t in range(len(ids)):
+        for point in engine.points:
+            if sampling.forbid_help and not sampling.early_exit and point.ends(ids[:t]):
+                drawn[t, point.help] = -math.inf
+    advantage = 4 / 3 * (rewards[g] - rewards.mean())
+    loss = -advantage * drawn.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+
+    score = plan.cloud_score_P[p]
+    asked = config.reward.cloud * (made.planner.cloud_share() if score is None else score)
+    earned = rewards[g].item() + config.reward.token_cost * len(ids)
+    # Where it could have asked: Delta, l, how many places it stands for, log P of asking there.
+    places = []
+    if isinstance(decision, Answer):
+        found = find_decision(ids, engine.points, engine.tokenizer)
+        assert found is not None
+        index, point = found
+        odds = logits[index, point.help] - logits[index, point.answer]
+        places.append((asked - earned, odds, 1, asking(made, [*prompt, *ids[: index - len(point.prefix)]])))
+    elif not response.finished:
+        log_p = asking(made, [*prompt, *ids[: last_boundary(ids, engine.tokenizer)]])
+        places.append((asked, log_p - torch.log1p(-log_p.exp()), 1, log_p))
+    early = plan.exits_PG[p][g] if sampling.early_exit else None
+    if early is not None:
+        log_p = asking(made, [*prompt, *ids[: early.place]])
+        saved = len(ids) - early.place - len(engine.tokenizer.encode(HELP_CALL)) - 1
+        gap = early.weight * (config.reward.token_cost * saved - max(0.0, earned - asked))
+        places.append((gap, log_p - torch.log1p(-log_p.exp()), early.places, log_p))
+    for gap, odds, stands_for, log_p in places:
+        side = math.copysign(1, gap)
+        loss = loss + config.decision_weight * abs(gap) * torch.nn.functional.softplus(-side * odds)
+        if sampling.forbid_help and sampling.early_exit:
+            loss = loss + advantage * stands_for * torch.log1p(-log_p.exp())
+    return loss
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"forbid_help": True}, {"forbid_help": True, "early_exit": True}],
+    ids=["sampled", "forbidden", "declined"],
+)
+def test_the_update_is_the_formula(run_dir: Path, how: dict[str, Any]) -> None:
     """The gradient of a step equals that of the loss written out in float64, one response at a time."""
-    exact = {"device": {"model": "countdown-1m", "dtype": "float64"}, "sampling": {"max_tokens": 200}}
+    exact = {
+        "device": {"model": "countdown-1m", "dtype": "float64"},
+        "sampling": {"max_tokens": 80, **how},
+        "reward": {"token_cost": 0.001},
+    }
     with trainer(run_dir, decision_weight=2.0, max_grad_norm=1e9, **exact) as made:
         plans = plans_of(made)
         before = {k: v.clone() for k, v in made.engine.model.state_dict().items()}
-        made.step(1)
+        record = made.step(1)
         got = {n: p.grad.clone() for n, p in made.engine.model.named_parameters() if p.grad is not None}
         made.engine.model.load_state_dict(before)
         [plan] = plans
-        kept, rewards = plan.selection.kept, plan.rewards_PG
         engine, problems = made.engine, batch(made.config, made.problems, 1)
-        total = torch.zeros((), dtype=torch.float64)
-        for p in kept:
-            prompt = engine.encode(chat(problems[p].question))
-            mean = rewards[p].mean()
-            for response, decision, value in zip(
-                plan.judged[p].responses, plan.judged[p].decisions, rewards[p], strict=True
-            ):
-                ids = list(response.token_ids)
-                log_prob = torch.log_softmax(engine.model(torch.tensor([[*prompt, *ids]])).logits[0], -1)
-                chosen = log_prob[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None]).sum()
-                total = total - chosen * (value - mean) / 3 / len(kept)
-                if isinstance(decision, Answer):
-                    found = find_decision(ids, engine.points, engine.tokenizer)
-                    assert found is not None
-                    index, point = found
-                    at = log_prob[len(prompt) - 1 + index]
-                    score = plan.cloud_score_P[p]
-                    share = made.planner.cloud_share() if score is None else score
-                    gap = 0.25 * share - value.item()
-                    odds = at[point.help] - at[point.answer]
-                    total = total + 2.0 * abs(gap) * torch.nn.functional.softplus(-math.copysign(1, gap) * odds) / (
-                        len(kept) * 4
-                    )
-                assert parse(response.text, finished=response.finished) == decision
-                assert not isinstance(decision, Undecided), "choose a batch without cut responses"
+        # Both losses are divided by the responses of the kept problems, however many rows these come to.
+        count = 4 * len(plan.selection.kept)
+        assert record.rows != count
+        assert record.undecided > 0
         engine.model.zero_grad()
-        total.backward()
+        for p in plan.selection.kept:
+            prompt = engine.encode(chat(problems[p].question))
+            for g in range(4):
+                (written_out(made, plan, prompt, p, g) / count).backward()
         for name, parameter in engine.model.named_parameters():
             assert parameter.grad is not None
             # The architecture's norms compute in float32, whatever the weights.
