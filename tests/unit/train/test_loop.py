@@ -142,6 +142,8 @@ def test_only_kept_rows_enter_the_forward_pass(run_dir: Path, weight: float) -> 
     assert 0 < len(kept) < 24, "the batch must have something to leave out"
     assert counter.prompts == owners
     assert counter.rows == expected == record.rows
+    # What is left out was sampled all the same.
+    assert record.device_tokens == sum(len(r.token_ids) for one in plan.judged for r in one.responses)
     if weight == 0:
         # Groups without a policy gradient cost nothing at all, not even their prompt.
         assert owners < len(kept)
@@ -176,6 +178,11 @@ def test_the_cloud_is_asked_only_where_it_is_needed(run_dir: Path) -> None:
             assert was_asked == (not solved or any(isinstance(d, HelpCall) for d in one.decisions))
         assert record.cloud_calls == sum(asked) == made.cloud.spent("train").calls
         assert 0 < sum(asked) < 12
+        # The oracle's answers are stated to be of 500 tokens; the prompts come to it.
+        with sqlite3.connect(run_dir / "cloud.sqlite") as db:
+            [(prompts, answers)] = db.execute("SELECT SUM(prompt_tokens), SUM(completion_tokens) FROM calls").fetchall()
+        assert answers == 500 * sum(asked)
+        assert record.cloud_tokens == prompts + answers > answers
     with trainer(run_dir.with_name("call"), problems_per_step=12, decision_cloud="call") as made:
         assert made.step(1).cloud_calls == 12
 
@@ -470,6 +477,33 @@ def test_the_learning_rate_falls_in_a_straight_line(run_dir: Path) -> None:
             made.step(step)
             rates.append(made.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-4, 5.5e-5, 1e-5])
+
+
+def test_a_long_gradient_is_cut_at_its_norm_and_0_leaves_it(tmp_path: Path) -> None:
+    found = {}
+    for longest in (0.0, 0.01, 1e9):
+        with trainer(tmp_path / str(longest), max_grad_norm=longest) as made:
+            norm = made.step(1).grad_norm
+            found[longest] = norm, [w.grad.clone() for w in made.optimizer.masters if w.grad is not None]
+    [(norm, whole), (same, cut), (_, unbounded)] = found.values()
+    # What is reported is the norm before the cut.
+    assert norm == same > 0.01
+    assert torch.stack([g.norm() for g in whole]).norm().item() == pytest.approx(norm)
+    assert torch.stack([g.norm() for g in cut]).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, unbounded, strict=True))
+
+
+def test_the_optimizer_is_adamw_of_the_settings_without_weight_decay(run_dir: Path) -> None:
+    with trainer(run_dir, lr=1e-3, beta2=0.5) as made:
+        weight = made.optimizer.masters[0]
+        before = weight.detach().clone()
+        made.step(1)
+        gradient, entry = weight.grad, made.optimizer.state[weight]
+    assert gradient is not None
+    # A first step is lr long whatever the gradient, and nothing else moves a weight.
+    assert torch.allclose(entry["exp_avg"], 0.1 * gradient)
+    assert torch.allclose(entry["exp_avg_sq"], 0.5 * gradient**2)
+    assert torch.allclose(weight, before - 1e-3 * gradient / (gradient.abs() + 1e-8), rtol=0, atol=1e-7)
 
 
 def test_a_problem_twice_in_a_batch_gets_fresh_responses(run_dir: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.test_protocol import byte_level
 from tests.unit.train.test_loop import config, metrics, trainer
 
 from selfroute.config import Choice
 from selfroute.device.hf import HFEngine
 from selfroute.errors import ConfigError
-from selfroute.protocol import HELP_CALL
+from selfroute.protocol import HELP_CALL, decision_points
 from selfroute.tasks.countdown import Countdown, CountdownConfig
 from selfroute.tasks.judge import Judge, JudgeConfig
 from selfroute.train.loop import train
@@ -257,6 +258,35 @@ def test_a_checkpoint_of_before_grades_can_be_resumed(engine: HFEngine) -> None:
     planner.resume({"cloud_correct": {"a": True, "b": False}, "dual": 0.5})
     assert planner.cloud_share() == 0.5
     assert planner.state() == {"cloud_scores": {"a": 1.0, "b": 0.0}, "dual": 0.5}
+
+
+def test_the_draw_of_d2_follows_from_seed_and_step(engine: HFEngine) -> None:
+    made = Rehearsal(engine)
+    # 3/7 of four that are solved: one of the eight that the cloud alone solves.
+    judged = [made.judged(RIGHT, WRONG)] * 4 + [made.judged(WRONG, WRONG)] * 8
+
+    def drawn(seed: int) -> list[tuple[int, ...]]:
+        planner = Rehearsal(engine, seed=seed).planner
+        return [planner.plan(step, [PROBLEM] * 12, judged).selection.d2 for step in range(20)]
+
+    assert {len(d2) for d2 in drawn(0)} == {1}
+    assert len(set(drawn(0))) > 4
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_asking_at_a_line_break_that_the_tokenizer_merges_with_the_tag(engine: HFEngine) -> None:
+    tokenizer = byte_level(["\n<"], split=False)
+    planner = Planner(config(), TASK, tokenizer, decision_points(tokenizer), RightCloud(), Ranks())  # type: ignore[arg-type]
+    ids = tokenizer.encode("1:2+6=8?\n2:20", add_special_tokens=False)
+    cut = Response(tokenizer.decode(ids), tuple(ids), finished=False)
+    [judged] = planner.judge([PROBLEM], [[cut, cut]])
+    row = planner.decision(planner.plan(1, [PROBLEM], [judged]), 0, 0)
+    assert row
+    assert row.boundary is not None
+    # As the tokenizer itself would spell it: the line break is the tag's, and not there twice.
+    spelled = tokenizer.encode("1:2+6=8?\n" + HELP_CALL, add_special_tokens=False)
+    assert list(row.token_ids) == spelled[: len(row.token_ids)]
+    assert tokenizer.decode(list(row.token_ids[row.boundary :])) == "\n<u"
 
 
 def test_a_judge_that_is_paid_is_asked_by_the_first_process_alone(engine: HFEngine) -> None:

@@ -27,7 +27,9 @@ def test_the_shares_of_a_step_by_hand() -> None:
     }  # fmt: skip
 
 
-def test_certain_decisions_and_none() -> None:
+def test_a_lopsided_decision_certain_ones_and_none() -> None:
+    # Odds of 3 to 1 alone, which no other one levels out.
+    assert shares([Judged([response(math.log(3))], [HelpCall()], [False], [0.0])])["asking"] == pytest.approx(0.75)
     assert shares([Judged([response(800.0)], [HelpCall()], [False], [0.0])])["asking"] == 1.0
     assert shares([Judged([response(None)], [Undecided()], [False], [0.0])])["asking"] == 0.0
 
