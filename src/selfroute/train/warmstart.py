@@ -151,7 +151,8 @@ def warmstart(config: WarmstartConfig, out: Path, *, command: str = "", report: 
         tokenizer = train_tokenizer()
         engine = HFEngine(_model(config, tokenizer), tokenizer)
     else:
-        engine = HFEngine.load(DeviceConfig(model=config.start))
+        # On the processor, as without `start`: the traces' masks are there.
+        engine = HFEngine.load(DeviceConfig(model=config.start, device="cpu"))
     count = sum(p.numel() for p in engine.model.parameters())
     report(f"{count:,} parameters, vocabulary {len(engine.tokenizer):,}")
     _imitate(engine, config, "learn", config.steps, config.lr, report)

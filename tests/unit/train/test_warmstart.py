@@ -127,13 +127,16 @@ def test_a_short_warm_start_reports_and_states_its_provenance(tmp_path: Path) ->
     assert provenance["config"] == config.model_dump(mode="json")
 
 
-def test_a_warm_start_goes_on_from_a_model(tmp_path: Path) -> None:
+def test_a_warm_start_goes_on_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
+    # Also on a machine whose models run elsewhere by themselves.
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     config = WarmstartConfig(
         start="countdown-1m", steps=1, settle_steps=1, problems_per_step=2, traces_per_problem=2,
         lr=1e-9, settle_lr=1e-9, help_probability=0.3, help_probability_after_hit=0.03,
     )  # fmt: skip
     warmstart(config, tmp_path / "model", report=lines.append)
+    monkeypatch.undo()
     before, after = (
         HFEngine.load(DeviceConfig(model=m)).model.state_dict() for m in ("countdown-1m", str(tmp_path / "model"))
     )
