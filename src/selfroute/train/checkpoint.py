@@ -31,7 +31,8 @@ def save_checkpoint(
 ) -> Path:
     """Save under `run/checkpoints/step-NNNNNN` and drop all but the newest `keep` and the best.
 
-    The folder is built under another name, flushed, and renamed: a kill at any point leaves the last good one.
+    The folder is built under another name, flushed, and renamed: a kill at any point leaves the last good one. What
+    kills left half built or half removed goes first; of several processes one alone saves.
 
     Raises:
         TrainingError: the disk refused (full, read-only); nothing that was saved before is lost.
@@ -39,7 +40,8 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step-{step:06d}"
     building = final.with_name(f".building-{final.name}")
     try:
-        shutil.rmtree(building, ignore_errors=True)
+        for half in [*final.parent.glob(".building-*"), *final.parent.glob(".removing-*")]:
+            shutil.rmtree(half, ignore_errors=True)
         building.mkdir(parents=True)
         tokenizer.save_pretrained(building)
         model.save_pretrained(building)
@@ -55,7 +57,7 @@ def save_checkpoint(
         for file in building.iterdir():
             _flush(file)
         _flush(building)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         building.rename(final)
         _flush(final.parent)
         _prune(run, keep)
@@ -83,7 +85,13 @@ def _prune(run: Path, keep: int) -> None:
     best = best_checkpoint(run)
     for old in checkpoints(run)[:-keep]:
         if old != best:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there, under another name: a kill in the middle leaves none that looks whole."""
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing-{checkpoint.name}")))
 
 
 def _refused(checkpoint: Path, error: Exception) -> TrainingError:

@@ -157,6 +157,24 @@ def killed_in_rating(run: Path, number: int) -> None:
         train(config(**SETTINGS), run, rate=rate)
 
 
+def test_what_a_kill_left_half_built_or_half_removed_goes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    settings = config(**{**SETTINGS, "evaluation": {"max_tokens": 60}, "checkpoint_every": 1})
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        train(settings, run_dir)
+    monkeypatch.undo()
+    # The first was to make room for the second, and is none of the run's any more.
+    folders = run_dir / "checkpoints"
+    assert names(run_dir) == ["step-000002"]
+    assert sorted(p.name for p in folders.iterdir()) == [".removing-step-000001", "step-000002"]
+    shutil.copytree(folders / "step-000002", folders / ".building-step-000001")
+    train(settings, run_dir, resume=True)
+    assert [p.name for p in folders.iterdir()] == ["step-000005"]
+
+
 def stopped_at(run: Path, step: int) -> None:
     """A SIGTERM comes in that step."""
 
