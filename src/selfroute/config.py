@@ -253,8 +253,13 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             if not isinstance(place, dict):
                 raise ConfigError(f"{key}: {table!r} is a value, not a table")
         if tables and last == "name" and place.get("name", value) != value:
-            for other in [k for k in place if ".".join([*tables, k]) not in given]:
+            for other in [k for k in place if not _gave(given, ".".join([*tables, k]))]:
                 del place[other]
         place[last] = value
         given.add(key)
     return result
+
+
+def _gave(given: Iterable[str], key: str) -> bool:
+    """Whether a key, or one inside its table, is among those given."""
+    return any(one == key or one.startswith(f"{key}.") for one in given)

@@ -136,6 +136,12 @@ def test_overriding_leaves_the_original_alone() -> None:
     assert values == {"inner": {"width": 1}}
 
 
+def test_another_choice_keeps_what_was_given_before_its_name_tables_too() -> None:
+    before = {"task": {"name": "countdown", "train": 5, "column": {"question": "old"}}}
+    given = ["task.columns.question=q", "task.path=x.jsonl", "task.name=custom"]
+    assert override(before, given) == {"task": {"columns": {"question": "q"}, "path": "x.jsonl", "name": "custom"}}
+
+
 def test_choices_are_named_or_dotted() -> None:
     assert type(build(Choice(name="countdown"), TASKS)).__name__ == "Countdown"
     made = build(Choice(name="tests.clouds:FlakyOracle", answers_first=3), TASKS)
