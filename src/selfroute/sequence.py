@@ -139,6 +139,8 @@ def train(
         for number, (name, run) in enumerate(runs.items(), 1):
             folder = out / name
             _share_the_cloud(folder)
+            if resume and number > 1:
+                _follow(folder, run.device.model)
             api.train(run, folder, resume=resume, report=report(name, run), progress=progress, stage=name)
             for task in list(runs)[:number]:
                 _test(folder, task, run, runs[task], progress)
@@ -172,6 +174,18 @@ def _share_the_cloud(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(Path("..") / link.name)
+
+
+def _follow(folder: Path, model: str) -> None:
+    """Where a sequence was moved, the runs of a later stage learn where the checkpoint that it began with is now: the
+    same step of the same stage, in the folder beside theirs."""
+    for file in (folder / "run.json", *folder.glob("benchmarks/*/run.json")):
+        known = read_json(file) if file.is_file() else {}
+        device = known.get("config", {}).get("device", {})
+        before = device.get("model", model)
+        if before != model and Path(before).parts[-3:] == Path(model).parts[-3:]:
+            device["model"] = model
+            write_json(file, known)
 
 
 def _place(folder: Path, task: str) -> Path:

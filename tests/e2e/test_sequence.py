@@ -1,4 +1,4 @@
-"""Two tasks one after the other, killed on the way, from the command line."""
+"""Two tasks one after the other, killed and moved on the way, from the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def killed_in_the_second_stage(config: Path, out: Path) -> None:
 def written(run: Path) -> list[tuple[str, int]]:
     """When each file of a run's checkpoints and tests was written."""
     files = [*run.glob("checkpoints/*/*"), *run.glob("**/records.jsonl")]
-    return sorted((str(file), file.stat().st_mtime_ns) for file in files)
+    return sorted((str(file.relative_to(run)), file.stat().st_mtime_ns) for file in files)
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def state(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_tasks_one_after_the_other_killed_and_resumed(tmp_path: Path) -> None:
+def test_two_tasks_one_after_the_other_killed_moved_and_resumed(tmp_path: Path) -> None:
     config, whole, cut = tmp_path / "two.toml", tmp_path / "whole", tmp_path / "cut"
     config.write_text(CONFIG)
     planned = json.loads(selfroute("train", config, "--out", whole, "--dry-run").split("\nmemory: ")[0])
@@ -98,6 +98,8 @@ def test_two_tasks_one_after_the_other_killed_and_resumed(tmp_path: Path) -> Non
     first = written(cut / "1-countdown")
     with pytest.raises(RunError, match="1-countdown already holds a run: continue it with --resume"):
         selfroute("train", config, "--out", cut)
+    # Wherever it lies by then.
+    cut = cut.rename(tmp_path / "moved")
     resumed = selfroute("train", config, "--out", cut, "--resume")
     assert "  1/2 " not in resumed
     assert written(cut / "1-countdown") == first

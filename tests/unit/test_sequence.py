@@ -106,6 +106,21 @@ def test_a_stage_whose_questions_the_cloud_cannot_answer_is_found_out_before_the
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sequence_that_was_moved_goes_on_and_another_first_stage_is_another(tmp_path: Path) -> None:
+    small = {"steps": 1, "problems_per_step": 2, "num_responses": 2}
+    made = config({"task": COUNTDOWN, "max_tokens": 40}, {"task": ADDITION, "max_tokens": 20}, **small)
+    before = sequence.train(made, tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert sequence.train(made, tmp_path / "new", resume=True) == before
+    stage = tmp_path / "new/2-addition"
+    for run in (stage, stage / "benchmarks/1-countdown"):
+        began = read_json(run / "run.json")["config"]["device"]["model"]
+        assert began == str(tmp_path / "new/1-countdown/checkpoints/step-000001")
+    other = config({"task": COUNTDOWN, "max_tokens": 40, "name": "x"}, {"task": ADDITION, "max_tokens": 20}, **small)
+    with pytest.raises(RunError, match=r"2-addition was made with other settings \(device\)"):
+        sequence.train(other, tmp_path / "new", resume=True)
+
+
 class Leaky(Addition):
     """Tests on what the addition task trains on."""
 
