@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from selfroute.config import Choice, chosen
+from selfroute.errors import ConfigError
 from selfroute.measures import Measure, proportion
 from selfroute.protocol import HELP_CALL, INSTRUCTION
 from selfroute.records import read_json, read_records, results
+from selfroute.tasks import TASKS
 
 
 def card(run: Path, checkpoint: str, settings: Mapping[str, Any], name: str, *, file: str, best: bool) -> str:
@@ -44,13 +48,36 @@ def card(run: Path, checkpoint: str, settings: Mapping[str, Any], name: str, *, 
 
 
 def described(choice: Mapping[str, Any]) -> str:
-    """A choice by name with its settings, in a line.
+    """A task by name with those of its settings that are not at their defaults, in a line, written as overrides.
 
-    >>> described({"name": "countdown", "num_numbers": 3, "path": None})
-    'countdown (num_numbers=3)'
+    >>> described({"name": "countdown", "num_numbers": 4, "number_min": 1, "path": None})
+    'countdown (num_numbers=4)'
     """
-    settings = ", ".join(f"{key}={value}" for key, value in choice.items() if key != "name" and value is not None)
-    return f"{choice['name']} ({settings})" if settings else str(choice["name"])
+    try:
+        usual = _flat(chosen(Choice(**choice), TASKS).Config.model_construct().model_dump(mode="json"))
+    except ConfigError:
+        # A class of the user's own, which need not be at hand where the model is exported.
+        usual = {}
+    settings = _flat({key: value for key, value in choice.items() if key != "name"})
+    told = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value != usual.get(key)]
+    # It stands in a table.
+    return f"{choice['name']} ({', '.join(told)})".replace("|", "\\|") if told else str(choice["name"])
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with dots between tables, without what is not set; of a provider, its name and its model.
+
+    >>> _flat({"columns": {"question": "ask", "options": None}, "parts": {}})
+    {'columns.question': 'ask'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            told = {name: value[name] for name in ("name", "model") if name in value} if "name" in value else value
+            flat |= {f"{key}.{name}": setting for name, setting in _flat(told).items()}
+        elif value not in (None, [], ""):
+            flat[key] = value
+    return flat
 
 
 def measured(run: Path, checkpoint: str, *, best: bool) -> list[tuple[str, list[str]]]:

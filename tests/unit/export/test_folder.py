@@ -16,7 +16,7 @@ from selfroute import api
 from selfroute.device.base import DeviceConfig, LoRA, Sampling
 from selfroute.device.hf import SAME_DAY, HFEngine
 from selfroute.errors import ExportError
-from selfroute.export.card import measured
+from selfroute.export.card import card, described, measured
 from selfroute.export.folder import as_trained, check_tags, export, sampling_defaults
 from selfroute.protocol import HELP_CALL, INSTRUCTION, chat
 from selfroute.records import read_json, write_json, write_records
@@ -130,7 +130,7 @@ def test_a_template_makes_the_prompts_of_the_training() -> None:
 
 
 def test_the_card_says_what_the_run_says(run_dir: Path) -> None:
-    run_of_the_shipped_model(run_dir, budget=0.25)
+    run_of_the_shipped_model(run_dir, budget=0.25, task={"name": "countdown", "number_max": 15})
     rows = [
         {"problem": str(n), "correct": n < 3, "route": "cloud" if n == 0 else "device", "device_correct": n < 2}
         for n in range(4)
@@ -146,4 +146,19 @@ def test_the_card_says_what_the_run_says(run_dir: Path) -> None:
     said = (api.export(run_dir) / "README.md").read_text()
     for part in ("countdown-1m", INSTRUCTION, HELP_CALL, "alpha_c = 0.25", "0.25 of the problems", *numbers):
         assert part in said
-    assert "num_numbers=3" in said
+    assert "| data | countdown (number_max=15) |" in said
+    assert "| cloud | oracle |" in said
+
+
+def test_the_card_writes_settings_as_a_config_does(run_dir: Path) -> None:
+    values = {"path": "units.jsonl", "columns": {"question": "ask", "answer": "a|b"}, "verifier": "exact"}
+    cloud = {"name": "openai", "base_url": "https://host/v1", "model": "gpt-4.1"}
+    run_of_the_shipped_model(run_dir, task={"name": "custom", **values}, cloud=cloud)
+    settings = read_json(run_dir / "run.json")["config"]
+    said = card(run_dir, CHECKPOINT, settings, "mine", file="", best=False)
+    assert "| cloud | openai, `gpt-4.1` |" in said
+    [data] = [line for line in said.splitlines() if line.startswith("| data |")]
+    assert data.startswith('| data | custom (path="units.jsonl", columns.question="ask", columns.answer="a\\|b"')
+    assert not any(word in data for word in ("None", "False", "{"))
+    # A class of the user's own that is not at hand.
+    assert described({"name": "gone.module:Own", "path": "x"}) == 'gone.module:Own (path="x")'
