@@ -187,6 +187,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path: Path, page: Page,
         record(21, status=499, error="client_gone"),
         record(22, denied="usd_per_day", decision="help"),
         record(23, route="cloud", decision="help", cost_usd=0.00234, cloud_ms=1234.0),
+        record(24, route="cloud", decision="undecided", score=-12.345, cost_usd=0.000000123),
         record(40, model=long, error=long, status=500, request=long, response=long),
     )
     page.size(360, 740, dark=dark)

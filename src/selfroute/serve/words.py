@@ -28,15 +28,16 @@ DECISIONS: Mapping[str, str] = {"answer": "answers", "help": "asks", "undecided"
 
 
 def usd(value: float) -> str:
-    """Money, with as many digits as it takes to see it.
+    """Money, with as many digits as it takes to see it: two where a third would not fit a phone's table.
 
-    >>> [usd(v) for v in (0, 0.0000123, 0.0456, 0.5, 12.3)]
-    ['0', '0.0000123', '0.0456', '0.500', '12.30']
+    >>> [usd(v) for v in (0, 0.0000123, 0.000123, 0.0456, 0.5, 12.3)]
+    ['0', '0.000012', '0.000123', '0.0456', '0.500', '12.30']
     """
     # Nothing is counted below a nano-USD.
     if value < 1e-9:
         return "0"
-    return f"{value:,.{2 if value >= 1 else min(9, 2 - math.floor(math.log10(value)))}f}"
+    more = 2 if value >= 1e-4 else 1
+    return f"{value:,.{2 if value >= 1 else min(9, more - math.floor(math.log10(value)))}f}"
 
 
 def mark(value: float) -> str:
