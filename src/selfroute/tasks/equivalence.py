@@ -35,7 +35,8 @@ _POOL = Pool("selfroute.tasks.symbolic:equal", size=min(4, os.cpu_count() or 1))
 
 # What a value may be the value of: m+n, AB, P(A), |z|, Area.
 _ATOM = (
-    r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|angle|triangle)(?![a-zA-Z])|\\overline\{[A-Z]+\})"
+    r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|angle|triangle)(?![a-zA-Z])|"
+    r"\\overline\{[A-Z]+\}|\\frac\{[a-zA-Z]+\}\{[a-zA-Z]+\})"
     r"(?:_\w|_\{[^{}]*\})?'*(?:\([^()]*\))?"
 )
 _NAMES = re.compile(rf"[\[|]?(?:{_ATOM}[-+/ ]?)+[\]|]?")
@@ -45,6 +46,7 @@ _WANTED_FORM = re.compile(r"solve for|in terms of|in the form|slope-intercept|st
 _LOWEST = re.compile(
     r"simplif|simplest|reduce|lowest terms|common fraction|relatively prime|coprime|irreducible", re.IGNORECASE
 )
+_CONVERT = re.compile(r"express|convert|write|decimal|percent", re.IGNORECASE)
 _DIGITS = re.compile(r"[-+0-9.,]*")
 _BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
 
@@ -185,6 +187,9 @@ class _Comparison:
         """Whether the question has a number in the form of the answer, and another form is the reference."""
         given, gold = _plain(given), _plain(gold)
         if _DIGITS.fullmatch(given) or given.removesuffix("%") == gold.removesuffix("%"):
+            return False
+        # Recipes and chances have fractions that may be the answer by accident.
+        if given.startswith("\\frac") and not _CONVERT.search(self.question):
             return False
         # In a formula only all of it counts: 2^3x is not 2^3.
         outside = _plain(squeezed(re.sub(r"\$+[^$]*\$+", " ", self.question)))
