@@ -15,9 +15,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
     """TRL's settings that make its loss the unbiased policy gradient, and one generation batch one update.
 
     Raises:
-        ConfigError: settings that TRL cannot follow or that change the method, or a batch that does not divide.
+        ConfigError: settings that TRL does not know, cannot follow or that change the method, or a batch that does not
+            divide.
     """
+    _check_names(config.trl)
     if config.sampling.forbid_help:
         raise ConfigError("TRL's rollouts cannot forbid help: set sampling.forbid_help=false")
     if config.evaluation.every:
@@ -73,6 +76,8 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         raise ConfigError("float16 is not trained through TRL: set device.dtype=bfloat16")
     rows = config.problems_per_step * config.num_responses
     size = config.trl.get("per_device_train_batch_size", config.num_responses)
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"trl.per_device_train_batch_size: a number of rows, 1 or more; got {size!r}")
     if rows % (size * processes):
         raise ConfigError(
             f"{config.problems_per_step} problems of {config.num_responses} responses do not divide into batches of "
@@ -96,6 +101,7 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         "min_p": None,
         "repetition_penalty": 1.0,
         "generation_kwargs": None,
+        "vllm_structured_outputs_regex": None,
         # -A_i times the sum of a response's log-probabilities, averaged over all rows; no KL, no second use of a batch.
         "loss_type": "luspo",
         "importance_sampling_level": "sequence",
@@ -104,36 +110,69 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         "num_iterations": 1,
         "delta": None,
         "entropy_coef": 0.0,
+        "use_adaptive_entropy": False,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
         "router_aux_loss_coef": 0.0,
         "reward_weights": None,
         "disable_dropout": True,
+        "neftune_noise_alpha": None,
+        "label_smoothing_factor": 0.0,
+        "sync_ref_model": False,
         "vllm_importance_sampling_correction": False,
         "learning_rate": config.lr,
         "adam_beta1": 0.9,
         "adam_beta2": config.beta2,
+        "adam_epsilon": 1e-8,
         "weight_decay": 0.0,
         # A step of numbers that are not finite is an error, not one to leave out of the log.
         "logging_nan_inf_filter": False,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
-        # The order of the problems is ours.
+        # The order of the problems is ours, on a resume too, and so is the column that names them.
         "shuffle_dataset": False,
+        "ignore_data_skip": False,
+        "remove_unused_columns": False,
         "gradient_checkpointing": config.gradient_checkpointing,
         "bf16": half,
+        # Its gradients underflow.
+        "fp16": False,
         "use_cpu": place(config.device) == "cpu",
         "logging_steps": 1,
         "save_steps": config.checkpoint_every,
         "save_total_limit": config.keep_checkpoints,
         "report_to": list(config.trackers) or "none",
     }
-    schedule = {"warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs"}
+    schedule = {"warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "steps_per_generation"}
     fixed = sorted(set(config.trl) & (set(ours) | schedule) - {"per_device_train_batch_size", "report_to"})
     if fixed:
         raise ConfigError(f"the method or the run's own settings fix {', '.join('trl.' + name for name in fixed)}")
-    # Ranks wait while the first one asks a cloud that reasons.
-    return GRPOConfig(**{"ddp_timeout": int(PATIENCE.total_seconds()), **ours, **config.trl})
+    if not str(config.trl.get("optim", "adamw")).removeprefix("paged_").startswith("adamw"):
+        raise ConfigError(f"trl.optim: the optimizer is AdamW, in any of TRL's forms; got {config.trl['optim']!r}")
+    if config.trl.get("cache_implementation") == "quantized":
+        raise ConfigError(
+            "trl.cache_implementation: a quantized cache samples from other probabilities than are trained"
+        )
+    try:
+        # Ranks wait while the first one asks a cloud that reasons.
+        return GRPOConfig(**{"ddp_timeout": int(PATIENCE.total_seconds()), **ours, **config.trl})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"TRL does not take these settings (trl.KEY=VALUE): {error}") from error
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Whether TRL knows settings of these names.
+
+    Raises:
+        ConfigError: one that it does not know.
+    """
+    known = [field.name for field in fields(GRPOConfig) if field.init]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"trl.{name}: TRL's GRPOConfig has no such setting" + (f"; did you mean trl.{near[0]}?" if near else "")
+            )
 
 
 class GAPGTrainer(GRPOTrainer):

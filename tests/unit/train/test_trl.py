@@ -121,7 +121,23 @@ def test_it_trains_by_the_same_config_and_resumes(tmp_path: Path) -> None:
         ({"trl": {"per_device_train_batch_size": 5}}, "do not divide into batches of 5 on 1 processes"),
         ({"trl": {"beta": 0.1, "use_vllm": True}}, "fix trl.beta"),
         ({"trl": {"warmup_steps": 7, "entropy_coef": 0.1}}, "fix trl.entropy_coef, trl.warmup_steps"),
-        ({"device": {"dtype": "float16"}}, "device.dtype=bfloat16"),
+        ({"trl": {"use_adaptive_entropy": True}}, "fix trl.use_adaptive_entropy"),
+        ({"trl": {"vllm_structured_outputs_regex": "<answer>.*"}}, "fix trl.vllm_structured_outputs_regex"),
+        ({"trl": {"neftune_noise_alpha": 5.0, "fp16": True}}, "fix trl.fp16, trl.neftune_noise_alpha"),
+        ({"trl": {"adam_epsilon": 1e-3, "label_smoothing_factor": 0.1}}, "fix trl.adam_epsilon, trl.label_smoothing_f"),
+        ({"trl": {"sync_ref_model": True, "ignore_data_skip": True}}, "fix trl.ignore_data_skip, trl.sync_ref_model"),
+        ({"trl": {"remove_unused_columns": True}}, "fix trl.remove_unused_columns"),
+        ({"trl": {"steps_per_generation": 2}}, "fix trl.steps_per_generation"),
+        ({"trl": {"optim": "adafactor"}}, "the optimizer is AdamW, .* got 'adafactor'"),
+        ({"trl": {"cache_implementation": "quantized"}}, "samples from other probabilities"),
+        (
+            {"trl": {"use_vlm": True}},
+            r"trl\.use_vlm: TRL's GRPOConfig has no such setting; did you mean trl\.use_vllm\?",
+        ),
+        ({"trl": {"zzz": True}}, r"has no such setting$"),
+        ({"trl": {"per_device_train_batch_size": 0}}, "a number of rows, 1 or more; got 0"),
+        ({"trl": {"per_device_train_batch_size": 2.5}}, "a number of rows, 1 or more; got 2.5"),
+        ({"trl": {"save_strategy": "nonsense"}}, "TRL does not take these settings .*nonsense"),
     ],
 )
 def test_what_the_method_does_not_allow_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -141,8 +157,15 @@ def test_the_config_for_two_machines_is_one_that_trl_takes(tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_that_trl_does_not_take_are_told_without_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^selfroute: trl\.use_vlm: .*did you mean trl\.use_vllm\?$"):
+        main(["countdown-tiny", "trl.use_vlm=true", "--out", str(tmp_path / "run"), "--dry-run"])
+
+
 def test_trls_settings_pass_through(tmp_path: Path) -> None:
-    config = validate(TRLConfig, {"trl": {"use_vllm": True, "per_device_train_batch_size": 16}, "lr": 3e-5}, "test")
+    theirs = {"use_vllm": True, "per_device_train_batch_size": 16, "optim": "paged_adamw_8bit"}
+    config = validate(TRLConfig, {"trl": {**theirs, "cache_implementation": "static"}, "lr": 3e-5}, "test")
     made = grpo_config(config, tmp_path, 2)
+    assert (made.optim, made.cache_implementation) == ("paged_adamw_8bit", "static")
     assert (made.use_vllm, made.per_device_train_batch_size, made.learning_rate) == (True, 16, 3e-5)
     assert made.gradient_accumulation_steps == 64 * 8 // (16 * 2)
