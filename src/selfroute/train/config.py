@@ -47,7 +47,8 @@ class TrainConfig(Config):
     """How responses are drawn and handed over when the run is evaluated, calibrated and asked, and if the best
     checkpoint stays."""
     seed: int = 0
-    """Seed of everything random in the run."""
+    """Seed of what the run draws, such as responses and the order of problems. New adapters (`device.lora`) begin the
+    same whatever it is; tasks and the oracle have seeds of their own (`task.seed`, `cloud.seed`)."""
     steps: int = Field(100, ge=1)
     """Updates."""
     problems_per_step: int = Field(64, ge=1)
@@ -97,6 +98,15 @@ class TrainConfig(Config):
     def _as_it_learned(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
         learned = "sampling" in info.data and info.data["sampling"].early_exit
         return evaluation.model_copy(update={"early_exit": True}) if learned else evaluation
+
+    @field_validator("device")
+    @classmethod
+    def _gradients_that_do_not_underflow(cls, device: DeviceConfig) -> DeviceConfig:
+        if device.dtype == "float16":
+            raise ValueError(
+                "float16 is not trained, since small gradients vanish in it: set device.dtype=bfloat16 or float32"
+            )
+        return device
 
     @model_validator(mode="after")
     def _cloud_serves_the_task(self) -> TrainConfig:

@@ -72,8 +72,6 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         raise ConfigError("no best checkpoint is kept through TRL: set evaluation.every=0")
     if config.device.quantize:
         raise ConfigError("4-bit weights are not trained through TRL: set device.quantize to nothing")
-    if config.device.dtype == "float16":
-        raise ConfigError("float16 is not trained through TRL: set device.dtype=bfloat16")
     rows = config.problems_per_step * config.num_responses
     size = config.trl.get("per_device_train_batch_size", config.num_responses)
     if not isinstance(size, int) or size < 1:
@@ -135,7 +133,7 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         "remove_unused_columns": False,
         "gradient_checkpointing": config.gradient_checkpointing,
         "bf16": half,
-        # Its gradients underflow.
+        # Small gradients vanish in it.
         "fp16": False,
         "use_cpu": place(config.device) == "cpu",
         "logging_steps": 1,

@@ -542,6 +542,12 @@ def test_training_samples_from_the_model_itself(sampling: dict[str, Any]) -> Non
         config(sampling=sampling)
 
 
+def test_what_small_gradients_vanish_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device: float16 is not trained.*set device\.dtype=bfloat16 or float32"):
+        config(device={"dtype": "float16"})
+    assert config(device={"dtype": "bfloat16"}).device.dtype == "bfloat16"
+
+
 def test_without_sampled_help_calls_the_decision_is_learned_all_the_same(run_dir: Path) -> None:
     changes = {"sampling": {"max_tokens": 60, "forbid_help": True}, "decision_weight": 10.0}
     train(config(steps=3, **changes), run_dir)
