@@ -162,8 +162,9 @@ def load(kind: type[C], name: str, overrides: Sequence[str] = ()) -> C:
     if not values.keys() <= kind.model_fields.keys():
         if name in names():
             raise ConfigError(f"{name} is a config of another command: {_command(name)}")
-        command = _looks_like(values)
-        if command not in ("", _looks_like(dict.fromkeys(kind.model_fields))):
+        unknown = {key: value for key, value in values.items() if key not in kind.model_fields}
+        command = _looks_like(unknown)
+        if command:
             raise ConfigError(f"{name} looks like a config of `selfroute {command}`")
     return validate(kind, override({**defaults(kind), **values}, overrides), name)
 
@@ -208,22 +209,21 @@ _SIGNS = {
     "stages": "train",
     **dict.fromkeys(("testbed", "methods"), "compare"),
     **dict.fromkeys(("hidden_size", "traces_per_problem", "attempts_max"), "warmstart"),
-    **dict.fromkeys(("host", "port", "keys", "privacy", "policy"), "serve"),
+    **dict.fromkeys(("host", "port", "keys", "privacy", "policy", "bias"), "serve"),
     # Last: the configs of other commands have some of these too.
     **dict.fromkeys(("task", "steps", "sampling", "reward"), "train"),
 }
 """Keys that tell a config's command, the first that it has."""
 
 
-def _looks_like(values: Mapping[str, Any]) -> str:
-    """The command that a config seems to be of, by its keys; "" where it could be of any.
+def _looks_like(unknown: Mapping[str, Any]) -> str:
+    """The command that a config seems to be of, by the keys that another does not know; "" where they tell nothing.
 
-    >>> _looks_like({"cloud": {}, "device": {}, "task": {}}), _looks_like({"cloud": {}, "device": {}})
-    ('train', 'serve')
+    >>> _looks_like({"task": {}, "lr": 1e-3}), _looks_like({"stpes": 3})
+    ('train', '')
     """
-    command = next((command for key, command in _SIGNS.items() if key in values), "")
-    serves = isinstance(values.get("budget"), Mapping) or {"cloud", "device"} <= values.keys()
-    return command or ("serve" if serves else "")
+    command = next((command for key, command in _SIGNS.items() if key in unknown), "")
+    return command or ("serve" if isinstance(unknown.get("budget"), Mapping) else "")
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def parse(text: str, *, finished: bool = True) -> Decision:
 
     A help call counts only when it ends the response, and wins over an answer before it: text after the tag, or a
     tag quoted in mid-sentence, is reasoning. The last answer tag counts; it is well-formed when it is the only one,
-    closed, not empty, and ends the response. A response cut at the token limit has not decided.
+    closed, not empty, and ends the response. A response cut at the token limit, or that ends in the model's own
+    thinking, has not decided.
 
     >>> parse("1:3*7=21,21+25=46!\\n<answer>3*7+25</answer>")
     Answer(text='3*7+25', well_formed=True)
@@ -137,7 +138,7 @@ def parse(text: str, *, finished: bool = True) -> Decision:
     >>> parse("<answer>3*7+25", finished=False)
     Undecided()
     """
-    if not finished:
+    if not finished or in_thoughts(text):
         return Undecided()
     if _HELP_AT_END.search(text, max(0, len(text) - 4096)):
         return HelpCall()

@@ -473,7 +473,6 @@ WRONG = {
         ("5 dozens", "5"),
         ("5 thousandths", "5"),
         (r"5\text{ sixths}", "5"),
-        (r"5\text{ score}", "5"),
         (r"5\text{ lakh}", "5"),
         (r"5\text{ bn}", "5"),
         (r"5\text{pi}", "5"),

@@ -100,6 +100,13 @@ def test_a_file_of_another_command_is_told_by_its_keys(
         load(kind, str(path))
 
 
+def test_a_misspelt_key_is_no_sign_of_another_command(tmp_path: Path) -> None:
+    path = tmp_path / "good.toml"
+    path.write_text(TRAIN.replace("steps =", "stepss ="))
+    with pytest.raises(ConfigError, match=r"did you mean steps\?"):
+        load(TrainConfig, str(path))
+
+
 def test_known_keys_are_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "good.toml"
     path.write_text(TRAIN.replace("lr =", "zzz = 1\nqqq = 2\nlr ="))

@@ -41,6 +41,9 @@ from selfroute.types import Answer, HelpCall, Undecided
         (f"hard.\n{HELP_CALL}\n ", HelpCall()),
         ("<unknown>I need external assistance</unknown>", HelpCall()),
         (f"{HELP_CALL} or not", Undecided()),
+        # A model's own thinking that never ended.
+        (f"<think>{HELP_CALL}", Undecided()),
+        ("<think>so\n<answer>4</answer>", Undecided()),
         (f"the tag `{HELP_CALL}` asks", Undecided()),
         (f"<answer>1</answer> {HELP_CALL}", HelpCall()),
         (f"{HELP_CALL} no: <answer>1</answer>", Answer("1", True)),

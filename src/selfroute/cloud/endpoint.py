@@ -28,9 +28,8 @@ def _plain(base_url: str) -> str:
     if url.port == 0 or url.username is not None or url.query or url.fragment:
         raise ValueError("must hold no user, password, query or fragment; a key goes by api_key_var")
     base_url = base_url.rstrip("/")
-    for added in ("/chat/completions", "/completions", "/models"):
-        if base_url.endswith(added):
-            raise ValueError(f"leave off {added}: it is what stands before, such as {base_url.removesuffix(added)}")
+    if base_url.endswith("/chat/completions"):
+        raise ValueError(f"leave off /chat/completions: {base_url.removesuffix('/chat/completions')}")
     return base_url
 
 

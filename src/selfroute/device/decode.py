@@ -93,9 +93,8 @@ class Decoder:
         self.limit_B = torch.tensor(list(limits), device=device)
         self.ends = torch.tensor(sorted(engine.end_tokens), device=device)
 
-        # For each response, whether its prompt ended in thinking; None once it thinks no more, which is for good.
-        opened = [engine.opens_thoughts(prompt) for prompt in prompts]
-        self._opened: list[bool | None] = [opened[owner] for owner in owners]
+        # Whether a response may be in the model's own thinking; once it is not, that is for good.
+        self._may_think = [True] * rows
 
         # -1 is no token: N columns before the first one, so that a window ends at any, and one that rows that are
         # over write to.
@@ -150,7 +149,7 @@ class Decoder:
         self._keep(rows_B)
         self.steps.trim()
         self.tokens_RT, self.alive_B = self.tokens_RT[rows_B], torch.arange(len(rows), device=rows_B.device)
-        self._opened = [self._opened[row] for row in rows]
+        self._may_think = [self._may_think[row] for row in rows]
         self.choices.select(rows)
 
     def join(self, other: Decoder) -> None:
@@ -159,7 +158,7 @@ class Decoder:
         assert isinstance(other.steps, GrowingSteps)
         self.steps.join(other.steps)
         self.choices.join(other.choices)
-        self._opened += other._opened
+        self._may_think += other._may_think
         columns = max(self.tokens_RT.shape[1], other.tokens_RT.shape[1])
         self.tokens_RT = torch.cat(
             [pad(x, (0, columns - x.shape[1]), value=-1) for x in (self.tokens_RT, other.tokens_RT)]
@@ -186,12 +185,12 @@ class Decoder:
     def _thinks(self, b: int) -> bool:
         """Whether a row is in the model's own thinking."""
         row, count = int(self.alive_B[b]), int(self.count_B[b])
-        opened, begin = self._opened[row], len(self.choices.window_N)
-        if opened is None:
+        if not self._may_think[row]:
             return False
-        thinks = self.engine.in_thoughts(self.tokens_RT[row, begin : begin + count].tolist(), opened=opened)
-        if not thinks and count > 8:
-            self._opened[row] = None
+        begin = len(self.choices.window_N)
+        thinks = self.engine.in_thoughts(self.tokens_RT[row, begin : begin + count].tolist())
+        # By then it would have begun.
+        self._may_think[row] = thinks or count <= 8
         return thinks
 
     def _append(self, token_B: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The in-process engine: any Hugging Face causal LM of attention alone, sampled with one prefill a problem.
+"""The in-process engine: any Hugging Face causal LM of plain attention, sampled with one prefill a problem.
 
 How rows are decoded together is in `decode`. Left out on purpose: beams, top-k and top-p (training needs the model's
 own distribution).
@@ -19,7 +19,7 @@ from selfroute.device.base import DeviceConfig, Sampling
 from selfroute.device.decode import Decoder, steps_for
 from selfroute.device.load import check_layers, load_model
 from selfroute.errors import ContextError, DeviceError, RejectedError
-from selfroute.protocol import THINK_OPEN, DecisionPoint, decision_points, find_decision, in_thoughts
+from selfroute.protocol import DecisionPoint, decision_points, find_decision, in_thoughts
 from selfroute.types import Message, Response
 
 SAME_DAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -40,7 +40,7 @@ class HFEngine:
     ) -> None:
         check_layers(model.config)
         self.model, self.tokenizer, self.thinking = model, tokenizer, thinking
-        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = _context(model)
         self.steps = steps_for(model, graphs=graphs)
         if tokenizer.chat_template is None:
             raise DeviceError("the model's tokenizer has no chat template: use an instruction-tuned checkpoint")
@@ -68,7 +68,7 @@ class HFEngine:
         """The prompt's token ids, up to where the response begins.
 
         Raises:
-            RejectedError: the chat template refuses the messages.
+            RejectedError: the chat template refuses the messages, or the model lacks a token of theirs.
         """
         template = self.tokenizer.get_chat_template()
         text = self.tokenizer.apply_chat_template(
@@ -79,15 +79,20 @@ class HFEngine:
             enable_thinking=self.thinking,
             chat_template=SAME_DAY + template if "strftime_now" in template else template,
         )
-        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
+        token_ids = list(self.tokenizer.encode(str(text), add_special_tokens=False))
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(token_ids, default=0) >= rows:
+            # Some tokenizers have tokens for parts that the model lacks; only one that is used does harm.
+            token = self.tokenizer.convert_ids_to_tokens(max(token_ids))
+            raise RejectedError(
+                f"the prompt has the token {token!r}, for which the model has no row ({rows} in all): "
+                "`model.resize_token_embeddings(len(tokenizer))`, or the tokenizer that it was trained with"
+            )
+        return token_ids
 
-    def opens_thoughts(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt ends within the model's own thinking, as some chat templates have it."""
-        return str(self.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(THINK_OPEN)
-
-    def in_thoughts(self, token_ids: Sequence[int], *, opened: bool) -> bool:
-        """Whether a response so far ends in the model's own thinking; `opened`: its prompt did."""
-        return in_thoughts(f"{THINK_OPEN if opened else ''}{self.tokenizer.decode(list(token_ids))}")
+    def in_thoughts(self, token_ids: Sequence[int]) -> bool:
+        """Whether a response so far ends in the model's own thinking."""
+        return in_thoughts(str(self.tokenizer.decode(list(token_ids))))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text, without its end token."""
@@ -165,6 +170,16 @@ class HFEngine:
             groups.append(flat[position : position + count])
             position += count
         return groups
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """Most tokens of prompt and response; None: no limit is known."""
+    shape = model.config.get_text_config()
+    context: int | None = getattr(shape, "max_position_embeddings", None)
+    rope = getattr(shape, "rope_parameters", None) or {}
+    # YaRN and the like: some configs tell the stretched length, some the one before.
+    before, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return max(context, int(before * factor)) if context and before and factor else context
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -70,13 +70,6 @@ def load_model(config: DeviceConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise cannot_load(config.model, error) from error
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise DeviceError(
-            f"cannot load the device model {config.model!r}: its tokenizer has {len(tokenizer)} tokens and the model "
-            f"rows for {rows} of them: `model.resize_token_embeddings(len(tokenizer))`, or save the tokenizer that it "
-            "was trained with"
-        )
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # It would pack 4-bit weights for a kernel that has no gradient, as soon as a response is sampled.
@@ -112,17 +105,20 @@ def model_config(name: str) -> PretrainedConfig:
 
 
 def check_layers(config: PretrainedConfig) -> None:
-    """Refuse a model whose layers keep more than keys and values, which rows of one prompt cannot share here.
+    """Refuse a model whose layers keep more than keys and values of their own: rows of one prompt begin from copies.
 
     Raises:
-        DeviceError: it has recurrent layers.
+        DeviceError: it has recurrent layers, or layers that share a cache.
     """
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        kinds = {type(None)}
+    if config.model_type in ("rwkv", "xlstm") or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise DeviceError(
-            f"a {config.model_type} model has layers with a state of their own (linear attention, convolutions, "
-            "Mamba), which responses to one prompt cannot share here: take one of attention alone, or serve and "
-            "evaluate it by URL (see docs/engines.md)"
+            f"a {config.model_type} model has layers that keep a state (linear attention, convolutions, Mamba) or "
+            "share one, from which responses to one prompt cannot go on here: take one of plain attention, or serve "
+            "and evaluate it by URL (see docs/engines.md)"
         )
 
 

@@ -46,7 +46,7 @@ _WANTED_FORM = re.compile(r"solve for|in terms of|in the form|slope-intercept|st
 _LOWEST = re.compile(
     r"simplif|simplest|reduce|lowest terms|common fraction|relatively prime|coprime|irreducible", re.IGNORECASE
 )
-_CONVERT = re.compile(r"express|convert|write|decimal|percent", re.IGNORECASE)
+_CONVERT = re.compile(r"\b(?:express|convert|write)\b(?=[^.?]*\b(?:as|in|to)\b)|decimal|percent", re.IGNORECASE)
 _DIGITS = re.compile(r"[-+0-9.,]*")
 _BASE = re.compile(r"[0-9A-F]_(?:[0-9]|\{[0-9]+\})")
 
@@ -189,7 +189,7 @@ class _Comparison:
         if _DIGITS.fullmatch(given) or given.removesuffix("%") == gold.removesuffix("%"):
             return False
         # Recipes and chances have fractions that may be the answer by accident.
-        if given.startswith("\\frac") and not _CONVERT.search(self.question):
+        if re.match(r"[0-9]*\\frac", given) and not _CONVERT.search(self.question):
             return False
         # In a formula only all of it counts: 2^3x is not 2^3.
         outside = _plain(squeezed(re.sub(r"\$+[^$]*\$+", " ", self.question)))

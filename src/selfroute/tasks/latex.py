@@ -102,8 +102,8 @@ _UNITS = {
 
 # After a number these change it.
 _AMOUNTS = re.compile(
-    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|point|base|pi|"
-    r"score|bn|mn|mln|tn|(?:hundred|thousand|lakh|crore|\w+illion|dozen)s?|tens|squared|cubed|factorial|hal(?:f|ves)|"
+    r"\b(?:and|or|if|for|when|to|plus|minus|times|over|divided|mod|modulo|not|so|point(?=\s+\w)|base(?=\s*\w)|pi|"
+    r"bn|mn|mln|tn|(?:hundred|thousand|lakh|crore|\w+illion|dozen)s?|tens|squared|cubed|factorial|hal(?:f|ves)|"
     r"(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?)\b"
     # So does a command, such as a logarithm's.
     r"|\\(?!cdot|degree)",

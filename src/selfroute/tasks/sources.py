@@ -99,7 +99,9 @@ def part_of(file: Path, names: Mapping[str, Collection[str]]) -> str | None:
     known = [(name.lower(), part) for part, called in names.items() for name in called]
     own = [(len(name), part) for name, part in known if file.name.lower().startswith(name)]
     folders = [folder.lower() for folder in file.parts[:-1]]
-    parts = {part for length, part in own if length == max(own)[0]} or {part for name, part in known if name in folders}
+    # Called after it: train_data or test-v1, but no testbed.
+    called = {part for name, part in known if any(re.match(rf"{re.escape(name)}(?![a-z])", f) for f in folders)}
+    parts = {part for length, part in own if length == max(own)[0]} or called
     if len(parts) > 1:
         raise TaskError(f"{file} could be of {listed(sorted(parts))}: begin its name with one of them")
     return parts.pop() if parts else None

@@ -99,15 +99,6 @@ class TrainConfig(Config):
         learned = "sampling" in info.data and info.data["sampling"].early_exit
         return evaluation.model_copy(update={"early_exit": True}) if learned else evaluation
 
-    @field_validator("device")
-    @classmethod
-    def _gradients_that_do_not_underflow(cls, device: DeviceConfig) -> DeviceConfig:
-        if device.dtype == "float16":
-            raise ValueError(
-                "float16 is not trained, since small gradients vanish in it: set device.dtype=bfloat16 or float32"
-            )
-        return device
-
     @model_validator(mode="after")
     def _cloud_serves_the_task(self) -> TrainConfig:
         served = SERVES.get(self.cloud.name, ())
@@ -142,6 +133,18 @@ class TrainConfig(Config):
                 "sampling.early_exit needs decision_weight and reward.cloud > 0: the decision loss teaches it"
             )
         return self
+
+
+def check_dtype(config: TrainConfig) -> None:
+    """Refuse to train in float16; a run that was may be read all the same.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.device.dtype == "float16":
+        raise ConfigError(
+            "float16 is not trained, since small gradients vanish in it: set device.dtype=bfloat16 or float32"
+        )
 
 
 def whole(config: TrainConfig) -> TrainConfig:

@@ -32,7 +32,7 @@ from selfroute.records import append_record, checkpoints, known_data, lock_run, 
 from selfroute.tasks import Task, make_task
 from selfroute.tasks.provenance import pinned, provenance
 from selfroute.train.checkpoint import load_checkpoint, note_scores, save_checkpoint, warn_of_changes
-from selfroute.train.config import TrainConfig, as_now
+from selfroute.train.config import TrainConfig, as_now, check_dtype
 from selfroute.train.memory import check_memory
 from selfroute.train.optimizer import MasterAdamW
 from selfroute.train.plan import Planner, batch
@@ -70,6 +70,7 @@ def train(
     """
     if config.evaluation.every and rate is None:
         raise ConfigError("evaluation.every needs what rates a checkpoint: train with selfroute.api.train")
+    check_dtype(config)
     where = place(config.device)
     check_launch(where)
     ranks = Ranks(where)

@@ -138,7 +138,7 @@ def accumulate_gradients(
     forbidden = engine.points if config.sampling.forbid_help and not config.sampling.early_exit else ()
 
     def thinks(row: Row, t: int) -> bool:
-        return engine.in_thoughts(row.token_ids[:t], opened=engine.opens_thoughts(prompts[row.problem]))
+        return engine.in_thoughts(row.token_ids[:t])
 
     # A group without a gradient has no row, and its prompt does not run either.
     learning = sorted({row.problem for row in rows})

@@ -44,7 +44,7 @@ from selfroute.records import known_data, lock_run, open_run, read_json, write_j
 from selfroute.tasks import make_task
 from selfroute.tasks.provenance import pinned, provenance
 from selfroute.train import gapg
-from selfroute.train.config import TrainConfig, as_now, whole
+from selfroute.train.config import TrainConfig, as_now, check_dtype, whole
 from selfroute.train.plan import Plan, Planner, batch
 from selfroute.train.ranks import PATIENCE, Ranks
 from selfroute.train.rows import Row, log_odds, row_log_probs
@@ -72,6 +72,7 @@ def grpo_config(config: TRLConfig, out: Path, processes: int) -> GRPOConfig:
         raise ConfigError("no best checkpoint is kept through TRL: set evaluation.every=0")
     if config.device.quantize:
         raise ConfigError("4-bit weights are not trained through TRL: set device.quantize to nothing")
+    check_dtype(config)
     rows = config.problems_per_step * config.num_responses
     size = config.trl.get("per_device_train_batch_size", config.num_responses)
     if not isinstance(size, int) or size < 1:

@@ -583,10 +583,7 @@ def test_leaving_a_stream_cancels_it_at_the_provider() -> None:
     ("changes", "says"),
     [
         ({"base_url": "api.deepseek.com"}, "must begin with https://"),
-        *(
-            ({"base_url": f"http://h/v1{path}"}, f"leave off {path.rstrip('/')}: .* such as http://h/v1 ")
-            for path in ("/chat/completions", "/completions/", "/models")
-        ),
+        ({"base_url": "http://h/v1/chat/completions/"}, "leave off /chat/completions: http://h/v1 "),
         ({"base_url": "https://user:pw@host/v1"}, "must hold no user"),
         ({"base_url": "https://host/v1?key=1"}, "must hold no user"),
         ({"extra": {"n": 5}}, "n: not here"),

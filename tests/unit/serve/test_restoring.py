@@ -268,7 +268,7 @@ def test_a_link_that_has_not_ended(text: str) -> None:
     ["](<" * 2500 + "//" * 4000 + ">\n", "/" * 16_000 + " ", "](" + " " * 16_000, "](" * 8000, "='//" * 4000 + '"'],
 )
 def test_no_text_takes_long_to_look_for_a_link_in(text: str) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     for _ in range(100):
         link(text)
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1

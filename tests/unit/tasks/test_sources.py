@@ -123,7 +123,8 @@ def test_a_files_own_name_comes_before_its_folders(tmp_path: Path) -> None:
     names = {"train": {"train"}, "calibration": {"train_small"}, "test": {"test"}}
     for file, part in (
         ("testbed/train.jsonl", "train"), ("test/train.jsonl", "train"), ("train_small-0.jsonl", "calibration"),
-        ("Test/a.jsonl", "test"), ("testbed/a.jsonl", None), ("a/train/b/0.jsonl", "train"),
+        ("Test/a.jsonl", "test"), ("testbed/a.jsonl", None), ("train_data/0.jsonl", "train"),
+        ("test-v1/0.jsonl", "test"), ("a/train/b/0.jsonl", "train"),
     ):  # fmt: skip
         assert part_of(Path(file), names) == part, file
     with pytest.raises(TaskError, match=r"train/test/a.jsonl could be of test and train: begin its name with one"):

@@ -542,10 +542,10 @@ def test_training_samples_from_the_model_itself(sampling: dict[str, Any]) -> Non
         config(sampling=sampling)
 
 
-def test_what_small_gradients_vanish_in_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"device: float16 is not trained.*set device\.dtype=bfloat16 or float32"):
-        config(device={"dtype": "float16"})
-    assert config(device={"dtype": "bfloat16"}).device.dtype == "bfloat16"
+def test_what_small_gradients_vanish_in_is_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"float16 is not trained.*set device\.dtype=bfloat16 or float32"):
+        train(config(device={"dtype": "float16"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_sampled_help_calls_the_decision_is_learned_all_the_same(run_dir: Path) -> None:
