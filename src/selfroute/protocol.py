@@ -167,6 +167,15 @@ def in_thoughts(text: str) -> bool:
     return text.lstrip().startswith(THINK_OPEN) and THINK_CLOSE not in text
 
 
+def with_thoughts(thoughts: str, text: str) -> str:
+    """A response as its model wrote it, of thinking that was told apart and the text behind it.
+
+    >>> with_thoughts("so", "4"), with_thoughts("", "4")
+    ('<think>so</think>\\n\\n4', '4')
+    """
+    return f"{THINK_OPEN}{thoughts}{THINK_CLOSE}\n\n{text}" if thoughts else text
+
+
 class Tokenizer(Protocol):
     """The two calls that the decision point needs; every `transformers` tokenizer has them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_OPEN, _CLOSE = "<think>", "</think>"
+from selfroute.protocol import THINK_CLOSE, THINK_OPEN
 
 
 class Thinking:
@@ -23,18 +23,18 @@ class Thinking:
         reasoning = ""
         if self._state == "start":
             text = self._held.lstrip()
-            if text.startswith(_OPEN):
-                self._state, self._held = "thinking", text[len(_OPEN) :]
-            elif _OPEN.startswith(text):
+            if text.startswith(THINK_OPEN):
+                self._state, self._held = "thinking", text[len(THINK_OPEN) :]
+            elif THINK_OPEN.startswith(text):
                 return "", ""
             else:
                 self._state = "answer"
         if self._state == "thinking":
-            reasoning, found, after = self._held.partition(_CLOSE)
+            reasoning, found, after = self._held.partition(THINK_CLOSE)
             if found:
                 self._state, self._held = "gap", after
             else:
-                keep = _overlap(self._held, _CLOSE)
+                keep = _overlap(self._held, THINK_CLOSE)
                 reasoning, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         if self._state == "gap":
             self._held = self._held.lstrip()

@@ -23,6 +23,7 @@ from selfroute.device.fork import Guide
 from selfroute.device.pieces import Piece, Streamed
 from selfroute.device.wire import Patience, Wire
 from selfroute.errors import DeviceError
+from selfroute.protocol import with_thoughts
 from selfroute.types import DeviceChunk, DeviceRequest, Message
 
 Kind = Literal["llama.cpp", "vllm", "ollama", "other"]
@@ -150,7 +151,7 @@ class HTTPEngine:
         tokens = prompt_tokens = turns = 0
         finish: Literal["stop", "length"] | None = None
         while finish is None:
-            begun, before, turned = f"<think>{thoughts}</think>\n\n{written}" if thoughts else written, tokens, False
+            begun, before, turned = with_thoughts(thoughts, written), tokens, False
             async with aclosing(self._completion(request, begun, request.max_tokens - tokens, turns)) as pieces:
                 async for piece in pieces:
                     step = guide.feed(piece.text, piece.others)

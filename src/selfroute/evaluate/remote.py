@@ -15,7 +15,7 @@ from types import TracebackType
 from selfroute.device.base import Sampling
 from selfroute.device.http import HTTPConfig, HTTPEngine
 from selfroute.errors import ConfigError, DeviceError
-from selfroute.protocol import ANSWER_OPEN, HELP_OPEN, THINK_CLOSE, THINK_OPEN, parse
+from selfroute.protocol import ANSWER_OPEN, HELP_OPEN, parse, with_thoughts
 from selfroute.types import DeviceRequest, Message, Response, Undecided
 
 
@@ -133,9 +133,8 @@ class Remote:
             async for chunk in chunks:
                 thoughts += chunk.reasoning
                 text += chunk.text
-        if thoughts:
-            # Some engines tell a model's own thinking apart; the model wrote it in its response.
-            text = f"{THINK_OPEN}{thoughts}{THINK_CLOSE}\n\n{text}"
+        # Some engines tell a model's own thinking apart; the model wrote it in its response.
+        text = with_thoughts(thoughts, text)
         finished = chunk.finish == "stop"
         decided = not isinstance(parse(text, finished=finished), Undecided)
         by_dial = sampling.decide == "threshold" and not sampling.forbid_help

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfroute.cloud.thinking import Thinking
-from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, HELP_CLOSE, HELP_OPEN, parse
+from selfroute.protocol import ANSWER_CLOSE, ANSWER_OPEN, HELP_CALL, HELP_CLOSE, HELP_OPEN, parse, with_thoughts
 from selfroute.types import Answer, Decision, HelpCall
 
 MAX_GAP = 16
@@ -139,7 +139,7 @@ class Reader:
         shown = self._think(thoughts) + self._read(rest)
         rest, apart, whole = "".join(self._rest), "".join(self._apart), "".join(self._all)
         text = rest[: self._at] if self.called else rest
-        thought = (f"<think>{apart}</think>\n\n" if apart else "") + whole[: len(whole) - len(rest)]
+        thought = with_thoughts(apart, whole[: len(whole) - len(rest)])
         decision = parse(text, finished=finished or self.called)
         prefix = thought + (text[: text.rfind(HELP_OPEN)] if isinstance(decision, HelpCall) else text)
         last = text.rpartition(ANSWER_OPEN)[2]

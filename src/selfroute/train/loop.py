@@ -93,7 +93,7 @@ def train(
 
 
 SILENT_STEPS = 3
-"""Steps without a response that decided, after which training says so."""
+"""Steps without a response that decided or one to learn from, after which training says so."""
 
 
 def check_prompts(engine: HFEngine, problems: Sequence[Problem], max_tokens: int) -> None:
@@ -198,7 +198,7 @@ class Trainer:
 
     def _warn_of_silence(self, record: StepRecord) -> None:
         """Say once that no response comes to a tag: nothing is learned so, and the cloud is paid all the same."""
-        self._silent = self._silent + 1 if record.undecided == 1 else 0
+        self._silent = self._silent + 1 if record.undecided == 1 and not record.rows else 0
         if self._silent == SILENT_STEPS:
             warnings.warn(
                 f"no response of the last {SILENT_STEPS} steps came to an answer or a help call, so that nothing is "
