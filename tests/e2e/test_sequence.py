@@ -25,10 +25,10 @@ max_tokens = 60
 task = { name = "countdown", train = 40, calibration = 8, test = 12 }
 
 [[stages]]
-name = "sums"
+name = "small"
 steps = 3
-max_tokens = 24
-task = { name = "addition", train = 40, calibration = 8, test = 10 }
+max_tokens = 60
+task = { name = "countdown", number_max = 9, target_max = 30, train = 40, calibration = 8, test = 10 }
 
 [train]
 steps = 2
@@ -37,7 +37,7 @@ num_responses = 3
 checkpoint_every = 1
 decision_cloud = "call"
 """
-LAST = "2-sums/checkpoints/step-000003/model.safetensors"
+LAST = "2-small/checkpoints/step-000003/model.safetensors"
 
 
 def killed_in_the_second_stage(config: Path, out: Path) -> None:
@@ -45,7 +45,7 @@ def killed_in_the_second_stage(config: Path, out: Path) -> None:
         [sys.executable, "-m", "selfroute", "train", str(config), "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    metrics = out / "2-sums/metrics.jsonl"
+    metrics = out / "2-small/metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.002)
     process.kill()
@@ -62,7 +62,7 @@ def written(run: Path) -> list[tuple[str, int]]:
 def state(out: Path) -> dict[str, Any]:
     steps = {
         stage: [{k: v for k, v in s.items() if k != "seconds"} for s in read_records(out / stage / "metrics.jsonl")]
-        for stage in ("1-countdown", "2-sums")
+        for stage in ("1-countdown", "2-small")
     }
     return {"steps": steps, "sequence": read_json(out / "sequence.json")}
 
@@ -72,27 +72,29 @@ def test_two_tasks_one_after_the_other_killed_moved_and_resumed(tmp_path: Path) 
     config, whole, cut = tmp_path / "two.toml", tmp_path / "whole", tmp_path / "cut"
     config.write_text(CONFIG)
     planned = json.loads(selfroute("train", config, "--out", whole, "--dry-run").split("\nmemory: ")[0])
-    assert [(name, run["task"]["name"], run["steps"]) for name, run in planned.items()] == [
-        ("1-countdown", "countdown", 2), ("2-sums", "addition", 3),
+    assert [(name, run["task"]["number_max"], run["steps"]) for name, run in planned.items()] == [
+        ("1-countdown", 20, 2), ("2-small", 9, 3),
     ]  # fmt: skip
-    assert planned["2-sums"]["device"]["model"] == str(whole / "1-countdown/checkpoints/step-000002")
+    assert planned["2-small"]["device"]["model"] == str(whole / "1-countdown/checkpoints/step-000002")
     assert not whole.exists()
 
     said = selfroute("train", config, "--out", whole)
     assert "stage 1-countdown: 2 steps, from countdown-1m" in said
-    for part in ("accuracy during", "accuracy after all", "forgotten", "1-countdown", "2-sums"):
+    for part in ("accuracy during", "accuracy after all", "forgotten", "1-countdown", "2-small"):
         assert part in said
     assert selfroute("report", whole).splitlines()[:3] == said[said.index("test problems, percent") :].splitlines()[:3]
     # A stage is a run like any other.
     assert api.run_config(whole / "1-countdown").task.name == "countdown"
-    assert api.checkpoint_name(whole / "2-sums") == "step-000003"
+    assert api.checkpoint_name(whole / "2-small") == "step-000003"
     found = read_json(whole / "sequence.json")
     assert [(c["stage"], c["task"], c["problems"]) for c in found["cells"]] == [
-        ("1-countdown", "1-countdown", 12), ("2-sums", "1-countdown", 12), ("2-sums", "2-sums", 10),
+        ("1-countdown", "1-countdown", 12), ("2-small", "1-countdown", 12), ("2-small", "2-small", 10),
     ]  # fmt: skip
     # The second stage began with the weights that the first one ended with.
-    began = read_json(whole / "2-sums/run.json")["config"]["device"]["model"]
+    began = read_json(whole / "2-small/run.json")["config"]["device"]["model"]
     assert began == str(whole / "1-countdown/checkpoints/step-000002")
+    # Each step learns, so that what is compared below was made by learning.
+    assert all(step["rows"] and step["grad_norm"] for steps in state(whole)["steps"].values() for step in steps)
 
     killed_in_the_second_stage(config, cut)
     first = written(cut / "1-countdown")
@@ -113,11 +115,11 @@ def test_two_tasks_one_after_the_other_killed_moved_and_resumed(tmp_path: Path) 
         phases = dict(ledger.execute("SELECT phase, COUNT(*) FROM calls GROUP BY phase"))
     ledger.close()
     assert calls == keys
-    for stage in ("1-countdown", "2-sums"):
+    for stage in ("1-countdown", "2-small"):
         assert (cut / stage / "cloud.sqlite").resolve() == cut / "cloud.sqlite"
         assert read_records(cut / stage / "metrics.jsonl")[-1]["cloud_calls"] == phases[f"{stage}/train"]
 
     # Once more there is nothing to do.
-    before = state(cut), written(cut / "1-countdown"), written(cut / "2-sums")
+    before = state(cut), written(cut / "1-countdown"), written(cut / "2-small")
     selfroute("train", config, "--out", cut, "--resume")
-    assert before == (state(cut), written(cut / "1-countdown"), written(cut / "2-sums"))
+    assert before == (state(cut), written(cut / "1-countdown"), written(cut / "2-small"))
