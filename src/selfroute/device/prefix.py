@@ -12,12 +12,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfroute.errors import DeviceError
@@ -55,33 +57,53 @@ def pack(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-class SharedPrompts:
-    """The key-value caches of P prompts, computed in one forward pass, each without its last token.
+SAVED_TOKENS = 1024
+"""What all prompts begin with runs by itself where that spares so many tokens: a pass of few takes its time too."""
 
-    The last prompt token opens each row instead, so that every logit comes from the row's own pass. With `recompute`,
-    a layer's activations are not kept for the backward pass, but computed again in it.
+
+class SharedPrompts:
+    """The key-value caches of P prompts, each without its last token, which opens each row instead, so that every logit
+    comes from the row's own pass.
+
+    The tokens that all prompts begin with (`common` of them: the template, the instruction) run once, in front of the
+    rest. With `recompute`, a layer's activations are not kept for the backward pass, but computed again in it.
     """
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, *, recompute: bool = False
     ) -> None:
         self.model, self.prompts, self.pad, self.recompute = model, prompts, pad, recompute
-        ids, self.mask = pad_left([p[:-1] for p in prompts], pad, model.device)
-        with self._run(DynamicCache(config=model.config)) as self.cache:
-            model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        rests = [list(p[:-1]) for p in prompts]
+        self.common = _common(model, rests)
+        self.cache = DynamicCache(config=model.config)
+        before = torch.ones((1, 0), dtype=torch.long, device=model.device)
+        if self.common:
+            beginning = torch.tensor([rests[0][: self.common]], device=model.device)
+            self.cache, before = self._extend(self.cache, before, beginning, torch.ones_like(beginning))
+            rests = [rest[self.common :] for rest in rests]
+            self.cache = self.expand(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+        ids, mask = pad_left(rests, pad, model.device)
+        self.cache, self.mask = self._extend(self.cache, before.expand(len(prompts), -1), ids, mask)
         self._leaves: list[tuple[Tensor, Tensor]] = []
         if torch.is_grad_enabled():
             for layer in self.cache.layers:
                 self._leaves.append((layer.keys, layer.values))
                 layer.keys = layer.keys.detach().requires_grad_()
                 layer.values = layer.values.detach().requires_grad_()
+
+    def _extend(self, cache: DynamicCache, before: Tensor, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """A cache with more tokens, and the mask of all of it; `before` is that of what it holds."""
+        whole = torch.cat([before, mask], dim=1)
+        with self._run(cache) as extended:
+            self.model(
+                input_ids=ids,
+                attention_mask=whole,
+                position_ids=(whole.cumsum(-1) - 1).clamp_min(0)[:, before.shape[1] :],
+                past_key_values=extended,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return extended, whole
 
     def expand(self, index: Tensor) -> DynamicCache:
         """The caches of prompts `index` (B,), one a row; the shared ones stay as they are."""
@@ -153,6 +175,18 @@ class SharedPrompts:
                     gradients.append(leaf.grad)
         if outputs:
             torch.autograd.backward(outputs, gradients)
+
+
+def _common(model: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
+    """How many tokens to run once for all prompts; each keeps one at least.
+
+    None where layers look back over a window, since those count the padding that comes to stand behind them.
+    """
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    count = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+    if count * (len(prompts) - 1) < SAVED_TOKENS:
+        return 0
+    return count if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
 
 
 class _ReplayedCache(DynamicCache):
