@@ -14,6 +14,7 @@ import torch
 
 from selfroute.device.base import Sampling
 from selfroute.device.decode import Decoder
+from selfroute.device.growing import GrowingSteps
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import pack
 from selfroute.device.wording import Deltas, Prompt
@@ -55,7 +56,7 @@ class Batch:
     """The rows that are decoded together.
 
     Args:
-        engine: the model, without captured graphs: their shapes are fixed.
+        engine: the model.
         early_exit: of all rows, see `Sampling.early_exit`.
     """
 
@@ -128,6 +129,7 @@ class Batch:
                 limits,
                 sampling.model_copy(update={"max_tokens": max(limits)}),
                 top_p=top_p,
+                steps=GrowingSteps,
             )
         except Exception as error:
             failed = failure(error)

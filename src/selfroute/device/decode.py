@@ -10,18 +10,20 @@ decision point.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from selfroute.device.base import Sampling
 from selfroute.device.choose import Choices
 from selfroute.device.graphs import StaticSteps, has_fixed_shapes
+from selfroute.device.growing import GrowingSteps
 from selfroute.device.prefix import SharedPrompts
+from selfroute.device.sharing import SharingSteps, can_share
 from selfroute.protocol import find_decision
 from selfroute.types import Response
 
@@ -50,15 +52,24 @@ NewSteps = Callable[[PreTrainedModel, SharedPrompts, Tensor, int], Steps]
 
 
 def steps_for(model: PreTrainedModel, *, graphs: bool = True) -> NewSteps:
-    """How a model decodes: with captured graphs on a CUDA GPU, where it can and may; elsewhere they gain nothing."""
-    captured = graphs and model.device.type == "cuda" and has_fixed_shapes(model)
-    return StaticSteps if captured else GrowingSteps
+    """How a model decodes: with captured graphs on a CUDA GPU, where it can and may; else with one copy of what all
+    prompts begin with, where it can, or with a growing cache."""
+    if graphs and model.device.type == "cuda" and has_fixed_shapes(model):
+        return StaticSteps
+    # Found out when it is first of use.
+    shares = cache(lambda: can_share(model))
+
+    def new(model: PreTrainedModel, shared: SharedPrompts, index_B: Tensor, room: int) -> Steps:
+        return (SharingSteps if shared.common and shares() else GrowingSteps)(model, shared, index_B, room)
+
+    return new
 
 
 class Decoder:
     """One batch of rows, decoded together: the state of `HFEngine.generate`.
 
-    Where requests come and go (`batch`), rows that are over are left out at once (`select`), and others `join`.
+    Where requests come and go (`batch`), rows that are over are left out at once (`select`), and others `join`; `steps`
+    are growing ones then (None: the engine's).
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class Decoder:
         sampling: Sampling,
         *,
         top_p: float = 1.0,
+        steps: NewSteps | None = None,
     ) -> None:
         self.engine = engine
         device = engine.model.device
@@ -82,8 +94,8 @@ class Decoder:
             owners = range(rows)
         shared = SharedPrompts(engine.model, prompts, engine.pad)
         index_B = torch.tensor(list(owners), device=device)
-        # Steps of fixed shape cannot be taken back.
-        new_steps = GrowingSteps if sampling.early_exit else engine.steps
+        # Others cannot be taken back.
+        new_steps = GrowingSteps if sampling.early_exit else steps or engine.steps
         self.steps = new_steps(engine.model, shared, index_B, sampling.max_tokens)
         self.choices = Choices(engine.points, names, sampling, device, top_p=top_p)
         self.last_B = torch.tensor([prompts[owner][-1] for owner in owners], device=device)
@@ -220,120 +232,3 @@ class Decoder:
             # The dial asks at the first that it does not decline, so the highest says whether it asks.
             score = max(self.scores[row].values(), default=None)
         return Response(self.engine.decode(ids), tuple(ids), finished, score, index)
-
-
-class GrowingSteps:
-    """A cache that grows by a token a step; for any model, on any device."""
-
-    def __init__(self, model: PreTrainedModel, shared: SharedPrompts, index_B: Tensor, room: int) -> None:
-        self.model = model
-        self.cache = shared.expand(index_B)
-        for n, layer in enumerate(self.cache.layers):
-            if type(layer) is DynamicLayer:
-                self.cache.layers[n] = _GrowingLayer(layer, room)
-        self.mask_BT = shared.mask.index_select(0, index_B)
-
-    def logits(self, last_B: Tensor) -> Tensor:
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
-        logits_BTV: Tensor = self.model(
-            input_ids=last_B[:, None],
-            attention_mask=self.mask_BT,
-            position_ids=self.mask_BT.sum(-1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        return logits_BTV[:, -1]
-
-    def fit(self, live: int) -> int:
-        """Compacting copies the cache, so it waits until an eighth of the batch is over: the bound on wasted rows."""
-        rows = len(self.mask_BT)
-        return live if (rows - live) * 8 >= rows else rows
-
-    def take_back(self, row: int, count: int) -> None:
-        """Forget a row's last tokens: the cache keeps their places, which nothing sees any more."""
-        self.mask_BT[row, self.mask_BT.shape[1] - count :] = 0
-
-    def keep(self, rows_B: Tensor) -> None:
-        self.mask_BT = self.mask_BT[rows_B]
-        for layer in self.cache.layers:
-            layer.reorder_cache(rows_B)
-
-    def join(self, other: GrowingSteps) -> None:
-        """Go on with another's rows behind these, all aligned at their ends."""
-        width = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
-        masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask_BT, other.mask_BT)]
-        self.mask_BT = torch.cat(masks)
-        for layer, joining in zip(self.cache.layers, other.cache.layers, strict=True):
-            _hold(layer, _joined(layer.keys, joining.keys), _joined(layer.values, joining.values), width)
-
-    def trim(self) -> None:
-        """Forget places before the first token of any row."""
-        unused = int(self.mask_BT.any(0).byte().argmax())
-        if unused:
-            self.mask_BT = self.mask_BT[:, unused:]
-            width = self.mask_BT.shape[1]
-            for layer in self.cache.layers:
-                _hold(layer, layer.keys[..., -width:, :], layer.values[..., -width:, :], width)
-
-
-def _joined(a: Tensor, b: Tensor) -> Tensor:
-    """Keys or values of both, aligned at their ends.
-
-    Zeros before them, since a mask does not hide what is not a number.
-    """
-    length = max(a.shape[-2], b.shape[-2])
-    return torch.cat([pad(x, (0, 0, length - x.shape[-2], 0)) for x in (a, b)])
-
-
-def _hold(layer: DynamicLayer, keys: Tensor, values: Tensor, width: int) -> None:
-    """Put other keys and values into a layer; rows have `width` places, of which a window may hold only the last."""
-    if isinstance(layer, _GrowingLayer):
-        layer.hold(keys, values)
-        return
-    layer.keys, layer.values = keys, values
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = width
-
-
-def _with_room(x: Tensor, room: int) -> Tensor:
-    """A copy with room for more positions, which are not cleared: nothing reads them before they are written."""
-    *outer, length, width = x.shape
-    roomy = x.new_empty((*outer, length + room, width))
-    roomy[..., :length, :] = x
-    return roomy
-
-
-class _GrowingLayer(DynamicLayer):
-    """A cache layer with room for the whole response, written in place: no copy of the cache a token."""
-
-    def __init__(self, layer: DynamicLayer, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.length = layer.keys.shape[-2]
-        self._keys, self._values = (_with_room(x, room) for x in (layer.keys, layer.values))
-        self._view()
-
-    def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Go on from these, without room, which `update` makes."""
-        self.length, self._keys, self._values = keys.shape[-2], keys, values
-        self._view()
-
-    def _view(self) -> None:
-        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[-2]
-        if end > self._keys.shape[-2]:
-            # A row that took tokens back, or that joined others, goes on past the room that was made.
-            self._keys, self._values = (_with_room(x, end) for x in (self._keys, self._values))
-        self._keys[..., self.length : end, :] = key_states
-        self._values[..., self.length : end, :] = value_states
-        self.length = end
-        self._view()
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._keys, self._values = self._keys.index_select(0, beam_idx), self._values.index_select(0, beam_idx)
-        self._view()

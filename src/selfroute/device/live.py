@@ -75,9 +75,9 @@ class LiveEngine:
         if engine is None:
             settings = config.model_dump(include={"model", "dtype", "device", "thinking"})
             engine = HFEngine.load(DeviceConfig(**settings))
-        self._engine = HFEngine(engine.model, engine.tokenizer, thinking=engine.thinking, graphs=False)
+        self._engine = engine
         # A tokenizer does not serve two threads.
-        reads = HFEngine(engine.model, copy.deepcopy(engine.tokenizer), thinking=engine.thinking, graphs=False)
+        reads = HFEngine(engine.model, copy.deepcopy(engine.tokenizer), thinking=engine.thinking)
         context = min((n for n in (config.context, engine.context) if n is not None), default=None)
         self._wording = Wording(reads, context, merges=not config.early_exit)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="selfroute-reads")

@@ -58,7 +58,7 @@ def pack(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
 
 
 SAVED_TOKENS = 1024
-"""What all prompts begin with runs by itself where that spares so many tokens: a pass of few takes its time too."""
+"""The tokens that must be spared by running by itself what all prompts begin with: a pass of few takes its time too."""
 
 
 class SharedPrompts:
@@ -66,15 +66,22 @@ class SharedPrompts:
     comes from the row's own pass.
 
     The tokens that all prompts begin with (`common` of them: the template, the instruction) run once, in front of the
-    rest. With `recompute`, a layer's activations are not kept for the backward pass, but computed again in it.
+    rest, where that spares `least` tokens (None: `SAVED_TOKENS`). With `recompute`, a layer's activations are not kept
+    for the backward pass, but computed again in it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, *, recompute: bool = False
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        pad: int,
+        *,
+        recompute: bool = False,
+        least: int | None = None,
     ) -> None:
         self.model, self.prompts, self.pad, self.recompute = model, prompts, pad, recompute
         rests = [list(p[:-1]) for p in prompts]
-        self.common = _common(model, rests)
+        self.common = _common(model, rests, SAVED_TOKENS if least is None else least)
         self.cache = DynamicCache(config=model.config)
         before = torch.ones((1, 0), dtype=torch.long, device=model.device)
         if self.common:
@@ -177,14 +184,14 @@ class SharedPrompts:
             torch.autograd.backward(outputs, gradients)
 
 
-def _common(model: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
+def _common(model: PreTrainedModel, prompts: Sequence[list[int]], least: int) -> int:
     """How many tokens to run once for all prompts; each keeps one at least.
 
     None where layers look back over a window, since those count the padding that comes to stand behind them.
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     count = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    if count * (len(prompts) - 1) < SAVED_TOKENS:
+    if count * (len(prompts) - 1) < least:
         return 0
     return count if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
 

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfroute.device.base import DeviceConfig, Sampling
-from selfroute.device.decode import Decoder, GrowingSteps, NewSteps
+from selfroute.device.decode import Decoder, NewSteps
 from selfroute.device.graphs import SMALLEST, StaticSteps, has_fixed_shapes
+from selfroute.device.growing import GrowingSteps
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import SharedPrompts
 from selfroute.errors import DivergenceError

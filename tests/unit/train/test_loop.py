@@ -74,7 +74,7 @@ def plans_of(made: Trainer) -> list[Plan]:
 
 
 class RowCounter:
-    """Counts the rows that enter a forward pass of the update (those with a gradient), prompts apart."""
+    """Counts the rows that enter a forward pass of a step's update (those with a gradient), prompts apart."""
 
     def __init__(self, made: Trainer) -> None:
         self.rows = self.prompts = 0
@@ -82,11 +82,12 @@ class RowCounter:
 
     def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            fresh = kwargs["past_key_values"].get_seq_length() == 0
-            if fresh:
-                self.prompts += len(kwargs["input_ids"])
+            count = len(kwargs["input_ids"])
+            if kwargs.get("output_hidden_states"):
+                self.rows += count
             else:
-                self.rows += len(kwargs["input_ids"])
+                # What all prompts begin with is a single row, before them.
+                self.prompts = max(self.prompts, count)
 
 
 def test_it_trains_and_writes_what_it_says(run_dir: Path) -> None:

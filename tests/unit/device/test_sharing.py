@@ -1,0 +1,117 @@
+"""Steps that share what prompts begin with, against a growing cache."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.checkpoints import engine_of
+from tests.unit.device.test_architectures import prompts
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from selfroute.device import decode, prefix, sharing
+from selfroute.device.base import Sampling
+from selfroute.device.decode import Decoder
+from selfroute.device.growing import GrowingSteps
+from selfroute.device.hf import HFEngine
+from selfroute.device.sharing import SharingSteps, can_share
+from selfroute.types import Response
+
+WINDOWS = "gemma3_text"
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few tokens would not be worth it."""
+    monkeypatch.setattr(prefix, "SAVED_TOKENS", 1)
+
+
+def decoded(engine: HFEngine, steps: decode.NewSteps, temperature: float = 1.0) -> list[Response]:
+    """42 rows of three prompts, which end at any of 20 tokens, so that rows leave the batch."""
+    owners = [p for p in range(3) for _ in range(14)]
+    limits = [1 + n % 20 for n in range(42)]
+    engine.steps = steps
+    with torch.no_grad():
+        asked, names = prompts(engine), [str(n) for n in range(42)]
+        rows = Decoder(
+            engine, asked, owners, [[]] * 42, names, limits, Sampling(temperature=temperature, max_tokens=20)
+        )
+        return rows.run(None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_architecture_decodes_as_with_a_growing_cache(tiny: HFEngine, kind: str, temperature: float) -> None:
+    assert can_share(tiny.model) == (kind != WINDOWS)
+    if kind == WINDOWS:
+        return
+    expected, found = (decoded(tiny, steps, temperature) for steps in (GrowingSteps, SharingSteps))
+    assert len({r.token_ids for r in expected}) > 20 or not temperature
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.text, a.finished, a.score) == (b.text, b.finished, b.score and pytest.approx(b.score, abs=1e-5))
+
+
+def test_prompts_of_unequal_length_have_the_logits_of_a_growing_cache(tiny: HFEngine, kind: str) -> None:
+    asked = [p[: len(p) - n] for n, p in enumerate(prompts(tiny))]
+    shared = prefix.SharedPrompts(tiny.model, asked, tiny.pad)
+    assert len({len(p) for p in asked}) == 3
+    index_B, kept_B = torch.tensor([2, 0, 1, 0]), torch.tensor([3, 2])
+    with torch.no_grad():
+        alone, together = (new(tiny.model, shared, index_B, 3) for new in (GrowingSteps, tiny.steps))
+        assert type(together) is (GrowingSteps if kind == WINDOWS else SharingSteps)
+        for last_B in (torch.tensor([5, 9, 30, 31]), torch.tensor([7, 7, 8, 2])):
+            assert torch.allclose(together.logits(last_B), alone.logits(last_B), rtol=0, atol=1e-6)
+        for steps in (alone, together):
+            steps.keep(kept_B)
+        last_B = torch.tensor([4, 5])
+        assert torch.allclose(together.logits(last_B), alone.logits(last_B), rtol=0, atol=1e-6)
+
+
+def test_shared_keys_and_values_are_in_no_row(tiny: HFEngine, kind: str) -> None:
+    if kind == WINDOWS:
+        return
+    shared = prefix.SharedPrompts(tiny.model, prompts(tiny), tiny.pad)
+    sizes = [new(tiny.model, shared, torch.tensor([0, 1, 2] * 4), 3).cache.get_seq_length()
+             for new in (GrowingSteps, SharingSteps)]  # fmt: skip
+    assert sizes[0] - sizes[1] == shared.common > 0
+
+
+def test_without_a_beginning_worth_it_rows_have_a_cache_of_their_own(
+    tiny: HFEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "SAVED_TOKENS", 1000)
+    shared = prefix.SharedPrompts(tiny.model, prompts(tiny), tiny.pad)
+    assert type(tiny.steps(tiny.model, shared, torch.tensor([0, 1, 2]), 3)) is GrowingSteps
+
+
+def test_a_model_whose_attention_is_another_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("llama", torch.float64)
+    assert can_share(engine.model)
+    # Such as a cap, a sink or a bias, which a model's layers hand over and the shared attention does not know.
+    found = SharingSteps.attend
+    monkeypatch.setattr(SharingSteps, "attend", lambda *args: found(*args) * 1.1)
+    assert not can_share(engine.model)
+    monkeypatch.undo()
+    eager = AutoModelForCausalLM.from_config(engine.model.config, attn_implementation="eager")
+    assert not can_share(eager)
+    lost = copy.deepcopy(engine.model)
+    with torch.no_grad():
+        lost.get_input_embeddings().weight.fill_(torch.nan)
+    assert not can_share(lost)
+
+
+def test_the_models_own_attention_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("llama", torch.float64)
+    shared = prefix.SharedPrompts(engine.model, prompts(engine), engine.pad)
+    steps = SharingSteps(engine.model, shared, torch.tensor([0, 1]), 3)
+
+    def fails(*args: object) -> Tensor:
+        assert engine.model.config._attn_implementation == sharing.ATTENTION
+        raise MemoryError
+
+    monkeypatch.setattr(SharingSteps, "attend", fails)
+    with pytest.raises(MemoryError):
+        steps.logits(torch.tensor([1, 2]))
+    assert engine.model.config._attn_implementation == "sdpa"
