@@ -22,15 +22,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from selfroute.device.prefix import SharedPrompts
+from selfroute.device.prefix import SharedPrompts, scales_positions
 from selfroute.errors import DeviceError
 
 SMALLEST = 32
 """Batches of up to so many rows stay as they are: reading the weights takes most of their time."""
 ALIGNED = 64
 """Buffers hold a multiple of so many positions, as fast attention kernels want them."""
-
-_SCALED = ("dynamic", "longrope")
 
 
 def has_fixed_shapes(model: PreTrainedModel) -> bool:
@@ -45,7 +43,7 @@ def has_fixed_shapes(model: PreTrainedModel) -> bool:
         getattr(model, "_can_compile_fullgraph", False)
         and config._attn_implementation in ("sdpa", "eager")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-        and not any(kind in str(getattr(module, "rope_type", "")) for module in model.modules() for kind in _SCALED)
+        and not scales_positions(model)
         and getattr(model.config, "quantization_config", None) is None
     )
 

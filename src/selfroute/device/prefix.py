@@ -184,14 +184,21 @@ class SharedPrompts:
             torch.autograd.backward(outputs, gradients)
 
 
+def scales_positions(model: PreTrainedModel) -> bool:
+    """Whether a model's keys depend on how long the whole text is."""
+    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
+    return any(scaled in kind for kind in kinds for scaled in ("dynamic", "longrope"))
+
+
 def _common(model: PreTrainedModel, prompts: Sequence[list[int]], least: int) -> int:
     """How many tokens to run once for all prompts; each keeps one at least.
 
-    None where layers look back over a window, since those count the padding that comes to stand behind them.
+    None where keys depend on the length, which is not known then, and where layers look back over a window, since those
+    count the padding that comes to stand behind the beginning.
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     count = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    if count * (len(prompts) - 1) < least:
+    if count * (len(prompts) - 1) < least or scales_positions(model):
         return 0
     return count if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
 

@@ -9,7 +9,7 @@ import torch
 from tests.checkpoints import engine_of
 from tests.unit.device.test_architectures import prompts
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from selfroute.device import decode, prefix, sharing
 from selfroute.device.base import Sampling
@@ -76,6 +76,32 @@ def test_shared_keys_and_values_are_in_no_row(tiny: HFEngine, kind: str) -> None
     sizes = [new(tiny.model, shared, torch.tensor([0, 1, 2] * 4), 3).cache.get_seq_length()
              for new in (GrowingSteps, SharingSteps)]  # fmt: skip
     assert sizes[0] - sizes[1] == shared.common > 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_keys_that_depend_on_the_length_are_not_made_before_it_is_known(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 8}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+        max_position_embeddings=16, rope_parameters=rope,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double()
+    # Longer than 8 with what comes behind the beginning, and shorter without.
+    asked = [[1, 2, 3, 4, 5, 6, 7, *rest, 8] for rest in ([10, 11, 12, 13], [20, 21, 22, 23])]
+    with torch.no_grad():
+        together_BTV, _, _ = prefix.SharedPrompts(model, asked, 0).logits([0, 1], [[5], [5]])
+        for b, prompt in enumerate(asked):
+            assert torch.allclose(together_BTV[b, 0], _logits(model, prompt), atol=1e-6)
+
+
+def _logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
+    """After a prompt, whose last token opens its row."""
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([prompt[:-1]]), past_key_values=cache)
+    logits_BTV: Tensor = model(torch.tensor([prompt[-1:]]), past_key_values=cache).logits
+    return logits_BTV[0, -1]
 
 
 def test_without_a_beginning_worth_it_rows_have_a_cache_of_their_own(
