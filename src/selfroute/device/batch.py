@@ -14,7 +14,6 @@ import torch
 
 from selfroute.device.base import Sampling
 from selfroute.device.decode import Decoder
-from selfroute.device.growing import GrowingSteps
 from selfroute.device.hf import HFEngine
 from selfroute.device.prefix import pack
 from selfroute.device.wording import Deltas, Prompt
@@ -129,7 +128,7 @@ class Batch:
                 limits,
                 sampling.model_copy(update={"max_tokens": max(limits)}),
                 top_p=top_p,
-                steps=GrowingSteps,
+                joins=True,
             )
         except Exception as error:
             failed = failure(error)

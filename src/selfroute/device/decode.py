@@ -9,6 +9,7 @@ decision point.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -52,8 +53,8 @@ NewSteps = Callable[[PreTrainedModel, SharedPrompts, Tensor, int], Steps]
 
 
 def steps_for(model: PreTrainedModel, *, graphs: bool = True) -> NewSteps:
-    """How a model decodes: with captured graphs on a CUDA GPU, where it can and may; else with one copy of what all
-    prompts begin with, where it can, or with a growing cache."""
+    """How a model decodes: with captured graphs on a CUDA GPU, where it can and may; on a CPU with one copy of what all
+    prompts begin with, where it can; else with a growing cache."""
     if graphs and model.device.type == "cuda" and has_fixed_shapes(model):
         return StaticSteps
     # Found out when it is first of use.
@@ -68,8 +69,8 @@ def steps_for(model: PreTrainedModel, *, graphs: bool = True) -> NewSteps:
 class Decoder:
     """One batch of rows, decoded together: the state of `HFEngine.generate`.
 
-    Where requests come and go (`batch`), rows that are over are left out at once (`select`), and others `join`; `steps`
-    are growing ones then (None: the engine's).
+    Where requests come and go (`batch`), rows that are over are left out at once (`select`), and others `join`: with
+    `joins`, each has all of its prompt to itself.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Decoder:
         sampling: Sampling,
         *,
         top_p: float = 1.0,
-        steps: NewSteps | None = None,
+        joins: bool = False,
     ) -> None:
         self.engine = engine
         device = engine.model.device
@@ -92,10 +93,10 @@ class Decoder:
             # Rows that begin with tokens of their own share nothing beyond them.
             prompts = [[*prompts[owner], *start] for owner, start in zip(owners, starts, strict=True)]
             owners = range(rows)
-        shared = SharedPrompts(engine.model, prompts, engine.pad)
+        shared = SharedPrompts(engine.model, prompts, engine.pad, least=sys.maxsize if joins else None)
         index_B = torch.tensor(list(owners), device=device)
         # Others cannot be taken back.
-        new_steps = GrowingSteps if sampling.early_exit else steps or engine.steps
+        new_steps = GrowingSteps if joins or sampling.early_exit else engine.steps
         self.steps = new_steps(engine.model, shared, index_B, sampling.max_tokens)
         self.choices = Choices(engine.points, names, sampling, device, top_p=top_p)
         self.last_B = torch.tensor([prompts[owner][-1] for owner in owners], device=device)

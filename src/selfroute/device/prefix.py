@@ -193,12 +193,12 @@ def scales_positions(model: PreTrainedModel) -> bool:
 def _common(model: PreTrainedModel, prompts: Sequence[list[int]], least: int) -> int:
     """How many tokens to run once for all prompts; each keeps one at least.
 
-    None where keys depend on the length, which is not known then, and where layers look back over a window, since those
-    count the padding that comes to stand behind the beginning.
+    None where keys depend on the length, which is not known then, and where attention counts places in the cache, as
+    windows and ALiBi do: padding comes to stand behind the beginning.
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     count = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    if count * (len(prompts) - 1) < least or scales_positions(model):
+    if count * (len(prompts) - 1) < least or scales_positions(model) or not model._supports_attention_backend:
         return 0
     return count if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,10 @@ def test_shared_keys_and_values_are_in_no_row(tiny: HFEngine, kind: str) -> None
     sizes = [new(tiny.model, shared, torch.tensor([0, 1, 2] * 4), 3).cache.get_seq_length()
              for new in (GrowingSteps, SharingSteps)]  # fmt: skip
     assert sizes[0] - sizes[1] == shared.common > 0
+    steps = SharingSteps(tiny.model, shared, torch.tensor([0, 1, 2]), 3)
+    for layer, kept in zip(shared.cache.layers, steps._beginnings, strict=True):
+        whole = layer.keys.nbytes / layer.keys.shape[0] / layer.keys.shape[2] * shared.common
+        assert [x.untyped_storage().nbytes() for x in kept] == [whole, whole]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -102,6 +107,56 @@ def _logits(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     model(torch.tensor([prompt[:-1]]), past_key_values=cache)
     logits_BTV: Tensor = model(torch.tensor([prompt[-1:]]), past_key_values=cache).logits
     return logits_BTV[0, -1]
+
+
+def small(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+    """A random model whose attention matters."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 99}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(shape | settings)), dtype=dtype).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.dim() > 1 else 1)
+    found: PreTrainedModel = model
+    return found
+
+
+def test_scores_are_scaled_as_the_model_says() -> None:
+    assert can_share(small("granite", attention_multiplier=0.9))
+
+
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+          "v_head_dim": 8, "first_k_dense_replace": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        # Layers that are not told of the steps; that cache something else than keys and values.
+        ("nemotron", {}),
+        ("deepseek_v3", LATENT),
+        # Places in the cache count: ALiBi, and windows in a cache of all tokens.
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    ],
+)
+def test_other_models_decode_without_sharing(kind: str, settings: dict[str, Any]) -> None:
+    model = small(kind, **settings)
+    assert not can_share(model)
+    asked = [[1, 2, 3, 4, 5, 6, 7, *rest, 8] for rest in ([10], [20, 21, 22, 23, 24, 25])]
+    with torch.no_grad():
+        together_BTV, _, _ = prefix.SharedPrompts(model, asked, 0).logits([0, 1], [[5], [5]])
+        for b, prompt in enumerate(asked):
+            alone_V = model(torch.tensor([prompt])).logits[0, -1]
+            assert torch.allclose(together_BTV[b, 0], alone_V, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_share(dtype: torch.dtype) -> None:
+    """Its rounding would hide what the check looks for, or look like it."""
+    assert can_share(small("llama"))
+    assert not can_share(small("llama", dtype))
 
 
 def test_without_a_beginning_worth_it_rows_have_a_cache_of_their_own(
