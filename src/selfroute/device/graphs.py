@@ -19,10 +19,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from selfroute.device.prefix import SharedPrompts, scales_positions
+from selfroute.device.prefix import SharedPrompts, keeps_all, scales_positions
 from selfroute.errors import DeviceError
 
 SMALLEST = 32
@@ -42,7 +42,7 @@ def has_fixed_shapes(model: PreTrainedModel) -> bool:
     return bool(
         getattr(model, "_can_compile_fullgraph", False)
         and config._attn_implementation in ("sdpa", "eager")
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and keeps_all(model)
         and not scales_positions(model)
         and getattr(model.config, "quantization_config", None) is None
     )

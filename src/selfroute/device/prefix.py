@@ -184,6 +184,11 @@ class SharedPrompts:
             torch.autograd.backward(outputs, gradients)
 
 
+def keeps_all(model: PreTrainedModel) -> bool:
+    """Whether every layer's cache holds a key and a value of every token, and no less."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 def scales_positions(model: PreTrainedModel) -> bool:
     """Whether a model's keys depend on how long the whole text is."""
     kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
@@ -198,9 +203,9 @@ def _common(model: PreTrainedModel, prompts: Sequence[list[int]], least: int) ->
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     count = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    if count * (len(prompts) - 1) < least or scales_positions(model) or not model._supports_attention_backend:
+    if count * (len(prompts) - 1) < least:
         return 0
-    return count if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
+    return count if model._supports_attention_backend and keeps_all(model) and not scales_positions(model) else 0
 
 
 class _ReplayedCache(DynamicCache):

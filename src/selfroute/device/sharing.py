@@ -1,8 +1,8 @@
 """Decoding steps whose rows share the keys and values of what all their prompts begin with, under a growing cache of
 their own for the rest.
 
-The shared part is attended to in one matrix product for all rows, and is never copied: on a CPU, where decoding waits
-for memory, a token takes less of it. Source: Hydragen, arXiv:2402.05099, section 3, with one softmax over both parts.
+The shared part is attended to in one matrix product for all rows, and is not copied to them. In place of many small
+products, that takes a CPU less time. Source: Hydragen, arXiv:2402.05099, section 3, with one softmax over both parts.
 
 Axes: B rows, C tokens that all prompts begin with, R positions of the rest of a prompt, T of these and a row's own
 tokens, K key-value heads, Q query heads for each of them, D width of a head, V vocabulary.
@@ -76,11 +76,9 @@ class SharingSteps:
         keys_KDC, values_KCD = self._beginnings[layer]
         query_BKQD = query_BHD.unflatten(1, (len(keys_KDC), -1))
         own_BKQT = query_BKQD @ key_BKTD.mT
-        own_BKQT[..., : self._bias_BR.shape[1]] += self._bias_BR[:, None, None].to(own_BKQT.dtype)
+        own_BKQT[..., : self._bias_BR.shape[1]] += self._bias_BR[:, None, None]
         asked_BKQN = torch.cat([_of_all(query_BKQD, keys_KDC), own_BKQT], dim=-1)
-        exact = torch.promote_types(asked_BKQN.dtype, torch.float32)
-        weight_BKQN = asked_BKQN.softmax(-1, dtype=exact).to(value_BKTD.dtype)
-        weight_BKQC, weight_BKQT = weight_BKQN.split([keys_KDC.shape[-1], own_BKQT.shape[-1]], dim=-1)
+        weight_BKQC, weight_BKQT = asked_BKQN.softmax(-1).split([keys_KDC.shape[-1], own_BKQT.shape[-1]], dim=-1)
         found_BKQD: Tensor = _of_all(weight_BKQC, values_KCD) + weight_BKQT @ value_BKTD
         return found_BKQD.flatten(1, 2)
 
