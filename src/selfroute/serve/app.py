@@ -39,6 +39,7 @@ from selfroute.serve.refusal import RefusedError, shutting_down, too_many
 from selfroute.serve.responses import ResponsesWriter, chat_body
 from selfroute.serve.store import Store
 from selfroute.serve.telling import KEEP_ALIVE_S, Telling, Writer, refuse
+from selfroute.serve.turns import Turns
 from selfroute.types import POLICIES, DeviceEngine, Policy
 
 MAX_DEPTH = 64
@@ -85,6 +86,8 @@ class Gateway:
     """Requests under way that count towards `max_concurrent`."""
     active_of: Counter[str] = field(default_factory=Counter)
     """Those of each key, by its scope, where `max_concurrent_per_key` is set."""
+    turns: Turns = field(default_factory=Turns)
+    """Which request begins next."""
     keep_alive_s: float = KEEP_ALIVE_S
     around: Callable[[ASGIApp], ASGIApp] | None = None
     """What is put around the application, such as `tracing.Tracing.app`."""
@@ -172,6 +175,7 @@ class _Endpoint:
         gateway.active += self._limited
         gateway.metrics.in_flight.inc(self._limited)
         try:
+            await gateway.turns.mine()
             response = await self._response(Request(scope, receive), headers)
             await response(scope, receive, send)
         except RefusedError as refusal:

@@ -35,6 +35,7 @@ from selfroute.serve.config import GatewayConfig
 from selfroute.serve.events import Content, Course, Done, Tell
 from selfroute.serve.handoff import Pair
 from selfroute.serve.telling import Telling
+from selfroute.serve.turns import Turns
 from selfroute.types import CloudChunk
 
 ASKS = said("hard", "\n<unk", HELP_CALL.removeprefix("<unk"))
@@ -445,6 +446,21 @@ def test_too_many_requests_a_minute() -> None:
         refused = post(client)
         assert refused.status_code == 429
         assert 0 < int(refused.headers["retry-after"]) <= 63
+
+
+def test_each_request_waits_for_its_turn_before_it_is_counted() -> None:
+    counted = list[int]()
+
+    class Watched(Turns):
+        async def mine(self) -> None:
+            await super().mine()
+            counted.append(world.budget.gateway.window.totals(time.time())[0])
+
+    world = World()
+    with world.client() as client:
+        world.gateway.turns = Watched()
+        assert [post(client).status_code, post(client).status_code] == [200, 200]
+    assert counted == [0, 1]
 
 
 def test_too_many_requests_at_a_time() -> None:
