@@ -87,7 +87,7 @@ class Gateway:
     active_of: Counter[str] = field(default_factory=Counter)
     """Those of each key, by its scope, where `max_concurrent_per_key` is set."""
     turns: Turns = field(default_factory=Turns)
-    """Which request begins next."""
+    """Who begins when."""
     keep_alive_s: float = KEEP_ALIVE_S
     around: Callable[[ASGIApp], ASGIApp] | None = None
     """What is put around the application, such as `tracing.Tracing.app`."""
@@ -175,7 +175,6 @@ class _Endpoint:
         gateway.active += self._limited
         gateway.metrics.in_flight.inc(self._limited)
         try:
-            await gateway.turns.mine()
             response = await self._response(Request(scope, receive), headers)
             await response(scope, receive, send)
         except RefusedError as refusal:
@@ -204,8 +203,7 @@ class _Endpoint:
 
 async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     course = Course()
-    key = await _key(gateway, request)
-    gateway.hold(key, request.scope)
+    key = await _admitted(gateway, request)
     body = await _body(gateway, request)
     asked = read(body)
     ask = await _ask(gateway, request, key, asked, body, headers[REQUEST_ID])
@@ -216,8 +214,7 @@ async def _chat(gateway: Gateway, request: Request, headers: dict[str, str]) -> 
 
 async def _responses(gateway: Gateway, request: Request, headers: dict[str, str]) -> ASGIApp:
     course = Course()
-    key = await _key(gateway, request)
-    gateway.hold(key, request.scope)
+    key = await _admitted(gateway, request)
     body = await _body(gateway, request)
     chat = chat_body(body)
     asked = read(chat)
@@ -319,6 +316,15 @@ async def _metrics(gateway: Gateway, request: Request, headers: dict[str, str]) 
 
 async def _key(gateway: Gateway, request: Request) -> Key | None:
     return await key_of(request, gateway.keys, gateway.sessions)
+
+
+async def _admitted(gateway: Gateway, request: Request) -> Key | None:
+    """The key of a request whose turn it is."""
+    key = await _key(gateway, request)
+    gateway.hold(key, request.scope)
+    # What is refused does not wait: it would take the places of others meanwhile.
+    await gateway.turns.mine()
+    return key
 
 
 async def _body(gateway: Gateway, request: Request) -> Any:

@@ -27,7 +27,7 @@ class Turns:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def mine(self) -> None:
-        """Wait for the caller's turn; whoever is cancelled meanwhile has none."""
+        """Wait for the caller's turn, which whoever is cancelled gives up."""
         loop = asyncio.get_running_loop()
         if not self._left:
             self._left = BETWEEN

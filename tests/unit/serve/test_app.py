@@ -6,14 +6,17 @@ import asyncio
 import json
 import math
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
 import pytest
+from starlette.types import Message
 from tests.serving import (
     DOWN,
     UNREACHABLE,
@@ -448,19 +451,96 @@ def test_too_many_requests_a_minute() -> None:
         assert 0 < int(refused.headers["retry-after"]) <= 63
 
 
-def test_each_request_waits_for_its_turn_before_it_is_counted() -> None:
-    counted = list[int]()
+class HeldTurns(Turns):
+    """Turns that nobody gets before they are `given`."""
 
-    class Watched(Turns):
-        async def mine(self) -> None:
-            await super().mine()
-            counted.append(world.budget.gateway.window.totals(time.time())[0])
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.waiting = threading.Event(), 0
 
-    world = World()
+    async def mine(self) -> None:
+        self.waiting += 1
+        try:
+            while not self.given.is_set():
+                await asyncio.sleep(0.002)
+        finally:
+            self.waiting -= 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_each_request_waits_for_its_turn(path: str) -> None:
+    world, turns = World(), HeldTurns()
+    with world.client() as client, ThreadPoolExecutor(1) as pool:
+        world.gateway.turns = turns
+        waits = pool.submit(client.post, path, json={**CHAT, "input": "2+3?"})
+        until(lambda: turns.waiting)
+        time.sleep(0.1)
+        # It takes a place, and has not begun; what takes no work does not wait.
+        assert (world.gateway.active, world.budget.gateway.window.totals(time.time())[0]) == (1, 0)
+        for other in ("/healthz", "/metrics", "/v1/models", "/v1/models/selfroute"):
+            assert client.get(other).status_code == 200
+        turns.given.set()
+        assert waits.result().status_code == 200
+    (record,) = world.recorder.records
+    # Waiting is part of what a request takes.
+    assert record.total_ms > 100
+
+
+def test_whoever_is_refused_waits_for_no_turn_and_takes_no_place() -> None:
+    keys = FakeKeys({f"Bearer {name}": FakeKey(scope=Scope(f"key:{name}", Limits())) for name in ("one", "two")})
+    one, two = ({"authorization": f"Bearer {name}"} for name in ("one", "two"))
+    config = {"keys": True, "max_concurrent": 3, "max_concurrent_per_key": 1}
+    world, turns = World(keys=keys, config=config), HeldTurns()
+    with world.client() as client, ThreadPoolExecutor(2) as pool:
+        world.gateway.turns = turns
+        waits = [pool.submit(post, client, one)]
+        until(lambda: turns.waiting == 1)
+        for _ in range(4):
+            assert post(client, {"authorization": "Bearer stranger"}).status_code == 401
+            assert post(client, one).status_code == 429
+        waits.append(pool.submit(post, client, two))
+        until(lambda: turns.waiting == 2)
+        assert world.gateway.active == 2
+        turns.given.set()
+        assert [w.result().status_code for w in waits] == [200, 200]
+
+
+def test_a_client_that_leaves_before_its_turn_costs_nothing() -> None:
+    world, turns = World(), HeldTurns()
     with world.client() as client:
-        world.gateway.turns = Watched()
-        assert [post(client).status_code, post(client).status_code] == [200, 200]
-    assert counted == [0, 1]
+        world.gateway.turns = turns
+        with pytest.raises(httpx2.ReadTimeout):
+            client.post("/v1/chat/completions", json=CHAT, timeout=0.1)
+        turns.given.set()
+        until(lambda: not world.gateway.active)
+        assert world.budget.gateway.window.totals(time.time())[0] == 0
+    assert not world.device.requests
+    assert not world.recorder.records
+
+
+def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends() -> None:
+    async def run() -> tuple[list[Message], int, int]:
+        world, turns, sent = World(), HeldTurns(), list[Message]()
+        budget = MemoryBudget(world.limits)
+        pair = Pair(world.device, world.cloud, budget, MemoryRecorder(), idle_s=60)
+        gateway = Gateway(GatewayConfig(), pair, budget, turns=turns)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": json.dumps(CHAT).encode()}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"host", b"localhost")]}
+        request = asyncio.ensure_future(make_app(gateway)(scope, receive, send))
+        while not turns.waiting:
+            await asyncio.sleep(0)
+        request.cancel()
+        await request
+        return sent, gateway.active, turns.waiting
+
+    (start, _), active, waiting = asyncio.run(run())
+    assert (start["status"], active, waiting) == (503, 0, 0)
 
 
 def test_too_many_requests_at_a_time() -> None:

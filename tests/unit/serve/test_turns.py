@@ -27,6 +27,27 @@ def test_one_begins_every_few_iterations_and_the_first_come_first() -> None:
     assert (second - first, third - second) == (BETWEEN + 1, BETWEEN)
 
 
+def test_the_last_of_a_queue_goes_on_before_whoever_comes_behind() -> None:
+    async def run() -> int:
+        turns, begun = Turns(), list[int]()
+
+        async def begin() -> None:
+            await turns.mine()
+            begun.append(iteration)
+
+        iteration = 0
+        tasks = [asyncio.create_task(begin()) for _ in range(2)]
+        while len(begun) < 3:
+            if len(begun) == len(tasks) == 2:
+                tasks.append(asyncio.create_task(begin()))
+            await asyncio.sleep(0)
+            iteration += 1
+        await asyncio.gather(*tasks)
+        return begun[2] - begun[1]
+
+    assert asyncio.run(run()) == BETWEEN
+
+
 def test_what_is_under_way_ends_before_the_next_begins() -> None:
     async def run() -> list[str]:
         turns, said, answered = Turns(), list[str](), asyncio.Event()
@@ -89,7 +110,7 @@ def test_whoever_comes_alone_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("after", range(2 * BETWEEN))
-def test_whoever_is_cancelled_gives_its_turn_to_the_next(after: int) -> None:
+def test_whoever_is_cancelled_holds_up_nobody(after: int) -> None:
     async def run() -> list[str]:
         turns, begun = Turns(), list[str]()
 
