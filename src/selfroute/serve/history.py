@@ -124,10 +124,10 @@ class Health:
     answered_at: float | None
 
 
-def add(connection: Connection, records: Sequence[RequestRecord]) -> None:
-    """Write records and their sums; those whose id is there already are left as they are."""
+def add(connection: Connection, records: Sequence[RequestRecord], *, again: bool = False) -> None:
+    """Write records and their sums; where it is tried `again`, those that are there already are left as they are."""
     rows = {row["id"]: row for row in map(_row, records)}
-    for known in connection.execute(_KNOWN, {"ids": list(rows)}).scalars().all():
+    for known in connection.execute(_KNOWN, {"ids": list(rows)}).scalars() if again else ():
         del rows[known]
     if not rows:
         return

@@ -12,7 +12,9 @@ import json
 import logging
 import math
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from selfroute.errors import SilentStoreError, StoreError
@@ -34,13 +36,14 @@ class Counter(Protocol):
 
 
 class Recorder:
-    """Writes records to the store every `interval_s`, at most `batch` in a transaction.
+    """Writes records to the store every `interval_s`, or as soon as `few` wait; at most `batch` in a transaction.
 
-    Batches are small: without content, SQLite takes one in the event loop's thread, in about a millisecond. In a thread
-    beside it each statement would wait for Python's lock, and the calls' reservations for the batch. The queue holds
-    `capacity` records; further ones are dropped, and counted in `dropped`. A batch that the store refuses is tried
-    `tries` times, at first after `retry_s`, then after three times as long each time, and dropped then. Without
-    `content`, requests' and responses' texts never reach the queue.
+    Few at a time: without content, SQLite takes them in the event loop's thread, and requests wait meanwhile. In a
+    thread beside it each statement would wait for Python's lock, and the calls' reservations for the records. A store
+    that is slower gets more at a time, for they come while it writes. The queue holds `capacity` records; further ones
+    are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times, at first after
+    `retry_s`, then after three times as long each time, and dropped then. Without `content`, requests' and responses'
+    texts never reach the queue.
     """
 
     def __init__(
@@ -50,16 +53,18 @@ class Recorder:
         *,
         content: bool = False,
         capacity: int = 10_000,
+        few: int = 8,
         batch: int = 50,
         interval_s: float = 0.05,
         tries: int = 6,
         retry_s: float = 0.25,
     ) -> None:
         self._store, self._dropped, self._content = store, dropped, content
-        self._capacity, self._batch, self._interval_s = capacity, batch, interval_s
+        self._capacity, self._few, self._batch, self._interval_s = capacity, few, batch, interval_s
         self._tries, self._retry_s = tries, retry_s
         self._queue: deque[RequestRecord] = deque()
         self._filled = asyncio.Event()
+        self._enough = asyncio.Event()
         self._closing = asyncio.Event()
         self._refused = 0
 
@@ -73,14 +78,16 @@ class Recorder:
             record = replace(record, request=None, response=None)
         self._queue.append(record)
         self._filled.set()
+        if len(self._queue) >= self._few:
+            self._enough.set()
 
     async def run(self) -> None:
         """Write until `close`, and what is left then."""
         while not self._closing.is_set() or self._queue:
             await self._filled.wait()
+            await _within(self._interval_s, self._enough)
             self._filled.clear()
-            if len(self._queue) < self._batch:
-                await self._pause(self._interval_s)
+            self._enough.clear()
             # Those that come meanwhile wait for the next time, so that batches do not get small under load.
             for _ in range(math.ceil(len(self._queue) / self._batch)):
                 if not self._queue:
@@ -93,14 +100,15 @@ class Recorder:
 
     def close(self) -> None:
         """Let `run` end as soon as all is written, or dropped after one more try."""
-        self._closing.set()
-        self._filled.set()
+        for event in (self._closing, self._filled, self._enough):
+            event.set()
 
     async def _write(self, records: list[RequestRecord]) -> None:
         wait_s = self._retry_s
         for left in reversed(range(self._tries)):
             try:
-                await self._store.write(lambda connection: history.add(connection, records), brief=not self._content)
+                adding = partial(history.add, records=records, again=left < self._tries - 1)
+                await self._store.write(adding, brief=not self._content)
                 return
             except StoreError as error:
                 if not left or self._closing.is_set():
@@ -112,16 +120,15 @@ class Recorder:
                     _log.error("%d request records were dropped: %s", lost, error)
                     self._dropped.inc(lost)
                     return
-            await self._pause(wait_s)
+            await _within(wait_s, self._closing)
             wait_s *= 3
 
-    async def _pause(self, seconds: float) -> None:
-        """Wait, but not for long once it is closing."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
-        except TimeoutError:
-            return
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait so long for it, at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def record_of(ask: Ask, course: Course, *, content: bool) -> RequestRecord:

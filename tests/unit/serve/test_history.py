@@ -26,9 +26,9 @@ DENIED = replace(DEVICE, id="r3", at=HOUR + 125, denied="share", total_ms=120.0)
 FAILED = RequestRecord(id="r4", at=HOUR + 200, key_id="k1", status=502, error="cloud_failed", total_ms=30.0)
 
 
-def write(store: Store, *records: RequestRecord) -> None:
+def write(store: Store, *records: RequestRecord, again: bool = False) -> None:
     with store.begin() as connection:
-        history.add(connection, records)
+        history.add(connection, records, again=again)
 
 
 def read(store: Store, query: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,8 @@ def test_a_request_counts_once_wherever_it_ended(store: Store) -> None:
 
 def test_a_batch_that_is_written_twice_counts_once(store: Store) -> None:
     write(store, DEVICE, CLOUD)
-    write(store, CLOUD, DENIED, DENIED)
+    write(store, CLOUD, DENIED, DENIED, again=True)
+    write(store, CLOUD, DENIED, again=True)
     assert total(store, HOUR).requests == 3
     assert len(read(store, history.latest, 10)) == 3
 
@@ -156,7 +157,7 @@ def test_forgotten_content_is_not_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "gateway.sqlite"
     for forgotten in (False, True):
         store = Store(str(path))
-        write(store, replace(CLOUD, response="canary-8861"))
+        write(store, replace(CLOUD, response="canary-8861"), again=forgotten)
         if forgotten:
             asyncio.run(history.forget(store, 0, now=HOUR + 86_400))
         store.close()

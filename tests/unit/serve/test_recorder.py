@@ -28,10 +28,11 @@ class Dropped:
 
 
 class Watched(Store):
-    """Another store; its writes are counted, wait for a gate, and fail as often as they are told."""
+    """Another store; its writes are counted, wait for a gate, and fail as often as they are told, before they are made
+    or `after`."""
 
-    def __init__(self, store: Store, failures: int = 0, silent: bool = False) -> None:
-        self.store, self.failures, self.silent, self.writes = store, failures, silent, 0
+    def __init__(self, store: Store, failures: int = 0, silent: bool = False, after: bool = False) -> None:
+        self.store, self.failures, self.silent, self.writes, self.after = store, failures, silent, 0, after
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -40,6 +41,8 @@ class Watched(Store):
         await self.gate.wait()
         if self.failures:
             self.failures -= 1
+            if self.after:
+                await self.store.write(work, brief=brief)
             raise SilentStoreError("no answer") if self.silent else StoreError("the store x failed: disk full")
         return await self.store.write(work, brief=brief)
 
@@ -75,6 +78,74 @@ def test_records_are_written_in_batches_and_all_of_them_on_closing(store: Store)
 
     asyncio.run(run())
     assert len(written(store)) == 1001
+
+
+def test_few_records_do_not_wait_for_an_interval(store: Store) -> None:
+    async def run() -> None:
+        watched = Watched(store)
+        recorder = Recorder(watched, Dropped(), few=3, interval_s=3600)
+        running = asyncio.create_task(recorder.run())
+        # Again and again, and what comes while they are written too.
+        for number, group in enumerate((records(3), records(6)[3:], records(9)[6:])):
+            for record in group[:2]:
+                recorder.record(record)
+            await asyncio.sleep(0.02)
+            assert watched.writes == number
+            watched.gate.clear()
+            recorder.record(group[2])
+            async with asyncio.timeout(10):
+                while watched.writes == number:
+                    await asyncio.sleep(0.001)
+            watched.gate.set()
+            await asyncio.sleep(0)
+        for record in records(13)[9:]:
+            recorder.record(record)
+        async with asyncio.timeout(10):
+            while watched.writes < 4:
+                await asyncio.sleep(0.001)
+        await drained(recorder, running)
+        assert watched.writes == 4
+
+    asyncio.run(run())
+    assert len(written(store)) == 13
+
+
+def test_fewer_records_wait_for_an_interval(store: Store) -> None:
+    async def run() -> None:
+        watched = Watched(store)
+        recorder = Recorder(watched, Dropped(), few=3, interval_s=0.2)
+        running = asyncio.create_task(recorder.run())
+        began = time.monotonic()
+        for record in records(2):
+            recorder.record(record)
+        async with asyncio.timeout(10):
+            while not watched.writes:
+                await asyncio.sleep(0.001)
+        assert time.monotonic() - began > 0.19
+        await drained(recorder, running)
+        assert watched.writes == 1
+
+    asyncio.run(run())
+    assert len(written(store)) == 2
+
+
+def test_what_was_written_before_the_store_failed_is_not_written_again(store: Store) -> None:
+    async def run() -> None:
+        watched, dropped = Watched(store, failures=1, after=True), Dropped()
+        recorder = Recorder(watched, dropped, interval_s=0.001, retry_s=0.001)
+        running = asyncio.create_task(recorder.run())
+        recorder.record(RECORD)
+        async with asyncio.timeout(10):
+            while watched.writes < 2:
+                await asyncio.sleep(0.001)
+        await drained(recorder, running)
+        assert (watched.writes, dropped.count) == (2, 0)
+
+    asyncio.run(run())
+    assert len(written(store)) == 1
+    with store.begin(write=False) as connection:
+        [(_, sums)] = history.timeline(connection, RECORD.at, 1)
+    assert sums.requests == 1
 
 
 def test_closing_does_not_wait_for_an_interval(store: Store) -> None:
