@@ -319,10 +319,10 @@ async def _key(gateway: Gateway, request: Request) -> Key | None:
 
 
 async def _admitted(gateway: Gateway, request: Request) -> Key | None:
-    """The key of a request whose turn it is."""
+    """Wait for a request's turn; its key."""
     key = await _key(gateway, request)
     gateway.hold(key, request.scope)
-    # What is refused does not wait: it would take the places of others meanwhile.
+    # Strangers, and keys whose places are taken, do not wait: they would take the places of others meanwhile.
     await gateway.turns.mine()
     return key
 

@@ -125,7 +125,10 @@ class Health:
 
 
 def add(connection: Connection, records: Sequence[RequestRecord], *, again: bool = False) -> None:
-    """Write records and their sums; where it is tried `again`, those that are there already are left as they are."""
+    """Write records and their sums.
+
+    An id that is there already fails them all; where it is tried `again`, such a record is left as it is.
+    """
     rows = {row["id"]: row for row in map(_row, records)}
     for known in connection.execute(_KNOWN, {"ids": list(rows)}).scalars() if again else ():
         del rows[known]

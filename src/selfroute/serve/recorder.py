@@ -36,14 +36,14 @@ class Counter(Protocol):
 
 
 class Recorder:
-    """Writes records to the store every `interval_s`, or as soon as `few` wait; at most `batch` in a transaction.
+    """Writes records to the store `interval_s` after the first that waits; at most `batch` in a transaction.
 
-    Few at a time: without content, SQLite takes them in the event loop's thread, and requests wait meanwhile. In a
-    thread beside it each statement would wait for Python's lock, and the calls' reservations for the records. A store
-    that is slower gets more at a time, for they come while it writes. The queue holds `capacity` records; further ones
-    are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times, at first after
-    `retry_s`, then after three times as long each time, and dropped then. Without `content`, requests' and responses'
-    texts never reach the queue.
+    Without `content`, as soon as `few` wait: SQLite takes them in the event loop's thread then, and requests wait
+    meanwhile. In a thread beside it each statement would wait for Python's lock, and the calls' reservations for the
+    records. A store that is slower gets more at a time, for they come while it writes. The queue holds `capacity`
+    records; further ones are dropped, and counted in `dropped`. A batch that the store refuses is tried `tries` times,
+    at first after `retry_s`, then after three times as long each time, and dropped then. Without `content`, requests'
+    and responses' texts never reach the queue.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Recorder:
         retry_s: float = 0.25,
     ) -> None:
         self._store, self._dropped, self._content = store, dropped, content
-        self._capacity, self._few, self._batch, self._interval_s = capacity, few, batch, interval_s
+        self._capacity, self._batch, self._interval_s = capacity, batch, interval_s
+        self._few = batch if content else few
         self._tries, self._retry_s = tries, retry_s
         self._queue: deque[RequestRecord] = deque()
         self._filled = asyncio.Event()
@@ -78,7 +79,7 @@ class Recorder:
             record = replace(record, request=None, response=None)
         self._queue.append(record)
         self._filled.set()
-        if len(self._queue) >= self._few:
+        if len(self._queue) >= self._few or self._closing.is_set():
             self._enough.set()
 
     async def run(self) -> None:
@@ -88,7 +89,7 @@ class Recorder:
             await _within(self._interval_s, self._enough)
             self._filled.clear()
             self._enough.clear()
-            # Those that come meanwhile wait for the next time, so that batches do not get small under load.
+            # Those that come meanwhile wait for the next time, or batches would be of one or two.
             for _ in range(math.ceil(len(self._queue) / self._batch)):
                 if not self._queue:
                     break

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from selfroute.errors import StoreError
 from selfroute.serve import charts, history
 from selfroute.serve.history import Percentiles, RequestRecord, Totals
 from selfroute.serve.store import Store
@@ -94,6 +97,9 @@ def test_a_request_counts_once_wherever_it_ended(store: Store) -> None:
 
 def test_a_batch_that_is_written_twice_counts_once(store: Store) -> None:
     write(store, DEVICE, CLOUD)
+    # They are not looked for without need.
+    with pytest.raises(StoreError):
+        write(store, CLOUD, DENIED)
     write(store, CLOUD, DENIED, DENIED, again=True)
     write(store, CLOUD, DENIED, again=True)
     assert total(store, HOUR).requests == 3

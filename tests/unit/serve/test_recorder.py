@@ -33,11 +33,13 @@ class Watched(Store):
 
     def __init__(self, store: Store, failures: int = 0, silent: bool = False, after: bool = False) -> None:
         self.store, self.failures, self.silent, self.writes, self.after = store, failures, silent, 0, after
+        self.again = list[bool]()
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def write(self, work: Any, *, brief: bool = False) -> Any:
         self.writes += 1
+        self.again.append(work.keywords["again"])
         await self.gate.wait()
         if self.failures:
             self.failures -= 1
@@ -129,6 +131,45 @@ def test_fewer_records_wait_for_an_interval(store: Store) -> None:
     assert len(written(store)) == 2
 
 
+def test_content_goes_at_its_interval(store: Store) -> None:
+    async def run() -> None:
+        watched = Watched(store)
+        recorder = Recorder(watched, Dropped(), content=True, few=3, batch=5, interval_s=3600)
+        running = asyncio.create_task(recorder.run())
+        for record in records(4):
+            recorder.record(record)
+        await asyncio.sleep(0.02)
+        assert watched.writes == 0
+        recorder.record(records(5)[4])
+        async with asyncio.timeout(10):
+            while not watched.writes:
+                await asyncio.sleep(0.001)
+        await drained(recorder, running)
+
+    asyncio.run(run())
+    assert len(written(store)) == 5
+
+
+def test_another_try_waits_its_time_whatever_comes(store: Store) -> None:
+    async def run() -> None:
+        watched = Watched(store, failures=1)
+        recorder = Recorder(watched, Dropped(), few=3, interval_s=0.001, retry_s=0.2)
+        running = asyncio.create_task(recorder.run())
+        began = time.monotonic()
+        for number, record in enumerate(records(20)):
+            recorder.record(record)
+            if number > 3:
+                await asyncio.sleep(0.005)
+        async with asyncio.timeout(10):
+            while watched.writes < 2:
+                await asyncio.sleep(0.001)
+        assert time.monotonic() - began > 0.2
+        await drained(recorder, running)
+
+    asyncio.run(run())
+    assert len(written(store)) == 20
+
+
 def test_what_was_written_before_the_store_failed_is_not_written_again(store: Store) -> None:
     async def run() -> None:
         watched, dropped = Watched(store, failures=1, after=True), Dropped()
@@ -139,7 +180,7 @@ def test_what_was_written_before_the_store_failed_is_not_written_again(store: St
             while watched.writes < 2:
                 await asyncio.sleep(0.001)
         await drained(recorder, running)
-        assert (watched.writes, dropped.count) == (2, 0)
+        assert (watched.again, dropped.count) == ([False, True], 0)
 
     asyncio.run(run())
     assert len(written(store)) == 1
@@ -158,6 +199,26 @@ def test_closing_does_not_wait_for_an_interval(store: Store) -> None:
 
     asyncio.run(run())
     assert len(written(store)) == 1
+
+
+def test_what_comes_while_it_closes_does_not_wait_for_an_interval_either(store: Store) -> None:
+    async def run() -> None:
+        watched = Watched(store)
+        watched.gate.clear()
+        recorder = Recorder(watched, Dropped(), batch=1, interval_s=3600)
+        running = asyncio.create_task(recorder.run())
+        for record in records(8):
+            recorder.record(record)
+        async with asyncio.timeout(10):
+            while not watched.writes:
+                await asyncio.sleep(0.001)
+        recorder.close()
+        recorder.record(replace(RECORD, id="last"))
+        watched.gate.set()
+        await drained(recorder, running)
+
+    asyncio.run(run())
+    assert len(written(store)) == 9
 
 
 def test_content_is_kept_only_where_that_was_asked_for(store: Store) -> None:
