@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,12 @@ def written(store: Store) -> list[RequestRecord]:
         return history.latest(connection, 100_000)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
 async def drained(recorder: Recorder, running: asyncio.Task[None]) -> None:
     recorder.close()
     async with asyncio.timeout(10):
@@ -71,9 +78,7 @@ def test_records_are_written_in_batches_and_all_of_them_on_closing(store: Store)
         running = asyncio.create_task(recorder.run())
         for record in records(1000):
             recorder.record(record)
-        async with asyncio.timeout(10):
-            while watched.writes < 10:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes >= 10)
         recorder.record(replace(RECORD, id="last"))
         await drained(recorder, running)
         assert (watched.writes, dropped.count) == (11, 0)
@@ -87,24 +92,23 @@ def test_few_records_do_not_wait_for_an_interval(store: Store) -> None:
         watched = Watched(store)
         recorder = Recorder(watched, Dropped(), few=3, interval_s=3600)
         running = asyncio.create_task(recorder.run())
-        # Again and again, and what comes while they are written too.
-        for number, group in enumerate((records(3), records(6)[3:], records(9)[6:])):
+        # Again, where it has waited before; and what comes while they are written.
+        for group in (records(3), records(6)[3:]):
+            before = watched.writes
             for record in group[:2]:
                 recorder.record(record)
             await asyncio.sleep(0.02)
-            assert watched.writes == number
-            watched.gate.clear()
+            assert watched.writes == before
             recorder.record(group[2])
-            async with asyncio.timeout(10):
-                while watched.writes == number:
-                    await asyncio.sleep(0.001)
-            watched.gate.set()
-            await asyncio.sleep(0)
+            await until(lambda before=before: watched.writes > before)
+        watched.gate.clear()
+        for record in records(9)[6:]:
+            recorder.record(record)
+        await until(lambda: watched.writes == 3)
         for record in records(13)[9:]:
             recorder.record(record)
-        async with asyncio.timeout(10):
-            while watched.writes < 4:
-                await asyncio.sleep(0.001)
+        watched.gate.set()
+        await until(lambda: watched.writes >= 4)
         await drained(recorder, running)
         assert watched.writes == 4
 
@@ -120,9 +124,7 @@ def test_fewer_records_wait_for_an_interval(store: Store) -> None:
         began = time.monotonic()
         for record in records(2):
             recorder.record(record)
-        async with asyncio.timeout(10):
-            while not watched.writes:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes)
         assert time.monotonic() - began > 0.19
         await drained(recorder, running)
         assert watched.writes == 1
@@ -141,9 +143,7 @@ def test_content_goes_at_its_interval(store: Store) -> None:
         await asyncio.sleep(0.02)
         assert watched.writes == 0
         recorder.record(records(5)[4])
-        async with asyncio.timeout(10):
-            while not watched.writes:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes)
         await drained(recorder, running)
 
     asyncio.run(run())
@@ -160,9 +160,7 @@ def test_another_try_waits_its_time_whatever_comes(store: Store) -> None:
             recorder.record(record)
             if number > 3:
                 await asyncio.sleep(0.005)
-        async with asyncio.timeout(10):
-            while watched.writes < 2:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes >= 2)
         assert time.monotonic() - began > 0.2
         await drained(recorder, running)
 
@@ -176,9 +174,7 @@ def test_what_was_written_before_the_store_failed_is_not_written_again(store: St
         recorder = Recorder(watched, dropped, interval_s=0.001, retry_s=0.001)
         running = asyncio.create_task(recorder.run())
         recorder.record(RECORD)
-        async with asyncio.timeout(10):
-            while watched.writes < 2:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes >= 2)
         await drained(recorder, running)
         assert (watched.again, dropped.count) == ([False, True], 0)
 
@@ -209,9 +205,7 @@ def test_what_comes_while_it_closes_does_not_wait_for_an_interval_either(store: 
         running = asyncio.create_task(recorder.run())
         for record in records(8):
             recorder.record(record)
-        async with asyncio.timeout(10):
-            while not watched.writes:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes)
         recorder.close()
         recorder.record(replace(RECORD, id="last"))
         watched.gate.set()
@@ -241,9 +235,7 @@ def test_a_full_queue_drops_what_comes_and_says_so(store: Store, caplog: pytest.
         recorder = Recorder(watched, dropped, capacity=10, batch=1, interval_s=0.001)
         running = asyncio.create_task(recorder.run())
         recorder.record(replace(RECORD, id="under way"))
-        async with asyncio.timeout(10):
-            while not watched.writes:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes)
         for record in records(13):
             recorder.record(record)
         assert dropped.count == 3
@@ -263,9 +255,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing(store: Store) -> None:
         running = asyncio.create_task(recorder.run())
         recorder.record(RECORD)
         began = time.monotonic()
-        async with asyncio.timeout(10):
-            while watched.writes < 4:
-                await asyncio.sleep(0.001)
+        await until(lambda: watched.writes >= 4)
         assert time.monotonic() - began > 0.02 * (1 + 3 + 9)
         await drained(recorder, running)
         assert dropped.count == 0
@@ -285,9 +275,7 @@ def test_a_store_that_stays_down_costs_the_batch_and_not_the_next(
         running = asyncio.create_task(recorder.run())
         for record in records(2):
             recorder.record(record)
-        async with asyncio.timeout(10):
-            while dropped.count < 2:
-                await asyncio.sleep(0.001)
+        await until(lambda: dropped.count >= 2)
         recorder.record(replace(RECORD, id="next"))
         await drained(recorder, running)
         assert dropped.count == 2
